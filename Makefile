@@ -1,0 +1,27 @@
+# `make demo` and `make test` need git, make and Python >= 3.11 with venv, nothing else.
+PYTHON ?= python3
+BIN = .venv/bin
+RUN := runs/demo-$(shell date +%Y%m%d-%H%M%S)
+
+.PHONY: setup demo test check
+
+setup: .venv/.installed
+
+.venv/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --editable '.[dev]'
+	@touch $@
+
+demo: setup
+	$(BIN)/mixer train --out $(RUN)
+	$(BIN)/mixer evaluate $(RUN)/model.safetensors --data digits
+	$(BIN)/mixer predict $(RUN)/model.safetensors $(RUN)/examples --top 3
+	@echo "open $(RUN)/report.html in a browser"
+
+test: setup
+	$(BIN)/python -m pytest
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright

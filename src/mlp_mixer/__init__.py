@@ -1,0 +1,33 @@
+"""MLP-Mixer (arXiv:2105.01601): create, train, load, save, predict.
+
+Names are resolved when they are used (PEP 562): importing the package imports no torch.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mlp_mixer.inference.predict import predict
+    from mlp_mixer.model import Mixer
+    from mlp_mixer.variants import create
+    from mlp_mixer.weights.own import load, save
+
+__all__ = ["Mixer", "create", "load", "predict", "save"]
+
+HOMES = {
+    "Mixer": "mlp_mixer.model",
+    "create": "mlp_mixer.variants",
+    "load": "mlp_mixer.weights.own",
+    "predict": "mlp_mixer.inference.predict",
+    "save": "mlp_mixer.weights.own",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in HOMES:
+        raise AttributeError(f"module 'mlp_mixer' has no attribute {name!r}; it has {', '.join(__all__)}")
+    return getattr(importlib.import_module(HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,82 @@
+"""The command ``mixer``: verbs to functions, nothing else. Torch is imported by the verb that needs it."""
+
+import difflib
+import importlib
+import logging
+import signal
+import sys
+import warnings
+
+from mlp_mixer.errors import RunError, UserError
+
+VERBS = {
+    "train": "train a Mixer from scratch: on the embedded digits, or on your images",
+    "evaluate": "top-1, top-5, per class and confusion matrix of weights on labelled images",
+    "predict": "labels and probabilities for image files, folders and zips",
+    "info": "parameters, FLOPs and memory of a variant, or what a weights file holds",
+}
+HELP = """usage: mixer VERB [OPTIONS]
+
+MLP-Mixer (arXiv:2105.01601): train, evaluate, predict.
+
+verbs:
+{verbs}
+
+examples:
+  mixer train                                   a small Mixer on handwritten digits, in seconds
+  mixer train --data photos/                    on your images: one folder a class, or a .zip of that
+  mixer evaluate runs/…/model.safetensors --data photos/
+  mixer predict runs/…/model.safetensors a.jpg b.png
+  mixer info B/16
+
+mixer VERB --help shows a verb's options; --debug shows the traceback of an error.
+exit status: 0 done, 1 a run that failed, 2 a mistake in the call, 130 interrupted.""".format(
+    verbs="\n".join(f"  {name:10} {what}" for name, what in VERBS.items())
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one verb; the exit status is 0, 1 (the run failed), 2 (a mistake of the caller's), or 130 (interrupted)."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in args
+    args = [arg for arg in args if arg != "--debug"]
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(HELP)
+        return 0
+    try:
+        if args[0] not in VERBS:
+            near = difflib.get_close_matches(args[0], VERBS, 2)
+            hint = f"did you mean {' or '.join(near)}? " if near else ""
+            raise UserError(f"unknown verb {args[0]!r}: {hint}there are {', '.join(VERBS)} (mixer --help)")
+        set_up_logging()
+        importlib.import_module(f"mlp_mixer.cli.{args[0]}").run(args[1:])
+        sys.stdout.flush()  # here, so that a full disk or a closed pipe is met while it can be told
+        return 0
+    except BrokenPipeError:  # whoever read our output has seen enough
+        sys.stdout = None
+        return 128 + signal.SIGPIPE
+    except KeyboardInterrupt:
+        return fail("interrupted", 130, debug)
+    except UserError as error:
+        return fail(error, 2, debug)
+    except (RunError, OSError, MemoryError) as error:
+        return fail(error, 1, debug)
+
+
+def fail(error: object, status: int, debug: bool) -> int:
+    """One line on standard error, or the traceback where it was asked for."""
+    if debug:
+        logging.getLogger(__name__).exception("")
+    print(f"mixer: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+    return status
+
+
+def set_up_logging() -> None:
+    """Our messages to standard error; not the chatter of libraries, nor Pillow's remarks on files it can still read."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    ours = logging.getLogger("mlp_mixer")
+    ours.handlers, ours.propagate = [handler], False
+    ours.setLevel(logging.INFO)
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # its remark that there is no CUDA
+    warnings.filterwarnings("ignore", module=r"PIL\.")

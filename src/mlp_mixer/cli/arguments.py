@@ -1,0 +1,69 @@
+"""Words of the command line to dataclasses, by tyro; its boxed errors become one line."""
+
+import contextlib
+import dataclasses
+import difflib
+import io
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import tyro
+
+from mlp_mixer.errors import UserError
+
+T = TypeVar("T")
+
+
+def parse(kind: type[T], args: Sequence[str], *, verb: str, description: str, default: T | None = None) -> T:
+    """The verb's arguments; a UserError, naming the nearest options, for one that does not exist.
+
+    ``description`` is shown by --help, which ends the process, as it should.
+    """
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            found, unknown = tyro.cli(
+                kind,
+                prog=f"mixer {verb}",
+                description=description,
+                args=list(args),
+                return_unknown_args=True,
+                config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
+                default=tyro.MISSING_NONPROP if default is None else default,
+            )
+    except SystemExit as end:
+        if end.code == 0:
+            raise
+        raise UserError(f"{one_line(errors.getvalue())} (mixer {verb} --help)") from None
+    if unknown:
+        raise UserError(f"{explain(unknown[0], option_names(kind))} (mixer {verb} --help)")
+    return found
+
+
+def explain(word: str, options: list[str]) -> str:
+    if not word.startswith("-"):
+        return f"unexpected argument {word!r}: quote names with spaces, and write options as --name value"
+    near = difflib.get_close_matches(word.split("=")[0], options, 3)
+    return f"unknown option {word.split('=')[0]}: " + (
+        f"did you mean {', '.join(near)}?" if near else "there is no such"
+    )
+
+
+def option_names(kind: Any) -> list[str]:
+    names = []
+    for field in dataclasses.fields(kind):
+        name = f"--{field.name.replace('_', '-')}"
+        names += option_names(field.type) if dataclasses.is_dataclass(field.type) else [name]
+    return names
+
+
+def one_line(box: str) -> str:
+    """The first paragraph of tyro's error box."""
+    words: list[str] = []
+    for line in box.splitlines():
+        if line.startswith("│"):
+            text = line.strip("│ ")
+            if text.startswith("──"):
+                break
+            words += text.split()
+    return " ".join(words) or " ".join(box.split())

@@ -1,0 +1,109 @@
+"""mixer evaluate"""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import tyro
+
+from mlp_mixer.cli.arguments import parse
+
+if TYPE_CHECKING:
+    from mlp_mixer.evaluation.classification import Classification
+
+DESCRIPTION = """Evaluates weights on labelled images: every image once, classes matched by name.
+
+example: mixer evaluate runs/digits/model.safetensors --data digits
+
+A source without parts is split as it was for training: its test part is what training never saw."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    weights: tyro.conf.Positional[Path]
+    """Weights that mixer train or mlp_mixer.save wrote."""
+    data: str
+    """SOURCE: digits, cifar10, a folder of images, or a .zip of one."""
+    part: Literal["test", "val", "train", "all"] = "test"
+    """Of the source."""
+    batch_size: int = 256
+    """Images that are computed together."""
+    workers: int | None = None
+    """Processes that load images; None: chosen by the number of images and cores."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of matrix products; auto: bfloat16 where the hardware has it."""
+    max_pixels: int = 64_000_000
+    """Larger images are refused."""
+    json: bool = False
+    """Print one JSON object."""
+
+
+def run(args: Sequence[str]) -> None:
+    chosen = parse(Arguments, args, verb="evaluate", description=DESCRIPTION)
+    from mlp_mixer.cli.display import list_unreadable, progress_bar
+    from mlp_mixer.data.sources import load_source
+    from mlp_mixer.device import select_device, select_precision
+    from mlp_mixer.evaluation.classification import classify
+    from mlp_mixer.weights.own import load
+
+    model = load(chosen.weights)
+    trained = model.card.provenance.get("recipe", {}).get("data", {})
+    split = {key: trained[key] for key in ("val_fraction", "test_fraction", "split_seed") if key in trained}
+    source = load_source(chosen.data, max_pixels=chosen.max_pixels, **split)
+    part = source.part(chosen.part).relabelled(model.card.classes or source.classes)
+    device = select_device(chosen.device)
+    with progress_bar() as bar:
+        result = classify(
+            model,
+            part,
+            device=device,
+            precision=select_precision(chosen.precision, device),
+            batch_size=chosen.batch_size,
+            workers=chosen.workers,
+            on_progress=lambda done, total: bar.update(done, total, f"{done:,} of {total:,} images", "evaluate"),
+        )
+    if chosen.json:
+        print(json.dumps({"weights": str(chosen.weights), "data": source.how, "part": chosen.part, **describe(result)}))
+    else:
+        show(result, f"{chosen.part} part of {source.how}")
+    if result.unreadable:
+        print(list_unreadable(list(result.unreadable)), file=sys.stderr)
+
+
+def describe(result: "Classification") -> dict:
+    return {
+        "images": len(result.labels),
+        "top1": result.top1,
+        "top5": result.top5,
+        "loss": result.loss,
+        "classes": list(result.part.classes),
+        "per_class": [row._asdict() for row in result.per_class()],
+        "confusion": result.confusion.tolist(),
+        "unreadable_images": len(result.unreadable),
+        "unreadable": result.unreadable,
+    }
+
+
+def show(result: "Classification", what: str) -> None:
+    from mlp_mixer.cli.display import show_table
+    from mlp_mixer.evaluation.report import wilson
+
+    low, high = wilson(round(result.top1 * len(result.labels)), len(result.labels))
+    top5 = "" if result.top5 is None else f", top-5 {result.top5:.4f}"
+    print(f"{len(result.labels):,} images: the {what}")
+    print(f"top-1 {result.top1:.4f} (95 % interval {low:.4f} to {high:.4f}){top5}, cross-entropy {result.loss:.4f}")
+    rows = [[r.name, f"{r.images:,}", fraction(r.recall), fraction(r.precision)] for r in result.per_class()]
+    show_table("per class", ["class", "images", "recall", "precision"], rows)
+    if len(rows) <= 20:
+        names = result.part.classes
+        matrix = [[name, *map(str, counts)] for name, counts in zip(names, result.confusion.tolist(), strict=True)]
+        show_table("confusion: true class down, predicted across", ["", *names], matrix)
+
+
+def fraction(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"

@@ -1,0 +1,120 @@
+"""mixer predict"""
+
+import csv
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import tyro
+
+from mlp_mixer.cli.arguments import parse
+from mlp_mixer.errors import UserError
+
+if TYPE_CHECKING:
+    from mlp_mixer.inference.predict import Prediction
+
+DESCRIPTION = """Labels and probabilities for images, in the order given, in constant memory.
+
+example: mixer predict runs/photos/model.safetensors a.jpg holiday/ more.zip --format csv"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    weights: tyro.conf.Positional[Path]
+    """Weights that mixer train or mlp_mixer.save wrote."""
+    images: tyro.conf.Positional[tuple[Path, ...]]
+    """Image files, folders of images, zips of images."""
+    top: int = 5
+    """Classes of each image, the most probable first."""
+    format: Literal["table", "jsonl", "csv"] = "table"
+    """A line an image: for reading, as JSON lines, or as CSV."""
+    json: bool = False
+    """Print one JSON object instead."""
+    batch_size: int = 32
+    """Images that are computed together."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of matrix products; auto: bfloat16 where the hardware has it."""
+    max_pixels: int = 64_000_000
+    """Larger images are refused."""
+
+
+def run(args: Sequence[str]) -> None:
+    chosen = parse(Arguments, args, verb="predict", description=DESCRIPTION)
+    if not chosen.images:
+        raise UserError("no image is named: mixer predict WEIGHTS a.jpg photos/ more.zip")
+    from mlp_mixer.cli.display import list_unreadable
+    from mlp_mixer.inference.predict import find_images, predict_stream
+    from mlp_mixer.weights.own import load
+
+    for path in chosen.images:  # before the first row is printed
+        next(find_images(path))
+    unreadable: list[str] = []
+    read = 0
+
+    def rows() -> Iterator["Prediction"]:
+        nonlocal read
+        for prediction in predict_stream(
+            load(chosen.weights),
+            (place for path in chosen.images for place in find_images(path)),
+            chosen.top,
+            batch_size=chosen.batch_size,
+            device=chosen.device,
+            precision=chosen.precision,
+            max_pixels=chosen.max_pixels,
+        ):
+            if prediction.problem is None:
+                read += 1
+            else:
+                unreadable.append(prediction.image)
+                last_problem[0] = prediction.problem
+            yield prediction
+
+    last_problem = [""]
+    write: Callable[[Iterator[Prediction]], None] = {"table": as_table, "jsonl": as_lines, "csv": as_csv}[chosen.format]
+    (as_object if chosen.json else write)(rows())
+    if unreadable and not read:
+        raise UserError(last_problem[0] if len(unreadable) == 1 else list_unreadable(unreadable))
+    if unreadable:
+        print(list_unreadable(unreadable), file=sys.stderr)
+
+
+def as_table(rows: Iterator["Prediction"]) -> None:
+    for row in rows:
+        shown = "  ".join(f"{name} {probability:.4f}" for name, probability in row.classes)
+        print(f"{row.image}\t{shown or row.problem}", flush=True)
+
+
+def as_lines(rows: Iterator["Prediction"]) -> None:
+    for row in rows:
+        print(json.dumps(fields(row)), flush=True)
+
+
+def as_csv(rows: Iterator["Prediction"]) -> None:
+    """One row a class: image, rank, class, probability, problem."""
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    writer.writerow(["image", "rank", "class", "probability", "problem"])
+    for row in rows:
+        for rank, (name, probability) in enumerate(row.classes, 1):
+            writer.writerow([row.image, rank, name, f"{probability:.6g}", ""])
+        if row.problem is not None:
+            writer.writerow([row.image, "", "", "", row.problem])
+
+
+def as_object(rows: Iterator["Prediction"]) -> None:
+    """One JSON object, written as it comes, so that its length does not matter."""
+    print('{"predictions": [', end="")
+    for i, row in enumerate(rows):
+        print(", " if i else "", json.dumps(fields(row)), sep="", end="")
+    print("]}")
+
+
+def fields(row: "Prediction") -> dict:
+    if row.problem is not None:
+        return {"image": row.image, "problem": row.problem}
+    best = [{"class": name, "probability": probability} for name, probability in row.classes]
+    return {"image": row.image, "predictions": best}

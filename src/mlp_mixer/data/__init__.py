@@ -1,0 +1,1 @@
+"""Images and datasets: from names, folders, archives and shards to batches."""

@@ -1,0 +1,153 @@
+"""Parts to batches, in an order that is a function of the seed alone.
+
+Training images come as one endless row: epoch after epoch, each a permutation of the part by (seed, epoch), so that
+sample number ``k`` of the run is known without what came before, no image is dropped for a short last batch, and any
+batch can be made by any worker. What is random about one sample is drawn by (seed, epoch, index).
+"""
+
+import os
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from mlp_mixer.data.images import UnreadableImage
+from mlp_mixer.data.sources import Part
+from mlp_mixer.data.stores import ArrayStore
+from mlp_mixer.data.transforms import EvaluationView, TrainingView
+from mlp_mixer.errors import UserError
+
+
+class Batch(NamedTuple):
+    """An unreadable image keeps its place: black, ``valid`` false, and why in ``problems``."""
+
+    images: Tensor  # (B, 3, H, W) uint8
+    labels: Tensor  # (B,) int64
+    valid: Tensor  # (B,) bool
+    indices: Tensor  # (B,) int64, of the images in their part
+    problems: list[tuple[int, str]]  # (index, what is wrong)
+
+
+class Views(Dataset):
+    """(epoch, index) to one sample of a part, for a DataLoader's workers."""
+
+    def __init__(self, part: Part, view: EvaluationView | TrainingView, seed: int) -> None:
+        self.part, self.view, self.seed = part, view, seed
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, int, str | None]:
+        epoch, index = key
+        label = int(self.part.labels[index])
+        try:
+            return self.view(self.part.image(index), sample_generator(self.seed, epoch, index)), label, index, None
+        except UnreadableImage as problem:
+            return torch.zeros(3, *self.view.image_size, dtype=torch.uint8), label, index, str(problem)
+
+
+def sample_generator(seed: int, epoch: int, index: int) -> np.random.Generator:
+    return philox(seed, epoch << 40 | index)
+
+
+def permutation(seed: int, epoch: int, images: int) -> np.ndarray:
+    return philox(seed, 1 << 63 | epoch).permutation(images)
+
+
+def philox(seed: int, stream: int) -> np.random.Generator:
+    """A generator of its own for each (seed, stream): Salmon et al. 2011, counter-based, so cheap to make."""
+    return np.random.Generator(np.random.Philox(key=np.array([seed, stream], dtype=np.uint64)))
+
+
+def collate(samples: list[tuple[Tensor, int, int, str | None]]) -> Batch:
+    images, labels, indices, problems = zip(*samples, strict=True)
+    return Batch(
+        torch.stack(images),
+        torch.tensor(labels),
+        torch.tensor([problem is None for problem in problems]),
+        torch.tensor(indices),
+        [(index, problem) for index, problem in zip(indices, problems, strict=True) if problem is not None],
+    )
+
+
+class TrainingOrder:
+    """Yields for each step the (epoch, index) of its samples; see the module's first lines."""
+
+    def __init__(self, images: int, batch_size: int, steps: int, seed: int, first_step: int = 0) -> None:
+        self.images, self.batch_size, self.steps, self.seed, self.first_step = (
+            images,
+            batch_size,
+            steps,
+            seed,
+            first_step,
+        )
+
+    def __len__(self) -> int:
+        return self.steps - self.first_step
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        epoch, order = -1, np.empty(0, dtype=np.int64)
+        for step in range(self.first_step, self.steps):
+            keys = []
+            for position in range(step * self.batch_size, (step + 1) * self.batch_size):
+                if position // self.images != epoch:
+                    epoch = position // self.images
+                    order = permutation(self.seed, epoch, self.images)
+                keys.append((epoch, int(order[position % self.images])))
+            yield keys
+
+
+def training_batches(
+    part: Part, view: TrainingView, *, batch_size: int, steps: int, seed: int, workers: int | None = None
+) -> DataLoader:
+    """The batches of a run's steps, in order, all of the same size. ``workers`` None chooses (``default_workers``)."""
+    order = TrainingOrder(len(part), batch_size, steps, seed)
+    return loader(Views(part, view, seed), order, default_workers(part) if workers is None else workers)
+
+
+def evaluation_batches(part: Part, view: EvaluationView, *, batch_size: int, workers: int | None = None) -> DataLoader:
+    """Every image of the part once, in order; the last batch may be short."""
+    keys = [(0, index) for index in range(len(part))]
+    order = [keys[at : at + batch_size] for at in range(0, len(keys), batch_size)]
+    return loader(Views(part, view, 0), order, default_workers(part) if workers is None else workers)
+
+
+def loader(views: Views, order: TrainingOrder | list[list[tuple[int, int]]], workers: int) -> DataLoader:
+    return DataLoader(
+        views,
+        batch_sampler=order,  # pyright: ignore[reportArgumentType]  # keys may be anything that __getitem__ takes
+        collate_fn=collate,
+        num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
+        prefetch_factor=4 if workers else None,
+    )
+
+
+def default_workers(part: Part) -> int:
+    """None for images in memory or few of them; else one process for every two cores, at most 16."""
+    if isinstance(part.store, ArrayStore) or len(part) < 1000:
+        return 0
+    return min(max((os.cpu_count() or 1) // 2, 1), 16)
+
+
+class Unreadable:
+    """Counts the images that could not be read, each once, and stops a run that loses more than it may."""
+
+    def __init__(self, part: Part, limit: float) -> None:
+        self.part, self.limit = part, limit
+        self.problems: dict[int, str] = {}
+
+    def add(self, batch: Batch) -> list[str]:
+        """The problems of this batch that are new; a UserError once too many are known."""
+        new = {index: problem for index, problem in batch.problems if index not in self.problems}
+        self.problems |= new
+        if len(self.problems) > self.limit * len(self.part):
+            raise UserError(
+                f"{len(self.problems)} of {len(self.part)} images cannot be read, more than {self.limit:.3g} of them: "
+                f"mend them or raise --max-unreadable-fraction; the last: {next(reversed(self.problems.values()))}"
+            )
+        return list(new.values())
+
+    @property
+    def names(self) -> list[str]:
+        return [self.part.names[index] for index in sorted(self.problems)]

@@ -1,0 +1,106 @@
+"""Where the bytes of images are: a folder, a zip, arrays in memory. Each opens one image by its name.
+
+A store can be pickled and sent to a worker process; a zip is opened again there.
+"""
+
+import os
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from PIL import Image
+
+from mlp_mixer.data.images import UnreadableImage, decode
+from mlp_mixer.errors import UserError
+
+MAX_BYTES = 1 << 30  # of one image file; a larger one is refused before it is read
+
+
+class Store(Protocol):
+    def open(self, name: str, max_pixels: int) -> Image.Image:
+        """The upright RGB image of that name; an UnreadableImage where it cannot be read."""
+        ...
+
+
+class FolderStore:
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def open(self, name: str, max_pixels: int) -> Image.Image:
+        path = self.root / name
+        try:
+            check_bytes(path.stat().st_size, str(path))
+            return decode(path.read_bytes(), str(path), max_pixels)
+        except OSError as error:
+            raise UnreadableImage(
+                f"{path} cannot be read: {error.strerror}; check the file and its permissions"
+            ) from None
+
+    def names(self) -> Iterator[str]:
+        """Every file below the root, relative, with forward slashes, in the same order on every machine."""
+        for folder, folders, files in os.walk(self.root, followlinks=True):
+            folders.sort()
+            for file in sorted(files):
+                yield (Path(folder) / file).relative_to(self.root).as_posix()
+
+    def folders(self) -> list[str]:
+        """Every folder below the root, however empty."""
+        walk = os.walk(self.root, followlinks=True)
+        return [(Path(at) / f).relative_to(self.root).as_posix() for at, folders, _ in walk for f in sorted(folders)]
+
+
+class ZipStore:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.opened: tuple[int, zipfile.ZipFile] | None = None  # by which process: a file's position cannot be shared
+
+    def archive(self) -> zipfile.ZipFile:
+        if self.opened is None or self.opened[0] != os.getpid():
+            try:
+                self.opened = (os.getpid(), zipfile.ZipFile(self.path))
+            except (zipfile.BadZipFile, OSError) as error:
+                raise UserError(f"{self.path} is not a sound zip file ({error}): pack or copy it again") from None
+        return self.opened[1]
+
+    def open(self, name: str, max_pixels: int) -> Image.Image:
+        label = f"{self.path}/{name}"
+        check_bytes(self.archive().getinfo(name).file_size, label)
+        try:
+            data = self.archive().read(name)
+        except (zipfile.BadZipFile, zlib.error, OSError, RuntimeError, EOFError) as error:
+            raise UnreadableImage(f"{label} cannot be unpacked: {error}; pack the zip again") from None
+        return decode(data, label, max_pixels)
+
+    def names(self) -> Iterator[str]:
+        yield from sorted(name for name in self.archive().namelist() if not name.endswith("/"))
+
+    def folders(self) -> list[str]:
+        found = set()
+        for name in self.archive().namelist():
+            pieces = name.split("/")[:-1]
+            found |= {"/".join(pieces[: i + 1]) for i in range(len(pieces))}
+        return sorted(found)
+
+    def __getstate__(self) -> dict:
+        return {"path": self.path, "opened": None}
+
+
+class ArrayStore:
+    """Images in memory: (N, H, W, 3) uint8, named in that order."""
+
+    def __init__(self, pixels: np.ndarray, names: tuple[str, ...]) -> None:
+        self.pixels = pixels
+        self.index = {name: i for i, name in enumerate(names)}
+
+    def open(self, name: str, max_pixels: int) -> Image.Image:
+        return Image.fromarray(self.pixels[self.index[name]])
+
+
+def check_bytes(size: int, name: str) -> None:
+    if size > MAX_BYTES:
+        raise UnreadableImage(
+            f"{name} cannot be read: {size:,} bytes, over the limit of {MAX_BYTES:,}; make it smaller"
+        )

@@ -1,0 +1,119 @@
+"""Classification of a labelled part: every image once, sums divided once."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from mlp_mixer.data.loading import evaluation_batches
+from mlp_mixer.data.sources import Part
+from mlp_mixer.data.transforms import EvaluationView, normalise
+from mlp_mixer.device import autocast
+from mlp_mixer.errors import UserError
+from mlp_mixer.model import Mixer
+
+KEPT = 5  # best classes of each image
+
+
+@dataclass(frozen=True, kw_only=True)
+class Classification:
+    """Predictions for the N readable images of a part, in its order, and what they amount to."""
+
+    part: Part
+    indices: np.ndarray  # (N,) int64, of the readable images in the part
+    labels: np.ndarray  # (N,) int64
+    best: np.ndarray  # (N, ≤ 5) int64, classes from the most probable down
+    probabilities: np.ndarray  # (N, ≤ 5) float32, of those
+    loss: float  # mean cross-entropy, in nats
+    unreadable: dict[str, str]  # name → what is wrong; these count neither as right nor as wrong
+
+    @property
+    def top1(self) -> float:
+        return float(np.mean(self.best[:, 0] == self.labels))
+
+    @property
+    def top5(self) -> float | None:
+        """None where there are no more than five classes: it would be 1 for any model."""
+        if len(self.part.classes) <= KEPT:
+            return None
+        return float(np.mean((self.best == self.labels[:, None]).any(axis=1)))
+
+    @property
+    def confusion(self) -> np.ndarray:
+        """(K, K) counts: rows are the true classes, columns the predicted ones."""
+        classes = len(self.part.classes)
+        pairs = self.labels * classes + self.best[:, 0]
+        return np.bincount(pairs, minlength=classes * classes).reshape(classes, classes)
+
+    def per_class(self) -> list["ClassScore"]:
+        """In the order of the classes; None where there is nothing to divide by."""
+        right, shown, guessed = (self.confusion.diagonal(), self.confusion.sum(axis=1), self.confusion.sum(axis=0))
+        return [
+            ClassScore(name, int(n), int(r) / int(n) if n else None, int(r) / int(g) if g else None)
+            for name, n, r, g in zip(self.part.classes, shown, right, guessed, strict=True)
+        ]
+
+
+class ClassScore(NamedTuple):
+    name: str
+    images: int
+    recall: float | None
+    precision: float | None
+
+
+def classify(
+    model: Mixer,
+    part: Part,
+    *,
+    device: torch.device,
+    precision: torch.dtype,
+    batch_size: int = 256,
+    workers: int | None = None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Classification:
+    """Classifies every image of a part whose labels are those of the model's head (``Part.relabelled``).
+
+    Raises:
+        UserError: a model without a head, or a part of which no image can be read.
+    """
+    check_head(model)
+    labels, best, probabilities, indices, unreadable = [], [], [], [], {}
+    loss = 0.0
+    training = model.training
+    model.eval().to(device)
+    view = EvaluationView(image_size=model.image_size, preprocessing=model.card.preprocessing)
+    with torch.inference_mode():
+        for batch in evaluation_batches(part, view, batch_size=batch_size, workers=workers):
+            with autocast(device, precision):
+                logits = model(normalise(batch.images.to(device), model.card.preprocessing)).float()
+            valid = batch.valid.to(device)
+            truth = batch.labels.to(device)
+            loss += float(F.cross_entropy(logits[valid], truth[valid], reduction="sum"))
+            top = logits[valid].softmax(-1).topk(min(KEPT, logits.shape[1]))
+            best.append(top.indices.cpu().numpy())
+            probabilities.append(top.values.cpu().numpy())
+            labels.append(batch.labels[batch.valid].numpy())
+            indices.append(batch.indices[batch.valid].numpy())
+            unreadable |= {part.names[index]: problem for index, problem in batch.problems}
+            on_progress(sum(map(len, labels)) + len(unreadable), len(part))
+    model.train(training)
+    if len(unreadable) == len(part):
+        raise UserError(f"none of the {len(part)} images can be read; the first: {next(iter(unreadable.values()), '')}")
+    return Classification(
+        part=part,
+        indices=np.concatenate(indices),
+        labels=np.concatenate(labels),
+        best=np.concatenate(best),
+        probabilities=np.concatenate(probabilities),
+        loss=loss / (len(part) - len(unreadable)),
+        unreadable=unreadable,
+    )
+
+
+def check_head(model: Mixer) -> None:
+    """A UserError for a model that cannot classify."""
+    if not model.config["num_classes"]:
+        raise UserError("these weights have no head, only features: fine-tune them before classifying with them")

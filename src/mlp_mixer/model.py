@@ -1,0 +1,222 @@
+"""MLP-Mixer (Tolstikhin et al. 2021, arXiv:2105.01601), Section 2: the equations, with the authors' names.
+
+B images, S patches ("tokens"), C channels. One MLP mixes across patches, one across channels; nothing else does.
+"""
+
+import hashlib
+import math
+import operator
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mlp_mixer.card import Card
+from mlp_mixer.errors import UserError
+
+Gelu = Literal["tanh", "erf"]
+Size = int | tuple[int, int]
+
+
+def gelu(x: Tensor, form: Gelu) -> Tensor:
+    """σ of Eq. 1: the tanh approximation (flax's default, the authors' choice) or the exact erf form (timm's)."""
+    if form == "erf":
+        return F.gelu(x)
+    if torch.compiler.is_compiling():  # ½(1 + tanh u) = sigmoid(2u): the same function, twice as fast once compiled
+        return x * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x))
+    return F.gelu(x, approximate="tanh")
+
+
+class MlpBlock(nn.Module):
+    """Two dense layers with a GELU between them, over the last axis: (…, dim) → (…, dim)."""
+
+    def __init__(self, dim: int, hidden_dim: int, form: Gelu, dropout: float) -> None:
+        super().__init__()
+        self.dense_0 = nn.Linear(dim, hidden_dim)
+        self.dense_1 = nn.Linear(hidden_dim, dim)
+        self.form: Gelu = form
+        self.dropout = dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.dropout(gelu(self.dense_0(x), self.form), self.dropout, self.training)
+        return F.dropout(self.dense_1(x), self.dropout, self.training)
+
+
+class MixerBlock(nn.Module):
+    """Eq. 1: a token-mixing and a channel-mixing MLP, each behind a LayerNorm and a skip connection."""
+
+    def __init__(
+        self,
+        tokens: int,
+        channels: int,
+        tokens_mlp_dim: int,
+        channels_mlp_dim: int,
+        form: Gelu = "tanh",
+        dropout: float = 0.0,
+        drop_path: float = 0.0,
+        rescale: bool = False,
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(channels, eps=1e-6)
+        self.token_mixing = MlpBlock(tokens, tokens_mlp_dim, form, dropout)
+        self.norm2 = nn.LayerNorm(channels, eps=1e-6)
+        self.channel_mixing = MlpBlock(channels, channels_mlp_dim, form, dropout)
+        self.drop_path, self.rescale = drop_path, rescale
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, S, C)
+        x = x + self.survive(self.token_mixing(self.norm1(x).mT).mT)  # across patches, weights shared by all channels
+        return x + self.survive(self.channel_mixing(self.norm2(x)))  # across channels, weights shared by all patches
+
+    def survive(self, branch: Tensor) -> Tensor:
+        """Stochastic depth (Huang et al. 2016): training, an image loses this branch with probability drop_path."""
+        if not self.training or self.drop_path == 0:
+            return branch
+        keep = torch.rand(len(branch), 1, 1, device=branch.device) >= self.drop_path
+        return branch * keep / (1 - self.drop_path if self.rescale else 1)
+
+
+class Mixer(nn.Module):
+    """(B, in_channels, H, W) → (B, num_classes); with ``num_classes=0``, the pre-logits features (B, C).
+
+    Args:
+        num_classes: size of the head; 0 leaves it out.
+        image_size: height and width in pixels, or one number for both; each a multiple of the patch's.
+        patch_size: likewise; S = (H / patch height) · (W / patch width).
+        num_blocks, hidden_dim, tokens_mlp_dim, channels_mlp_dim: Table 1's layers, C, D_S and D_C.
+        in_channels: of the images.
+        gelu: "tanh" as the authors, "erf" for weights trained with timm.
+        dropout: after each dense layer of an MLP block (0 in every published setting).
+        stochastic_depth: probability to drop a branch; rises linearly over the blocks from 0 to this.
+        rescale: divide surviving branches by 1 − p (timm does, the authors' code does not).
+        seed: of the initial weights; None draws one from torch's generator.
+
+    Raises:
+        UserError: a size that is not a multiple of the patch's, not positive, or a rate outside [0, 1).
+
+    The attribute ``card`` holds class names and preprocessing, ``config`` these arguments, as ``save`` stores them.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_classes: int,
+        image_size: Size,
+        patch_size: Size,
+        num_blocks: int,
+        hidden_dim: int,
+        tokens_mlp_dim: int,
+        channels_mlp_dim: int,
+        in_channels: int = 3,
+        gelu: Gelu = "tanh",
+        dropout: float = 0.0,
+        stochastic_depth: float = 0.0,
+        rescale: bool = False,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__()
+        seed = int(torch.randint(2**62, (), device="cpu")) if seed is None else seed
+        self.config = {key: value for key, value in locals().items() if key not in ("self", "seed", "__class__")}
+        self.config |= {"image_size": as_pair(image_size), "patch_size": as_pair(patch_size)}
+        check(self.config)
+        self.image_size, self.patch_size = as_pair(image_size), as_pair(patch_size)
+        self.grid = (self.image_size[0] // self.patch_size[0], self.image_size[1] // self.patch_size[1])
+        self.card = Card()
+
+        where = torch.get_default_device()
+        with torch.device("meta"):  # no time is spent on initial weights that are not the authors'
+            self.stem = nn.Conv2d(in_channels, hidden_dim, self.patch_size, self.patch_size)
+            self.blocks = nn.ModuleList(
+                MixerBlock(
+                    self.grid[0] * self.grid[1],
+                    hidden_dim,
+                    tokens_mlp_dim,
+                    channels_mlp_dim,
+                    gelu,
+                    dropout,
+                    stochastic_depth * i / max(num_blocks - 1, 1),
+                    rescale,
+                )
+                for i in range(num_blocks)
+            )
+            self.pre_head_layer_norm = nn.LayerNorm(hidden_dim, eps=1e-6)
+            self.head = nn.Linear(hidden_dim, num_classes) if num_classes else nn.Identity()
+        if where.type != "meta":
+            self.to_empty(device=where)
+            initialise(self, seed)
+
+    def tokens(self, images: Tensor) -> Tensor:
+        """(B, in_channels, H, W) → (B, S, C): the tokens that the last block leaves, row by row."""
+        if images.ndim != 4 or images.shape[2:] != self.image_size or images.shape[1] != self.stem.in_channels:
+            raise UserError(
+                f"images of shape {tuple(images.shape)}: this model takes (batch, {self.stem.in_channels}, "
+                f"{self.image_size[0]}, {self.image_size[1]}); resize the images, or create the model for their size"
+            )
+        x = self.stem(images).flatten(2).mT
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+    def features(self, images: Tensor) -> Tensor:
+        """(B, in_channels, H, W) → (B, C): the pre-logits, the mean over patches of the normalised tokens."""
+        return self.pre_head_layer_norm(self.tokens(images)).mean(1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.features(images))
+
+
+def initialise(model: nn.Module, seed: int) -> None:
+    """The authors' initial weights, each a function of (seed, its name) alone, on any device.
+
+    Kernels and stem: LeCun normal as flax draws it, a normal cut at 2σ, corrected to variance 1/fan_in; the head's
+    kernel and every bias 0; LayerNorm scales 1.
+    """
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias") or name == "head.weight":
+            nn.init.zeros_(parameter)
+        elif parameter.ndim == 1:
+            nn.init.ones_(parameter)
+        else:
+            digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+            generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+            std = parameter[0].numel() ** -0.5 / 0.87962566  # the standard deviation of a normal cut at ±2
+            drawn = torch.empty_like(parameter, device="cpu")
+            nn.init.trunc_normal_(drawn, std=std, a=-2 * std, b=2 * std, generator=generator)
+            with torch.no_grad():
+                parameter.copy_(drawn)
+
+
+def as_pair(size: Size) -> tuple[int, int]:
+    """(height, width) from one number for both, or from two."""
+    try:
+        if isinstance(size, Sequence):
+            height, width = size
+        else:
+            height = width = size
+        return operator.index(height), operator.index(width)
+    except (TypeError, ValueError):
+        raise UserError(f"size {size!r}: give a whole number of pixels, or two, (height, width)") from None
+
+
+def check(config: dict) -> None:
+    counts = ("num_blocks", "hidden_dim", "tokens_mlp_dim", "channels_mlp_dim", "in_channels")
+    for key in (*counts, "num_classes"):
+        least = 1 if key in counts else 0
+        if not isinstance(config[key], int) or config[key] < least:
+            raise UserError(f"{key} = {config[key]!r}: a whole number, at least {least}")
+    for key in ("image_size", "patch_size"):
+        if min(config[key]) < 1:
+            raise UserError(f"{key} = {config[key]}: at least 1 pixel")
+    (height, width), (patch_height, patch_width) = config["image_size"], config["patch_size"]
+    if height % patch_height or width % patch_width:
+        fit = [max(round(s / p), 1) * p for s, p in zip(config["image_size"], config["patch_size"], strict=True)]
+        raise UserError(
+            f"image size {height}×{width} is not a multiple of the patch size {patch_height}×{patch_width}: "
+            f"use {fit[0]}×{fit[1]}, or another patch size"
+        )
+    for key in ("dropout", "stochastic_depth"):
+        if not 0 <= config[key] < 1:
+            raise UserError(f"{key} = {config[key]}: a probability, at least 0 and below 1")
+    if config["gelu"] not in ("tanh", "erf"):
+        raise UserError(f"gelu = {config['gelu']!r}: 'tanh' (the authors') or 'erf' (timm's)")

@@ -1,0 +1,18 @@
+"""A small Mixer on the handwritten digits inside scikit-learn: the first run, in seconds, with no network."""
+
+from mlp_mixer.training.recipe import DataRecipe, ModelRecipe, OptimizationRecipe, Recipe, RunRecipe
+
+
+def digits() -> Recipe:
+    """``mixer train``. Not yet measured."""
+    return Recipe(
+        name="digits",
+        model=ModelRecipe(
+            image_size=8, patch_size=2, num_blocks=4, hidden_dim=64, tokens_mlp_dim=32, channels_mlp_dim=256
+        ),
+        data=DataRecipe(data="digits", crop_ratio=1.0, train_crop="pad", crop_padding=1, flip=False),
+        optimization=OptimizationRecipe(
+            epochs=60, global_batch_size=64, learning_rate=3e-3, weight_decay=0.1, warmup_steps=100, decay="cosine"
+        ),
+        run=RunRecipe(evaluate_every_epochs=5),
+    )

@@ -1,0 +1,176 @@
+"""Imports run one way through the package (docs/architecture); this reads the sources and holds it.
+
+errors, card, device ← model ← variants ← weights ← data ← training ← evaluation; beside them inference and recipes;
+cli on all. Imports inside functions and under TYPE_CHECKING count. Within one module's or package's own name, free.
+"""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = "mlp_mixer"
+SOURCES = Path(__file__).resolve().parents[1] / "src" / ROOT
+
+FOUNDATION = ("errors", "card", "device", "files")
+CHAIN = ("model", "variants", "cost", "weights", "data", "training", "evaluation")
+
+MAY_IMPORT: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(FOUNDATION, FOUNDATION),
+    **{name: (*FOUNDATION, *CHAIN[:i]) for i, name in enumerate(CHAIN)},
+    "inference": (*FOUNDATION, "model", "variants", "weights", "data"),
+    "recipes": (*FOUNDATION, "training.recipe"),
+    "cli": (*FOUNDATION, *CHAIN, "inference", "recipes"),
+}
+
+
+def violations(path: str, source: str) -> list[str]:
+    """What a file ("weights/npz.py", relative to the package) imports against the rules; one line each."""
+    tree = ast.parse(source)
+    parts = path.removesuffix(".py").split("/")
+    package = parts[:-1]  # what a relative import starts from, for a package's __init__ as for its modules
+    if parts == ["__init__"]:
+        executed = (found for node in executed_at_import(tree) for found in imported(node, package))
+        return [
+            f"{path}:{line}: imports {target} when it is imported itself: do it lazily"
+            for line, target in executed
+            if target.split(".")[0] in (ROOT, "torch")
+        ]
+    own = parts[0]
+    if own not in MAY_IMPORT:
+        return [f"{path}: {own} is not in MAY_IMPORT of {Path(__file__).name}: say where it stands"]
+    found = []
+    for node in ast.walk(tree):
+        for line, target in imported(node, package):
+            if target != ROOT and not target.startswith(f"{ROOT}."):
+                continue
+            inner = target.removeprefix(ROOT).removeprefix(".")
+            allowed = any(inner == name or inner.startswith(f"{name}.") for name in (own, *MAY_IMPORT[own]))
+            through_root = inner.split(".")[0] not in MAY_IMPORT  # mlp_mixer itself, or a name that it offers
+            if not allowed and not (own == "cli" and through_root):
+                found.append(f"{path}:{line}: {own} imports {target}; it may import {', '.join(MAY_IMPORT[own])}")
+    return found
+
+
+def imported(node: ast.AST, package: list[str]) -> Iterator[tuple[int, str]]:
+    """(line, dotted name) of what one node imports, from-imports down to the imported name."""
+    if isinstance(node, ast.Import):
+        yield from ((node.lineno, alias.name) for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+        base = [node.module] if node.module else []
+        if node.level:
+            here = [ROOT, *package]
+            base = here[: len(here) - node.level + 1] + base
+        yield from ((node.lineno, ".".join([*base, alias.name])) for alias in node.names)
+    elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+        function = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        if function in ("import_module", "__import__") and isinstance(node.args[0].value, str):
+            yield node.lineno, node.args[0].value
+
+
+def executed_at_import(node: ast.AST) -> Iterator[ast.AST]:
+    """The nodes that run when the module is imported: not functions' bodies, not what only a type checker reads."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            continue
+        if isinstance(child, ast.If) and ast.unparse(child.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
+            for other in child.orelse:
+                yield other
+                yield from executed_at_import(other)
+            continue
+        yield child
+        yield from executed_at_import(child)
+
+
+def test_the_package_keeps_the_rules() -> None:
+    files = sorted(SOURCES.rglob("*.py"))
+    assert SOURCES / "model.py" in files
+    found = []
+    for file in files:
+        found += violations(file.relative_to(SOURCES).as_posix(), file.read_text(encoding="utf-8"))
+    assert not found, "\n" + "\n".join(found)
+
+
+def test_importing_the_package_imports_no_torch() -> None:
+    code = f"import sys, {ROOT}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+# The checker itself
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("errors.py", "from mlp_mixer.model import Mixer"),
+        ("model.py", "from mlp_mixer.variants import create"),
+        ("model.py", "import mlp_mixer.variants as names"),
+        ("model.py", "from mlp_mixer import variants"),
+        ("model.py", "from . import errors, variants"),
+        ("model.py", "def f():\n    from mlp_mixer.weights import load"),
+        ("model.py", "if TYPE_CHECKING:\n    from mlp_mixer.data import Source"),
+        ("model.py", "import importlib\nimportlib.import_module('mlp_mixer.training')"),
+        ("model.py", "import mlp_mixer"),
+        ("model.py", "from mlp_mixer import create"),
+        ("weights/npz.py", "from ..data.sources import folder"),
+        ("weights/__init__.py", "from ..training import loop"),
+        ("data/sources.py", "from mlp_mixer.training.recipe import Recipe"),
+        ("training/loop.py", "from mlp_mixer.evaluation import evaluate"),
+        ("training/loop.py", "from mlp_mixer.inference import optimize"),
+        ("training/loop.py", "from mlp_mixer.recipes import digits"),
+        ("evaluation/report.py", "from mlp_mixer.inference import predict"),
+        ("inference/predict.py", "from mlp_mixer.training.recipe import Recipe"),
+        ("recipes/digits.py", "from mlp_mixer.training import Recipe"),
+        ("recipes/digits.py", "from mlp_mixer.training import loop"),
+        ("recipes/digits.py", "from mlp_mixer.training.recipe_tools import x"),
+        ("recipes/digits.py", "from mlp_mixer.model import Mixer"),
+        ("evaluation/report.py", "from mlp_mixer.cli import main"),
+        ("recipes/digits.py", "import mlp_mixer.cli.main"),
+        ("__init__.py", "from mlp_mixer.variants import create"),
+        ("__init__.py", "from .variants import create"),
+        ("__init__.py", "import torch.nn"),
+        ("__init__.py", "try:\n    import torch\nexcept ImportError:\n    pass"),
+        ("__init__.py", "if TYPE_CHECKING:\n    pass\nelse:\n    import torch"),
+    ],
+)
+def test_checker_catches_a_violation(path: str, source: str) -> None:
+    assert len(violations(path, source)) == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("device.py", "import torch\nfrom mlp_mixer.errors import UserError"),
+        ("variants.py", "from mlp_mixer.model import Mixer\nfrom . import errors"),
+        (
+            "weights/npz.py",
+            "from mlp_mixer.weights.layout import names\nfrom .layout import names\nfrom . import layout",
+        ),
+        ("weights/npz.py", "from ..model import Mixer"),
+        ("evaluation/fewshot.py", "from mlp_mixer.training.losses import softmax\nfrom mlp_mixer.data import sources"),
+        ("inference/predict.py", "from mlp_mixer import model, variants, weights, data"),
+        ("recipes/digits.py", "from mlp_mixer.training.recipe import Recipe\nfrom mlp_mixer.training import recipe"),
+        ("recipes/digits.py", "from mlp_mixer.recipes.cifar import base"),
+        (
+            "cli/main.py",
+            "import mlp_mixer\nfrom mlp_mixer import create, inference\nfrom mlp_mixer.recipes import digits",
+        ),
+        ("model.py", "import mlp_mixer_extras\nfrom torch import nn"),
+        ("__init__.py", "def __getattr__(name):\n    from mlp_mixer import variants\n    import torch"),
+        (
+            "__init__.py",
+            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from mlp_mixer.variants import create",
+        ),
+    ],
+)
+def test_checker_lets_the_allowed_pass(path: str, source: str) -> None:
+    assert violations(path, source) == []
+
+
+@pytest.mark.parametrize("path", ["helpers.py", "analysis/filters.py"])
+def test_checker_asks_where_a_new_module_stands(path: str) -> None:
+    (found,) = violations(path, "")
+    assert "say where it stands" in found
