@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mlp_mixer.errors import UserError
 from mlp_mixer.model import Mixer, MixerBlock, MlpBlock, gelu
+from mlp_mixer.variants import create
 
 SMALL = {
     "num_classes": 5,
@@ -235,6 +236,35 @@ def test_without_a_seed_initial_weights_follow_torchs_generator() -> None:
     assert not torch.equal(first, stem(6))
 
 
+def test_without_a_seed_the_size_of_the_head_changes_no_other_weight() -> None:
+    found = []
+    for num_classes in (0, 5, 1000):
+        torch.manual_seed(11)
+        found.append((kernels(small(seed=None, num_classes=num_classes)), torch.rand(4)))
+    (first, first_next), *others = found
+    for weights, following in others:
+        assert torch.equal(following, first_next)  # torch's generator is left at the same place, too
+        assert all(torch.equal(first[name], weights[name]) for name in first)
+
+
+def test_with_a_seed_torchs_generator_stays_where_it_was() -> None:
+    before = torch.get_rng_state()
+    small(seed=1)
+    create("S/32", num_classes=3, image_size=32, num_blocks=1, hidden_dim=8, seed=1)
+    assert torch.equal(torch.get_rng_state(), before)
+    small(seed=None)
+    assert not torch.equal(torch.get_rng_state(), before)
+
+
+def test_under_the_meta_device_nothing_is_allocated() -> None:
+    with torch.device("meta"):
+        model = small()
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+    assert {name: p.shape for name, p in model.named_parameters()} == {
+        name: p.shape for name, p in small().named_parameters()
+    }
+
+
 def test_config_makes_the_same_model_again() -> None:
     model = small(image_size=(8, 20), gelu="erf", dropout=0.1, stochastic_depth=0.2, rescale=True, in_channels=2)
     again = Mixer(**model.config, seed=0)
@@ -388,24 +418,44 @@ def test_rates_outside_of_zero_to_one_are_refused(name: str, rate: float) -> Non
         small(**{name: rate})
 
 
-@pytest.mark.parametrize(
-    "name", ["patch_size", "image_size", "num_blocks", "hidden_dim", "tokens_mlp_dim", "channels_mlp_dim"]
-)
+@pytest.mark.parametrize("name", ["patch_size", "image_size"])
 @pytest.mark.parametrize("value", [0, -4])
-def test_sizes_below_one_are_refused(name: str, value: int) -> None:
-    with pytest.raises(UserError, match=rf"{name} = .*{value}.*: must be at least 1"):
+def test_sizes_in_pixels_below_one_are_refused(name: str, value: int) -> None:
+    with pytest.raises(UserError, match=rf"^{name} = \({value}, {value}\): at least 1 pixel$"):
         small(**{name: value})
 
 
 def test_one_side_below_one_is_refused() -> None:
-    with pytest.raises(UserError, match=r"image_size = \(12, 0\): must be at least 1"):
+    with pytest.raises(UserError, match=r"^image_size = \(12, 0\): at least 1 pixel$"):
         small(image_size=(12, 0))
 
 
-@pytest.mark.parametrize(("name", "value"), [("in_channels", 0), ("num_classes", -1)])
-def test_impossible_channels_and_classes_are_refused(name: str, value: int) -> None:
-    with pytest.raises(UserError, match=rf"{name} = {value}\b.*at least 1 channel.*0: features only"):
+COUNTS = ["num_blocks", "hidden_dim", "tokens_mlp_dim", "channels_mlp_dim", "in_channels"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "least"),
+    [(name, value, 1) for name in COUNTS for value in (0, -4, 2.0, "3")]
+    + [("num_classes", value, 0) for value in (-1, 2.0, "3")],
+)
+def test_counts_that_are_not_whole_or_too_small_are_refused(name: str, value: object, least: int) -> None:
+    with pytest.raises(UserError, match=rf"^{name} = {re.escape(repr(value))}: a whole number, at least {least}$"):
         small(**{name: value})
+
+
+@pytest.mark.parametrize("name", ["image_size", "patch_size"])
+@pytest.mark.parametrize("size", [64.0, (64, 32, 9), (64,), "64", None, (64, 32.0), np.float64(64)])
+def test_sizes_of_another_type_are_refused(name: str, size: object) -> None:
+    message = f"size {size!r}: give a whole number of pixels, or two, (height, width)"
+    with pytest.raises(UserError, match=re.escape(message)):
+        small(**{name: size})
+
+
+def test_numpys_whole_numbers_are_sizes_too_and_are_stored_as_pythons() -> None:
+    model = small(image_size=np.int64(64), patch_size=(np.int32(4), np.int64(8)))
+    assert model.config["image_size"] == model.image_size == (64, 64)
+    assert model.patch_size == (4, 8)
+    assert {type(side) for key in ("image_size", "patch_size") for side in model.config[key]} == {int}
 
 
 def test_unknown_gelu_is_told_both_forms() -> None:

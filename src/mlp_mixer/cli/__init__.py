@@ -71,12 +71,17 @@ def fail(error: object, status: int, debug: bool) -> int:
     return status
 
 
+class ToStandardError(logging.Handler):
+    """To what standard error is at that moment: while a progress bar is shown, lines go above it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr)
+
+
 def set_up_logging() -> None:
     """Our messages to standard error; not the chatter of libraries, nor Pillow's remarks on files it can still read."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
     ours = logging.getLogger("mlp_mixer")
-    ours.handlers, ours.propagate = [handler], False
+    ours.handlers, ours.propagate = [ToStandardError()], False
     ours.setLevel(logging.INFO)
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # its remark that there is no CUDA
     warnings.filterwarnings("ignore", module=r"PIL\.")

@@ -1,36 +1,34 @@
 """What the terminal shows while a verb works, and tables when it has: the rest of the program does not know of it."""
 
-import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 
 class Bar:
-    """A progress bar on standard error, told of several things in turn; silent where there is no terminal."""
+    """A progress bar on standard error, silent where there is no terminal."""
 
     def __init__(self, progress: Progress | None) -> None:
         self.progress = progress
-        self.tasks: dict[str, Any] = {}
+        self.task: TaskID | None = None
 
-    def update(self, done: int, total: int, text: str, what: str = "train") -> None:
+    def update(self, done: int, total: int | None, text: str) -> None:
+        """``total`` None: not known."""
         if self.progress is None:
             return
-        if what not in self.tasks:
-            self.tasks[what] = self.progress.add_task(text, total=total)
-        self.progress.update(self.tasks[what], completed=done, total=total, description=text)
-        self.progress.tasks[self.tasks[what]].visible = done < total or what == "train"
+        if self.task is None:
+            self.task = self.progress.add_task(text, total=total)
+        self.progress.update(self.task, completed=done, total=total, description=text)
 
 
 @contextmanager
-def progress_bar() -> Iterator[Bar]:
+def progress_bar(wanted: bool = True) -> Iterator[Bar]:
     console = Console(stderr=True)
-    if not console.is_terminal:
+    if not (wanted and console.is_terminal):
         yield Bar(None)
         return
     columns = (
@@ -39,18 +37,9 @@ def progress_bar() -> Iterator[Bar]:
         TextColumn("{task.percentage:3.0f} %"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=True) as progress:
-        handlers = logging.getLogger("mlp_mixer").handlers
-        streams = [handler.stream for handler in handlers if isinstance(handler, logging.StreamHandler)]
-        for handler in handlers:
-            if isinstance(handler, logging.StreamHandler):
-                handler.setStream(sys.stderr)  # which rich has replaced, so that lines go above the bar
-        try:
-            yield Bar(progress)
-        finally:
-            for handler, stream in zip(handlers, streams, strict=True):
-                if isinstance(handler, logging.StreamHandler):
-                    handler.setStream(stream)
+    # standard output is the result, perhaps a file: rich must not draw it above the bar
+    with Progress(*columns, console=console, transient=True, redirect_stdout=False) as progress:
+        yield Bar(progress)
 
 
 def show_table(title: str, columns: list[str], rows: list[list[str]]) -> None:

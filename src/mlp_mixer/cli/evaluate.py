@@ -65,7 +65,7 @@ def run(args: Sequence[str]) -> None:
             precision=select_precision(chosen.precision, device),
             batch_size=chosen.batch_size,
             workers=chosen.workers,
-            on_progress=lambda done, total: bar.update(done, total, f"{done:,} of {total:,} images", "evaluate"),
+            on_progress=lambda done, total: bar.update(done, total, f"{done:,} of {total:,} images"),
         )
     if chosen.json:
         print(json.dumps({"weights": str(chosen.weights), "data": source.how, "part": chosen.part, **describe(result)}))

@@ -3,7 +3,7 @@
 import csv
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -47,20 +47,21 @@ def run(args: Sequence[str]) -> None:
     chosen = parse(Arguments, args, verb="predict", description=DESCRIPTION)
     if not chosen.images:
         raise UserError("no image is named: mixer predict WEIGHTS a.jpg photos/ more.zip")
-    from mlp_mixer.cli.display import list_unreadable
+    from mlp_mixer.cli.display import list_unreadable, progress_bar
     from mlp_mixer.inference.predict import find_images, predict_stream
     from mlp_mixer.weights.own import load
 
     for path in chosen.images:  # before the first row is printed
         next(find_images(path))
-    unreadable: list[str] = []
+    problems: dict[str, str] = {}
     read = 0
 
     def rows() -> Iterator["Prediction"]:
         nonlocal read
+        places = (place for path in chosen.images for place in find_images(path))
         for prediction in predict_stream(
             load(chosen.weights),
-            (place for path in chosen.images for place in find_images(path)),
+            places,
             chosen.top,
             batch_size=chosen.batch_size,
             device=chosen.device,
@@ -70,17 +71,17 @@ def run(args: Sequence[str]) -> None:
             if prediction.problem is None:
                 read += 1
             else:
-                unreadable.append(prediction.image)
-                last_problem[0] = prediction.problem
+                problems[prediction.image] = prediction.problem
+            bar.update(read + len(problems), None, f"{read + len(problems):,} images")
             yield prediction
 
-    last_problem = [""]
-    write: Callable[[Iterator[Prediction]], None] = {"table": as_table, "jsonl": as_lines, "csv": as_csv}[chosen.format]
-    (as_object if chosen.json else write)(rows())
-    if unreadable and not read:
-        raise UserError(last_problem[0] if len(unreadable) == 1 else list_unreadable(unreadable))
-    if unreadable:
-        print(list_unreadable(unreadable), file=sys.stderr)
+    write = as_object if chosen.json else {"table": as_table, "jsonl": as_lines, "csv": as_csv}[chosen.format]
+    with progress_bar(wanted=not sys.stdout.isatty()) as bar:  # on a terminal, the rows show how far it is
+        write(rows())
+    if problems and not read:
+        raise UserError(next(iter(problems.values())) if len(problems) == 1 else list_unreadable(list(problems)))
+    if problems:
+        print(list_unreadable(list(problems)), file=sys.stderr)
 
 
 def as_table(rows: Iterator["Prediction"]) -> None:

@@ -57,13 +57,18 @@ class TrainingView:
             view = central(image, self.image_size, self.preprocessing)
         pixels = np.asarray(view)
         if self.crop == "pad":
-            border = self.crop_padding
-            top, left = rng.integers(0, 2 * border + 1, 2)
-            pixels = np.pad(pixels, ((border, border), (border, border), (0, 0)), mode="reflect")
-            pixels = pixels[top : top + height, left : left + width]
+            down, right = rng.integers(-self.crop_padding, self.crop_padding + 1, 2)
+            pixels = pixels[reflected(height, down)[:, None], reflected(width, right)]
         if self.flip and rng.random() < 0.5:
             pixels = pixels[:, ::-1]
         return to_tensor(pixels)
+
+
+def reflected(size: int, shift: int) -> np.ndarray:
+    """(size,) the positions shift, shift + 1, …, those outside mirrored at the border, which is not doubled."""
+    period = max(2 * (size - 1), 1)
+    position = np.arange(shift, shift + size) % period
+    return np.minimum(position, period - position)
 
 
 def central(image: Image.Image, image_size: tuple[int, int], preprocessing: Preprocessing) -> Image.Image:

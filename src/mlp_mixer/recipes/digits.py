@@ -12,7 +12,13 @@ def digits() -> Recipe:
         ),
         data=DataRecipe(data="digits", crop_ratio=1.0, train_crop="pad", crop_padding=1, flip=False),
         optimization=OptimizationRecipe(
-            epochs=60, global_batch_size=64, learning_rate=3e-3, weight_decay=0.1, warmup_steps=100, decay="cosine"
+            epochs=60,
+            global_batch_size=64,
+            learning_rate=3e-3,
+            weight_decay=0.1,
+            warmup_steps=100,
+            decay="cosine",
+            label_smoothing=0.1,
         ),
         run=RunRecipe(evaluate_every_epochs=5),
     )

@@ -165,6 +165,8 @@ def check(recipe: Recipe) -> Recipe:
     for name, value in least.items():
         if value is not None and not 0 <= value < float("inf"):
             raise UserError(f"{flag(name)} {value}: must be at least 0")
+    if recipe.run.seed >= 2**31:
+        raise UserError(f"--seed {recipe.run.seed}: must be below {2**31}")
     if not 0 < recipe.data.crop_ratio <= 1:
         raise UserError(f"{flag('crop_ratio')} {recipe.data.crop_ratio}: must be above 0 and at most 1")
     return recipe

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mlp_mixer.card import Card, Preprocessing
-from mlp_mixer.errors import UserError
+from mlp_mixer.errors import RunError, UserError
 from mlp_mixer.files import replacing
 from mlp_mixer.model import Mixer
 
@@ -35,6 +35,7 @@ def save(model: Mixer, path: str | Path, classes: Sequence[str] | None = None, *
 
     Raises:
         UserError: as many classes as the head does not have, another ending, or a folder that is not there.
+        RunError: the disk is full.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
@@ -54,7 +55,10 @@ def save(model: Mixer, path: str | Path, classes: Sequence[str] | None = None, *
     }
     metadata["sha256"] = digest(tensors, metadata)
     with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata)
+        try:
+            save_file(tensors, temporary, metadata)
+        except SafetensorError as error:  # which is what it makes of a full disk
+            raise RunError(f"{path} cannot be written ({error}): free some space or save elsewhere") from None
 
 
 def load(path: str | Path) -> Mixer:

@@ -1,0 +1,185 @@
+"""One picture in every guise reaches the model as the same numbers, in training, evaluation and prediction."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+import mlp_mixer
+from mlp_mixer.card import Preprocessing
+from mlp_mixer.data.loading import evaluation_batches, training_batches
+from mlp_mixer.data.sources import Part, load_source
+from mlp_mixer.data.transforms import EvaluationView, TrainingView, normalise
+from mlp_mixer.evaluation.classification import classify
+from mlp_mixer.inference.predict import find_images, predict_stream
+
+RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
+NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 48, 3)).astype(np.uint8))
+# How to store an upright picture so that the orientation of that number brings it back (EXIF 2.32, tag 0x0112)
+STORED = {
+    1: lambda a: a,
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.transpose(1, 0, 2),
+    6: lambda a: np.rot90(a, 1),
+    7: lambda a: a[::-1, ::-1].transpose(1, 0, 2),
+    8: lambda a: np.rot90(a, -1),
+}
+
+
+def quarters() -> Image.Image:
+    """Four colours, unequal sides: every turn and flip differs, and so does every exchange of channels."""
+    image = Image.new("RGB", (48, 32), RED)
+    image.paste(GREEN, (24, 0, 48, 16))
+    image.paste(BLUE, (0, 16, 24, 32))
+    image.paste(WHITE, (24, 16, 48, 32))
+    return image
+
+
+def behind_alpha(image: Image.Image) -> Image.Image:
+    """The white quarter of it transparent, with black below."""
+    pixels = np.asarray(image.convert("RGBA")).copy()
+    pixels[(pixels[..., :3] == 255).all(-1)] = 0
+    return Image.fromarray(pixels)
+
+
+def write_colour(folder: Path) -> dict[str, int]:
+    """File name → levels of 255 that its encoding may lose."""
+    image = quarters()
+    palette = image.quantize(4)
+    exact = {
+        "upright.png": (image, {}),
+        "palette.png": (palette, {}),
+        "alpha.png": (behind_alpha(image), {}),
+        "still.gif": (palette, {}),
+        "lossless.webp": (image, {"lossless": True}),
+        "alpha.webp": (behind_alpha(image), {"lossless": True, "exact": True}),
+        "plain.bmp": (image, {}),
+        "deflated.tiff": (image, {"compression": "tiff_adobe_deflate"}),
+        "animated.gif": (palette, {"save_all": True, "append_images": [NOISE, NOISE]}),
+        "animated.webp": (image, {"save_all": True, "append_images": [NOISE], "lossless": True}),
+        "animated.png": (image, {"save_all": True, "append_images": [NOISE]}),
+    }
+    for name, (stored, options) in exact.items():
+        stored.save(folder / name, **options)
+    for orientation, store in STORED.items():
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        turned = Image.fromarray(np.ascontiguousarray(store(np.asarray(image))))
+        turned.save(folder / f"turned-{orientation}.jpg", quality=95, subsampling=0, exif=exif)
+    image.convert("CMYK").save(folder / "cmyk.jpg", quality=95, subsampling=0)
+    lossy = [f"turned-{i}.jpg" for i in STORED] + ["cmyk.jpg"]
+    return dict.fromkeys(exact, 0) | dict.fromkeys(lossy, 4)
+
+
+def write_grey(folder: Path) -> dict[str, int]:
+    steps = np.tile(np.arange(48, dtype=np.uint8) * 5, (32, 1))
+    steps[:10] //= 3
+    Image.fromarray(steps).save(folder / "upright.png")
+    Image.fromarray(np.repeat(steps[..., None], 3, -1)).save(folder / "rgb.png")
+    Image.fromarray(steps.astype(np.uint16) * 257).save(folder / "sixteen.png")
+    Image.fromarray(steps.astype(np.uint16) * 257).save(folder / "sixteen.tiff")
+    Image.fromarray(np.stack([steps, np.full_like(steps, 255)], -1), "LA").save(folder / "opaque.png")
+    return dict.fromkeys(("upright.png", "rgb.png", "sixteen.png", "sixteen.tiff", "opaque.png"), 0)
+
+
+@pytest.fixture(scope="module")
+def guises(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, int]]:
+    root = tmp_path_factory.mktemp("guises")
+    limits = {}
+    for kind, write in (("colour", write_colour), ("grey", write_grey)):
+        (root / kind).mkdir()
+        limits |= {f"{kind}/{name}": limit for name, limit in write(root / kind).items()}
+    return root, limits
+
+
+VIEWS = [
+    Preprocessing(),
+    Preprocessing(crop="resize", crop_ratio=1.0, interpolation="bicubic", mean=(0.1, 0.2, 0.3), std=(0.2, 0.3, 0.4)),
+]
+
+
+@pytest.fixture(scope="module", params=VIEWS, ids=["resmall", "resize"])
+def paths(request, guises) -> dict[str, dict[str, Tensor]]:
+    """Way to the model → file → what the model is fed, (3, 16, 24)."""
+    root, limits = guises
+    part = load_source(str(root), val_fraction=0, test_fraction=0).part("train")
+    assert set(part.names) == set(limits)
+    model = mlp_mixer.create(
+        num_classes=2,
+        image_size=(16, 24),
+        patch_size=8,
+        num_blocks=1,
+        hidden_dim=4,
+        tokens_mlp_dim=2,
+        channels_mlp_dim=4,
+    )
+    torch.nn.init.normal_(model.head.weight, generator=torch.Generator().manual_seed(0))
+    model.card = mlp_mixer.model.Card(classes=part.classes, preprocessing=request.param)
+    seen_by = {"image_size": model.image_size, "preprocessing": request.param}
+    view = TrainingView(**seen_by, crop="none", crop_padding=0, flip=False)
+    training = training_batches(part, view, batch_size=len(part), steps=1, seed=5)
+    evaluation = evaluation_batches(part, EvaluationView(**seen_by), batch_size=7)
+    cpu = torch.device("cpu")
+    classified = fed(model, lambda: classify(model, part, device=cpu, precision=torch.float32, batch_size=5))
+    options = {"batch_size": 4, "device": "cpu", "precision": "float32"}
+    predictions = []
+    predicted = fed(model, lambda: predictions.extend(predict_stream(model, find_images(root), **options)))
+    assert all(prediction.problem is None for prediction in predictions)
+    shown = [Path(prediction.image).relative_to(root).as_posix() for prediction in predictions]
+    return {
+        "training": dict(by_name(part, training, request.param)),
+        "evaluation": dict(by_name(part, evaluation, request.param)),
+        "classify": dict(zip(part.names, classified, strict=True)),
+        "predict": dict(zip(shown, predicted, strict=True)),
+    }
+
+
+def fed(model, work) -> Tensor:
+    """What the model is called with while the work is done."""
+    seen: list[Tensor] = []
+    hook = model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].clone()))
+    work()
+    hook.remove()
+    return torch.cat(seen)
+
+
+def by_name(part: Part, batches, preprocessing: Preprocessing) -> Iterator[tuple[str, Tensor]]:
+    for batch in batches:
+        assert batch.valid.all()
+        images = normalise(batch.images, preprocessing)
+        yield from zip((part.names[i] for i in batch.indices.tolist()), images, strict=True)
+
+
+def test_each_file_is_the_same_on_every_path(paths, guises) -> None:
+    for way in ("evaluation", "classify", "predict"):
+        assert paths[way].keys() == paths["training"].keys() == guises[1].keys()
+        for name, expected in paths["training"].items():
+            assert torch.equal(paths[way][name], expected), f"{name} differs in {way} from training"
+
+
+@pytest.mark.parametrize("way", ["training", "evaluation", "classify", "predict"])
+def test_every_guise_is_the_same_picture(paths, guises, way: str) -> None:
+    for name, limit in guises[1].items():
+        upright = paths[way][f"{name.split('/')[0]}/upright.png"]
+        level = 1 / 255 / 0.2 if upright[0].max() > 1.1 else 2 / 255  # of the smallest std, of std 0.5
+        assert paths[way][name].shape == (3, 16, 24)
+        difference = (paths[way][name] - upright).abs().max().item()
+        assert difference <= limit * level * 1.001, f"{name} in {way}: {difference / level:.1f} levels off"
+
+
+def test_the_upright_picture_is_upright(paths) -> None:
+    image = paths["predict"]["colour/upright.png"]
+    corners = [image[:, y, x].tolist() for y, x in ((1, 1), (1, -2), (-2, 1), (-2, -2))]
+    highest, lowest = image.amax((1, 2)).tolist(), image.amin((1, 2)).tolist()
+    expected = [
+        [h if c else low for c, h, low in zip(colour, highest, lowest, strict=True)]
+        for colour in (RED, GREEN, BLUE, WHITE)
+    ]
+    assert corners == expected
+    assert all(h > low + 1.9 for h, low in zip(highest, lowest, strict=True))

@@ -1,0 +1,486 @@
+"""SOURCEs: folders and zips in every usual form, the built-in names, and what is said of those that do not fit."""
+
+import io
+import pickle
+import random
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mlp_mixer.data.images import UnreadableImage
+from mlp_mixer.data.sources import Part, Source, load_source
+from mlp_mixer.data.stores import ArrayStore
+from mlp_mixer.errors import RunError, UserError
+
+CLASSES = ("ant", "bee", "cat")
+
+
+def picture(name: str, kind: str = "PNG") -> bytes:
+    """A small image whose pixels tell its name."""
+    pixels = np.random.default_rng(list(name.encode())).integers(0, 256, (5, 6, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, kind)
+    return file.getvalue()
+
+
+def names_in(folder: str, per_class: int = 10) -> list[str]:
+    return [f"{folder}{c}/{i}.png" for c in CLASSES for i in range(per_class)]
+
+
+def make_folder(root: Path, names: list[str]) -> Path:
+    for name in names:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(picture(name) if path.suffix.lower() != ".txt" else b"words")
+    return root
+
+
+def make_zip(path: Path, names: list[str], outer: str = "", directories: bool = False, extra: tuple = ()) -> Path:
+    """Packed in a random order; ``extra`` are entries of any bytes."""
+    names = random.Random(1).sample(names, len(names))
+    with zipfile.ZipFile(path, "w") as file:
+        for name in extra:
+            file.writestr(name, b"\0\5\x16\7 AppleDouble")
+        if directories:
+            folders = {"/".join(n.split("/")[:i]) for n in names for i in range(1, n.count("/") + 1)}
+            for folder in sorted(folders, reverse=True):
+                file.writestr(f"{outer}{folder}/", b"")
+        for name in names:
+            file.writestr(outer + name, picture(name))
+    return path
+
+
+def content(source: Source, prefix: str = "") -> dict[str, list[tuple[str, int]]]:
+    """Names (without a prefix) and labels of every part."""
+    return {
+        name: [(n.removeprefix(prefix), int(label)) for n, label in zip(part.names, part.labels, strict=True)]
+        for name, part in source.parts.items()
+    }
+
+
+LAYOUTS = {
+    "one level": names_in(""),
+    "train, val, test": names_in("train/") + names_in("val/", 2) + names_in("test/", 3),
+    "train, test": names_in("train/") + names_in("test/", 3),
+    "deeper below a class": [name.replace("/", "/deep/er/") for name in names_in("")],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("directories", [False, True])
+def test_a_zip_gives_what_the_folder_gives(tmp_path: Path, layout: str, directories: bool) -> None:
+    names = LAYOUTS[layout]
+    folder = load_source(str(make_folder(tmp_path / "f", names)), split_seed=3)
+    packed = load_source(str(make_zip(tmp_path / "f.zip", names, directories=directories)), split_seed=3)
+    assert content(packed) == content(folder)
+    assert packed.classes == folder.classes == CLASSES
+    for name, part in folder.parts.items():
+        for i in range(0, len(part), 5):
+            assert np.array_equal(packed.parts[name].image(i), part.image(i))
+
+
+def test_files_of_macos_in_a_zip_are_no_images(tmp_path: Path) -> None:
+    names = names_in("")
+    extra = ("__MACOSX/ant/._0.png", "__MACOSX/._ant", "__MACOSX/dog/._1.png")
+    plain = load_source(str(make_zip(tmp_path / "a.zip", names)))
+    packed = load_source(str(make_zip(tmp_path / "b.zip", names, extra=extra)))
+    assert content(packed) == content(plain)
+    assert packed.classes == CLASSES
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_one_outer_folder_in_a_zip_is_looked_through(tmp_path: Path, layout: str) -> None:
+    names = LAYOUTS[layout]
+    options = {"val_fraction": 0, "test_fraction": 0}
+    folder = load_source(str(make_folder(tmp_path / "f", names)), **options)
+    extra = ("__MACOSX/photos/ant/._0.png",)
+    packed = load_source(str(make_zip(tmp_path / "p.zip", names, "photos/", True, extra)), **options)
+    assert content(packed, "photos/") == content(folder)
+    assert packed.classes == CLASSES
+    part = packed.part("train")
+    assert np.array_equal(part.image(4), folder.part("train").image(4))
+
+
+@pytest.mark.parametrize("layout", ["one level", "train, test"])
+def test_one_outer_folder_in_a_zip_changes_no_split(tmp_path: Path, layout: str) -> None:
+    names = LAYOUTS[layout]
+    folder = load_source(str(make_folder(tmp_path / "f", names)))
+    packed = load_source(str(make_zip(tmp_path / "p.zip", names, "photos/")))
+    assert content(packed, "photos/") == content(folder)
+
+
+@pytest.mark.parametrize("validation", ["val", "validation"])
+def test_three_parts_are_taken_as_they_are(tmp_path: Path, validation: str) -> None:
+    names = names_in("train/") + names_in(f"{validation}/", 2) + names_in("test/", 3)
+    source = load_source(str(make_folder(tmp_path, names)))
+    assert list(source.parts) == ["train", "val", "test"]
+    for folder, part in (("train", "train"), (validation, "val"), ("test", "test")):
+        assert set(source.part(part).names) == {name for name in names if name.startswith(f"{folder}/")}
+    assert source.left_out == {}
+
+
+def test_names_and_labels_agree(tmp_path: Path) -> None:
+    source = load_source(str(make_folder(tmp_path, names_in(""))))
+    for part in source.parts.values():
+        for name, label in zip(part.names, part.labels, strict=True):
+            assert part.classes[label] == name.split("/")[0]
+
+
+def test_validation_is_cut_from_train_never_from_test(tmp_path: Path) -> None:
+    names = names_in("train/") + names_in("test/", 3)
+    source = load_source(str(make_folder(tmp_path, names)), val_fraction=0.3, test_fraction=0.9)
+    assert {name: len(part) for name, part in source.parts.items()} == {"train": 21, "val": 9, "test": 9}
+    assert all(name.startswith("train/") for name in source.part("val").names)
+    assert all(name.startswith("test/") for name in source.part("test").names)
+    assert set(source.part("train").names) | set(source.part("val").names) == set(names_in("train/"))
+    assert "30% of each training class" in source.how
+    assert "test" not in source.how.replace(str(tmp_path), "")
+
+
+def test_class_folders_alone_are_split_into_three_parts(tmp_path: Path) -> None:
+    folder = str(make_folder(tmp_path, names_in("")))
+    source = load_source(folder, val_fraction=0.25, test_fraction=0.2)
+    assert {name: len(part) for name, part in source.parts.items()} == {"train": 18, "val": 6, "test": 6}
+    together = [name for part in source.parts.values() for name in part.names]
+    assert sorted(together) == sorted(names_in(""))
+    assert load_source(folder, split_seed=1).part("test").names != source.part("test").names
+    assert "20% of each class cut off for test (split seed 0)" in source.how
+
+
+def test_fractions_of_zero_cut_nothing_off(tmp_path: Path) -> None:
+    source = load_source(str(make_folder(tmp_path, names_in(""))), val_fraction=0, test_fraction=0)
+    assert {name: len(part) for name, part in source.parts.items()} == {"train": 30}
+
+
+@pytest.mark.parametrize("ending", [".JPEG", ".Jpg", ".jpg", ".jpeg", ".PNG", ".WebP", ".bmp", ".GIF", ".TIF", ".tiff"])
+def test_every_spelling_of_an_ending_is_an_image(tmp_path: Path, ending: str) -> None:
+    kind = {"jpeg": "JPEG", "jpg": "JPEG", "tif": "TIFF"}.get(ending[1:].lower(), ending[1:].upper())
+    for c in CLASSES:
+        (tmp_path / c).mkdir()
+        (tmp_path / c / f"a.b c{ending}").write_bytes(picture(c, kind))
+    source = load_source(str(tmp_path))
+    assert source.part("train").names == tuple(f"{c}/a.b c{ending}" for c in CLASSES)
+    assert source.part("train").image(2).size == (6, 5)
+
+
+def test_files_that_are_no_images_are_counted_by_ending(tmp_path: Path) -> None:
+    others = ["ant/notes.txt", "ant/B.TXT", "bee/table.csv", "ant/README"]
+    folder = make_folder(tmp_path, names_in("") + others)
+    assert load_source(str(folder)).left_out == {".txt": 2, ".csv": 1, "ant/README": 1}
+
+
+@pytest.mark.parametrize("layout", ["", "train/"])
+def test_loose_images_are_counted_and_left_out(tmp_path: Path, layout: str) -> None:
+    loose = [f"{layout}lying.png", f"{layout}about.png"]
+    source = load_source(str(make_folder(tmp_path, names_in(layout) + loose)))
+    assert source.left_out == {"images outside the class folders": 2}
+    assert sum(len(part) for part in source.parts.values()) == 30
+
+
+def test_folders_beside_the_parts_are_counted_as_loose(tmp_path: Path) -> None:
+    source = load_source(str(make_folder(tmp_path, [*names_in("train/"), "extra/ant/1.png", "top.png"])))
+    assert source.left_out == {"images outside the class folders": 2}
+    assert source.classes == CLASSES
+
+
+def test_a_class_without_images_is_named(tmp_path: Path) -> None:
+    make_folder(tmp_path / "f", names_in(""))
+    (tmp_path / "f" / "dog").mkdir()
+    with pytest.raises(UserError, match=r"class 'dog' of .* holds no images: add some, or remove the folder"):
+        load_source(str(tmp_path / "f"))
+    packed = make_zip(tmp_path / "f.zip", names_in(""))
+    with zipfile.ZipFile(packed, "a") as file:
+        file.writestr("dog/", b"")
+    with pytest.raises(UserError, match="class 'dog' of .* holds no images"):
+        load_source(str(packed))
+
+
+def test_a_class_without_images_in_one_part_is_named(tmp_path: Path) -> None:
+    make_folder(tmp_path, names_in("train/") + names_in("test/"))
+    (tmp_path / "test" / "dog").mkdir()
+    with pytest.raises(UserError, match=r"class 'dog' of .*/test holds no images"):
+        load_source(str(tmp_path))
+
+
+def test_hidden_folders_are_no_classes(tmp_path: Path) -> None:
+    source = load_source(str(make_folder(tmp_path, [*names_in(""), ".thumbnails/ant.png"])))
+    assert source.classes == CLASSES
+
+
+def test_no_images_at_all(tmp_path: Path) -> None:
+    make_folder(tmp_path, ["ant/a.txt", "bee/b.txt"])
+    with pytest.raises(UserError, match=r"holds no images \(2 files, none of \.bmp, .*\): give a folder with images"):
+        load_source(str(tmp_path))
+
+
+@pytest.mark.parametrize("folder", ["", "train/"])
+def test_images_without_class_folders(tmp_path: Path, folder: str) -> None:
+    make_folder(tmp_path, [f"{folder}{i}.png" for i in range(4)])
+    with pytest.raises(UserError, match=r"holds 4 images but no class folders: put each class in a folder"):
+        load_source(str(tmp_path))
+
+
+def test_both_val_and_validation(tmp_path: Path) -> None:
+    make_folder(tmp_path, names_in("train/") + names_in("val/") + names_in("validation/"))
+    with pytest.raises(UserError, match="has both val and validation: keep one of them"):
+        load_source(str(tmp_path))
+
+
+def test_a_class_that_only_test_has(tmp_path: Path) -> None:
+    make_folder(tmp_path, [*names_in("train/"), *names_in("test/"), "test/dog/1.png"])
+    with pytest.raises(UserError, match="class 'dog' is in test but not in train: add its images there, or remove it"):
+        load_source(str(tmp_path))
+
+
+def test_a_class_that_test_lacks_shifts_no_label(tmp_path: Path) -> None:
+    test = [name for name in names_in("test/") if "/ant/" not in name]
+    source = load_source(str(make_folder(tmp_path, names_in("train/") + test)))
+    part = source.part("test")
+    assert part.classes == CLASSES
+    assert [CLASSES[label] for label in part.labels] == [name.split("/")[1] for name in part.names]
+    assert set(part.labels) == {1, 2}
+
+
+@pytest.mark.parametrize(("wrong", "near"), [("digit", "digits"), ("cifar-10", "cifar10"), ("cifar", "cifar10")])
+def test_an_unknown_name_is_told_the_nearest(wrong: str, near: str) -> None:
+    with pytest.raises(UserError, match=rf"no data at '{wrong}': did you mean {near}\? give a folder"):
+        load_source(wrong)
+
+
+def test_an_unknown_name_with_nothing_near_is_told_all_names() -> None:
+    with pytest.raises(UserError, match=r"no data at '/no/where': give a folder .* or one of digits, cifar10"):
+        load_source("/no/where")
+
+
+def test_a_file_that_is_no_zip(tmp_path: Path) -> None:
+    (tmp_path / "a.tar").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"a\.tar is a file but no \.zip: give a folder of images"):
+        load_source(str(tmp_path / "a.tar"))
+
+
+@pytest.mark.parametrize("data", [b"", b"no zip at all", picture("a")])
+def test_a_zip_that_is_none(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "a.zip").write_bytes(data)
+    with pytest.raises(UserError, match=r"a\.zip is not a sound zip file .*: pack or copy it again"):
+        load_source(str(tmp_path / "a.zip"))
+
+
+# Zips with entries that cannot be unpacked
+
+
+def damaged_zip(path: Path, method: int, damage: Callable[[bytearray, int, int], None]) -> Path:
+    """A zip whose entry ant/1.png is damaged; its local header starts at an offset, its data end at another."""
+    with zipfile.ZipFile(path, "w", method) as file:
+        for name in names_in("", 3):
+            file.writestr(name, picture(name))
+    with zipfile.ZipFile(path) as file:
+        info = file.getinfo("ant/1.png")
+    data = bytearray(path.read_bytes())
+    start = info.header_offset + 30 + len(info.filename)
+    damage(data, info.header_offset, start + info.compress_size)
+    path.write_bytes(data)
+    return path
+
+
+def spoil(data: bytearray, header: int, end: int) -> None:
+    for at in range(end - 40, end - 20):
+        data[at] ^= 0x5A
+
+
+def encrypt(data: bytearray, header: int, end: int) -> None:
+    """Sets the flag in both headers, as an encrypted entry has it."""
+    data[header + 6] |= 1
+    at = -1
+    while (at := data.find(b"PK\1\2", at + 1)) >= 0:
+        if data[at + 46 : at + 46 + 9] == b"ant/1.png":
+            data[at + 8] |= 1
+
+
+@pytest.mark.parametrize(
+    ("method", "damage"),
+    [
+        pytest.param(zipfile.ZIP_STORED, spoil, id="stored"),
+        pytest.param(zipfile.ZIP_DEFLATED, spoil, id="deflated"),
+        pytest.param(zipfile.ZIP_BZIP2, spoil, id="bzip2"),
+        pytest.param(zipfile.ZIP_LZMA, spoil, id="lzma"),
+        pytest.param(zipfile.ZIP_STORED, encrypt, id="encrypted"),
+    ],
+)
+def test_an_entry_that_cannot_be_unpacked_is_one_unreadable_image(tmp_path: Path, method: int, damage) -> None:
+    path = damaged_zip(tmp_path / "a.zip", method, damage)
+    part = load_source(str(path), val_fraction=0, test_fraction=0).part("train")
+    with pytest.raises(UnreadableImage, match=r"a\.zip/ant/1\.png cannot be unpacked: .*; pack the zip again"):
+        part.image(part.names.index("ant/1.png"))
+    for name in set(part.names) - {"ant/1.png"}:
+        part.image(part.names.index(name))
+
+
+def test_a_zip_of_a_version_to_come_is_not_sound(tmp_path: Path) -> None:
+    def age(data: bytearray, header: int, end: int) -> None:
+        data[data.find(b"PK\1\2") + 6] = 119
+
+    with pytest.raises(UserError, match="is not a sound zip file"):
+        load_source(str(damaged_zip(tmp_path / "a.zip", zipfile.ZIP_STORED, age)))
+
+
+def test_a_name_that_is_no_utf8_is_a_name_all_the_same(tmp_path: Path) -> None:
+    make_folder(tmp_path, names_in(""))
+    name = "ant/\udcff.png"  # as Python shows the byte 0xff
+    (tmp_path / name).write_bytes(picture("x"))
+    assert name in load_source(str(tmp_path)).part("all").names
+
+
+def test_a_zip_store_is_opened_again_after_pickling(tmp_path: Path) -> None:
+    part = load_source(str(make_zip(tmp_path / "a.zip", names_in("")))).part("train")
+    part.image(0)
+    copy = pickle.loads(pickle.dumps(part))
+    assert np.array_equal(copy.image(3), part.image(3))
+
+
+def test_max_pixels_reaches_the_decoder(tmp_path: Path) -> None:
+    part = load_source(str(make_folder(tmp_path, names_in(""))), max_pixels=29).part("train")
+    with pytest.raises(UnreadableImage, match="6 × 5 pixels, above the limit of 29"):
+        part.image(0)
+
+
+# Parts
+
+
+def small_part(classes: tuple[str, ...], labels: list[int]) -> Part:
+    names = tuple(f"{i}.png" for i in range(len(labels)))
+    pixels = np.arange(len(labels), dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 2, 3), np.uint8)
+    return Part(store=ArrayStore(pixels, names), names=names, labels=np.array(labels), classes=classes)
+
+
+def test_relabelling_goes_by_name_so_a_missing_class_shifts_none() -> None:
+    part = small_part(("bee", "dog"), [0, 1, 1, 0]).relabelled(("ant", "dog", "cat", "bee"))
+    assert part.labels.tolist() == [3, 1, 1, 3]
+    assert part.classes == ("ant", "dog", "cat", "bee")
+    assert part.names == ("0.png", "1.png", "2.png", "3.png")
+
+
+def test_relabelling_with_a_class_the_model_does_not_know() -> None:
+    with pytest.raises(UserError, match=r"1 class\(es\) of the data are unknown to the model \('dog'\); it knows 'ant'"):
+        small_part(("bee", "dog"), [0, 1]).relabelled(("ant", "bee"))
+
+
+def test_a_subset_keeps_names_labels_and_pixels_together() -> None:
+    part = small_part(("a", "b"), [0, 1, 1, 0]).subset(np.array([3, 1]))
+    assert (part.names, part.labels.tolist(), len(part)) == (("3.png", "1.png"), [0, 1], 2)
+    assert [np.asarray(part.image(i)).max() for i in range(2)] == [3, 1]
+
+
+def test_all_is_every_image_of_every_part(tmp_path: Path) -> None:
+    source = load_source(str(make_folder(tmp_path, names_in("train/") + names_in("test/", 3))))
+    part = source.part("all")
+    assert sorted(part.names) == sorted(names_in("train/") + names_in("test/", 3))
+    assert [CLASSES[label] for label in part.labels] == [name.split("/")[1] for name in part.names]
+    assert [part.image(i).size for i in range(len(part))] == [(6, 5)] * 39
+
+
+def test_a_part_that_is_not_there_is_told_those_that_are(tmp_path: Path) -> None:
+    source = load_source(str(make_folder(tmp_path, names_in("test/"))))
+    with pytest.raises(UserError, match="there is no train part in this source: it has test, or all"):
+        source.part("train")
+
+
+# Built-in names
+
+
+def test_digits_are_those_of_scikit_learn() -> None:
+    from sklearn.datasets import load_digits
+
+    expected = load_digits()
+    part = load_source("digits").part("all")
+    assert len(part) == 1797
+    assert part.classes == tuple("0123456789")
+    seen = set()
+    for i, name in enumerate(part.names):
+        index = int(name.split("/")[1].removesuffix(".png"))
+        seen.add(index)
+        assert part.labels[i] == expected.target[index]
+        pixels = np.asarray(part.image(i)).astype(float)
+        assert pixels.shape == (8, 8, 3)
+        assert np.abs(pixels - expected.images[index][..., None] * 255 / 16).max() <= 0.5
+    assert seen == set(range(1797))
+
+
+def test_digits_are_split_by_class() -> None:
+    source = load_source("digits")
+    assert list(source.parts) == ["train", "val", "test"]
+    for label in range(10):
+        counts = {name: int((part.labels == label).sum()) for name, part in source.parts.items()}
+        total = sum(counts.values())
+        assert 0.2 * total <= counts["test"] < 0.2 * total + 1
+        assert 0.1 * (total - counts["test"]) <= counts["val"] < 0.1 * (total - counts["test"]) + 1
+
+
+class FakeCifar:
+    """What of torchvision's CIFAR10 is used."""
+
+    asked: list[tuple[Path, bool, bool]]
+    classes = ("plane", "car")
+
+    def __init__(self, root: Path, train: bool, download: bool) -> None:
+        type(self).asked.append((Path(root), train, download))
+        n = 20 if train else 6
+        self.targets = [i % 2 for i in range(n)]
+        self.data = np.arange(n, dtype=np.uint8)[:, None, None, None] * np.ones((1, 32, 32, 3), np.uint8)
+        self.data += 0 if train else 100
+
+
+@pytest.fixture
+def cifar(monkeypatch: pytest.MonkeyPatch) -> type[FakeCifar]:
+    datasets = pytest.importorskip("torchvision.datasets")
+    FakeCifar.asked = []
+    monkeypatch.setattr(datasets, "CIFAR10", FakeCifar)
+    return FakeCifar
+
+
+def test_cifar10_by_name_is_downloaded_into_the_cache(cifar, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLP_MIXER_DATA", str(tmp_path))
+    source = load_source("cifar10")
+    assert cifar.asked == [(tmp_path, True, True), (tmp_path, False, True)]
+    assert {name: len(part) for name, part in source.parts.items()} == {"train": 18, "val": 2, "test": 6}
+    assert source.classes == ("plane", "car")
+    assert np.asarray(source.part("test").image(3)).tolist() == np.full((32, 32, 3), 103).tolist()
+    assert source.part("test").labels.tolist() == [0, 1] * 3
+
+
+def test_a_folder_that_holds_cifar10s_batches_is_cifar10(cifar, tmp_path: Path) -> None:
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    source = load_source(str(tmp_path))
+    assert cifar.asked == [(tmp_path, True, False), (tmp_path, False, False)]
+    assert source.classes == ("plane", "car")
+
+
+def test_all_of_cifar10_has_the_images_of_both_parts(cifar, tmp_path: Path) -> None:
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    part = load_source(str(tmp_path)).part("all")
+    values = sorted(int(np.asarray(part.image(i)).max()) for i in range(len(part)))
+    assert values == [*range(20), *range(100, 106)]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("not found\nor corrupted"), OSError("no network"), TimeoutError()])
+def test_cifar10_that_cannot_be_had_is_a_failed_run(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_args, **_options) -> None:
+        raise error
+
+    monkeypatch.setattr(pytest.importorskip("torchvision.datasets"), "CIFAR10", fail)
+    monkeypatch.setenv("MLP_MIXER_DATA", str(tmp_path))
+    with pytest.raises(RunError, match=r"CIFAR-10 could not be had \(.*\): check the network, or put its") as caught:
+        load_source("cifar10")
+    assert "\n" not in str(caught.value)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_cifar10_without_torchvision_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "torchvision.datasets", None)
+    with pytest.raises(UserError, match=r"needs torchvision: pip install 'mlp-mixer\[datasets\]'"):
+        load_source("cifar10")

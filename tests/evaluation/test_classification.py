@@ -1,0 +1,141 @@
+"""Scores against values worked out by hand, with a model that says what it is told to."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import mlp_mixer
+from mlp_mixer.card import Card, Preprocessing
+from mlp_mixer.data.images import UnreadableImage
+from mlp_mixer.data.sources import Part
+from mlp_mixer.errors import UserError
+from mlp_mixer.evaluation.classification import classify
+
+# of each image: its true class (None: unreadable, of class 4), and the classes as the model ranks them
+IMAGES = [
+    (0, (0, 1, 2, 3, 4, 5, 6)),
+    (1, (2, 1, 0, 3, 4, 5, 6)),
+    (2, (2, 1, 0, 3, 4, 5, 6)),
+    (2, (3, 4, 5, 6, 0, 1, 2)),
+    (None, (4, 3, 2, 1, 0, 5, 6)),
+    (6, (6, 5, 4, 3, 2, 1, 0)),
+    (3, (0, 1, 2, 4, 5, 3, 6)),
+]
+CLASSES = tuple("abcdefg")
+
+
+class Told(nn.Module):
+    """Finds an image's number in its red, and answers with the logits 7, 6, … 1 down its ranking."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config, self.image_size = {"num_classes": 7}, (4, 4)
+        self.card = Card(preprocessing=Preprocessing(crop_ratio=1.0))
+        self.inner = nn.Dropout()
+        self.seen: list[int] = []
+        self.was_training: list[bool] = []
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        self.was_training.append(self.training or self.inner.training)
+        numbers = ((images[:, 0, 0, 0] * 0.5 + 0.5) * 255).round().int().tolist()
+        self.seen += numbers
+        logits = torch.empty(len(numbers), 7)
+        for row, number in enumerate(numbers):
+            logits[row, list(IMAGES[number - 1][1])] = torch.arange(7.0, 0, -1)  # numbers start at 1, black is 0
+        return logits
+
+
+class Numbered:
+    def open(self, name: str, max_pixels: int) -> Image.Image:
+        number = int(name)
+        if IMAGES[number - 1][0] is None:
+            raise UnreadableImage(f"{name} cannot be read: it is none; replace it")
+        return Image.new("RGB", (4, 4), (number, 0, 0))
+
+
+def part(numbers=range(1, 8)) -> Part:
+    labels = np.array([4 if (label := IMAGES[n - 1][0]) is None else label for n in numbers])
+    return Part(store=Numbered(), names=tuple(map(str, numbers)), labels=labels, classes=CLASSES)
+
+
+def scored(model=None, of=None, **options):
+    return classify(
+        model or Told(), part() if of is None else of, device=torch.device("cpu"), precision=torch.float32, **options
+    )
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 7, 256])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_scores_by_hand(batch_size: int, workers: int) -> None:
+    result = scored(batch_size=batch_size, workers=workers)
+    assert result.indices.tolist() == [0, 1, 2, 3, 5, 6]
+    assert result.labels.tolist() == [0, 1, 2, 2, 6, 3]
+    assert result.best.tolist() == [list(ranks[:5]) for label, ranks in IMAGES if label is not None]
+    assert result.top1 == 3 / 6
+    assert result.top5 == 4 / 6
+    rest = math.log(sum(math.exp(-k) for k in range(7)))
+    assert result.loss == pytest.approx((0 + 1 + 0 + 6 + 0 + 5) / 6 + rest)
+    assert result.probabilities[0] == pytest.approx([math.exp(-k - rest) for k in range(5)])
+    expected = np.zeros((7, 7), dtype=int)
+    for true, predicted in ((0, 0), (1, 2), (2, 2), (2, 3), (6, 6), (3, 0)):
+        expected[true, predicted] += 1
+    assert result.confusion.tolist() == expected.tolist()
+    assert [tuple(row) for row in result.per_class()] == [
+        ("a", 1, 1.0, 1 / 2),
+        ("b", 1, 0.0, None),
+        ("c", 2, 1 / 2, 1 / 2),
+        ("d", 1, 0.0, 0.0),
+        ("e", 0, None, None),
+        ("f", 0, None, None),
+        ("g", 1, 1.0, 1.0),
+    ]
+    assert result.unreadable == {"5": "5 cannot be read: it is none; replace it"}
+
+
+def test_top5_of_five_classes_says_nothing() -> None:
+    model = mlp_mixer.create(
+        num_classes=5, image_size=4, patch_size=4, num_blocks=1, hidden_dim=4, tokens_mlp_dim=2, channels_mlp_dim=4
+    )
+    few = Part(store=Numbered(), names=("1", "2"), labels=np.array([0, 4]), classes=CLASSES[:5])
+    result = scored(model, few)
+    assert result.top5 is None
+    assert result.best.shape == (2, 5)
+
+
+def test_no_image_that_can_be_read() -> None:
+    with pytest.raises(UserError, match=r"none of the 1 images can be read; the first: 5 cannot be read"):
+        scored(of=part([5]))
+
+
+def test_a_model_without_a_head() -> None:
+    model = Told()
+    model.config = {"num_classes": 0}
+    with pytest.raises(UserError, match="no head"):
+        scored(model)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_mode_of_the_model_is_restored(training: bool) -> None:
+    model = Told().train(training)
+    scored(model, batch_size=2)
+    assert model.was_training == [False] * 4
+    assert model.training is training
+    assert model.inner.training is training
+
+
+def test_progress_reaches_the_number_of_images() -> None:
+    told: list[tuple[int, int]] = []
+    scored(batch_size=3, on_progress=lambda done, total: told.append((done, total)))
+    assert told == [(3, 7), (6, 7), (7, 7)]
+
+
+def test_gradients_are_not_kept(colour_weights: Path) -> None:
+    model = mlp_mixer.load(colour_weights)
+    few = Part(store=Numbered(), names=("1", "2"), labels=np.array([0, 2]), classes=("blue", "green", "red"))
+    scored(model, few)
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())

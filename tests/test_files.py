@@ -1,0 +1,91 @@
+"""Files that are there whole or not at all."""
+
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mlp_mixer.files import replacing, write_text
+
+
+@pytest.fixture
+def umask() -> Iterator[None]:
+    """Restores the process's file mode creation mask."""
+    before = os.umask(0o022)
+    os.umask(before)
+    yield
+    os.umask(before)
+
+
+def test_what_is_written_takes_the_place(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with replacing(path) as temporary:
+        assert temporary.parent == tmp_path  # the same file system, so that the last step is one
+        assert temporary != path
+        temporary.write_text("new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("error", [ValueError, OSError, KeyboardInterrupt, SystemExit, GeneratorExit])
+@pytest.mark.parametrize("existing", [True, False])
+def test_any_exception_leaves_everything_as_it_was(tmp_path: Path, error: type[BaseException], existing: bool) -> None:
+    path = tmp_path / "a.txt"
+    if existing:
+        path.write_text("old")
+
+    def fail() -> None:
+        with replacing(path) as temporary:
+            temporary.write_text("half")
+            raise error("stop")
+
+    with pytest.raises(error, match="stop"):
+        fail()
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == ({"a.txt": "old"} if existing else {})
+
+
+def test_a_failing_sync_leaves_everything_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_handle: int) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    (tmp_path / "a.txt").write_text("old")
+    with pytest.raises(OSError, match="disk full"):
+        write_text(tmp_path / "a.txt", "new")
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"a.txt": "old"}
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_permissions_are_those_of_any_new_file(tmp_path: Path, umask: None, mask: int, mode: int) -> None:
+    os.umask(mask)
+    write_text(tmp_path / "a.txt", "x")
+    assert stat.S_IMODE((tmp_path / "a.txt").stat().st_mode) == mode
+    assert os.umask(mask) == mask  # looking at the mask has not changed it
+
+
+def test_the_bytes_are_on_the_disk_before_the_name_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    fsync, replace = os.fsync, Path.replace
+
+    def synced(handle: int) -> None:
+        calls.append(("fsync", os.fstat(handle).st_ino, os.fstat(handle).st_size))
+        fsync(handle)
+
+    def replaced(self: Path, target: Path) -> Path:
+        calls.append(("replace", self.stat().st_ino, self.stat().st_size))
+        return replace(self, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Path, "replace", replaced)
+    write_text(tmp_path / "a.txt", "four")
+    inode = (tmp_path / "a.txt").stat().st_ino
+    assert calls[:2] == [("fsync", inode, 4), ("replace", inode, 4)]
+
+
+def test_text_is_utf8_whatever_the_locale(tmp_path: Path) -> None:
+    write_text(tmp_path / "a.txt", "σ −1\n")
+    assert (tmp_path / "a.txt").read_bytes() == "σ −1\n".encode()
