@@ -5,7 +5,7 @@ import io
 import logging
 import struct
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -140,7 +140,7 @@ class TrainedRun:
 
 
 @pytest.fixture(scope="session")
-def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrainedRun]:
+def digits_run(tmp_path_factory: pytest.TempPathFactory) -> TrainedRun:
     """The embedded digits, two epochs, with --json."""
     out = tmp_path_factory.mktemp("digits") / "run"
-    yield TrainedRun(out, call("train", "--epochs", 2, *TINY, "--out", out, "--json"))
+    return TrainedRun(out, call("train", "--epochs", 2, *TINY, "--out", out, "--json"))

@@ -120,7 +120,7 @@ class Mixer(nn.Module):
         self.config = {key: value for key, value in locals().items() if key not in ("self", "seed", "__class__")}
         self.config |= {"image_size": as_pair(image_size), "patch_size": as_pair(patch_size)}
         check(self.config)
-        self.image_size, self.patch_size = as_pair(image_size), as_pair(patch_size)
+        self.image_size, self.patch_size = self.config["image_size"], self.config["patch_size"]
         self.grid = (self.image_size[0] // self.patch_size[0], self.image_size[1] // self.patch_size[1])
         self.card = Card()
 
@@ -200,11 +200,16 @@ def as_pair(size: Size) -> tuple[int, int]:
 
 
 def check(config: dict) -> None:
+    """Holds the arguments of ``Mixer`` to what they may be; counts become plain integers."""
     counts = ("num_blocks", "hidden_dim", "tokens_mlp_dim", "channels_mlp_dim", "in_channels")
     for key in (*counts, "num_classes"):
         least = 1 if key in counts else 0
-        if not isinstance(config[key], int) or config[key] < least:
-            raise UserError(f"{key} = {config[key]!r}: a whole number, at least {least}")
+        try:
+            config[key] = operator.index(config[key])
+        except TypeError:
+            raise UserError(f"{key} = {config[key]!r}: a whole number, at least {least}") from None
+        if config[key] < least:
+            raise UserError(f"{key} = {config[key]}: a whole number, at least {least}")
     for key in ("image_size", "patch_size"):
         if min(config[key]) < 1:
             raise UserError(f"{key} = {config[key]}: at least 1 pixel")

@@ -26,7 +26,9 @@ def evaluation(image_size: tuple[int, int], **options) -> EvaluationView:
     return EvaluationView(image_size=image_size, preprocessing=Preprocessing(**options))
 
 
-def training(image_size: tuple[int, int], train_crop: str, padding: int = 0, flip: bool = False, **options) -> TrainingView:
+def training(
+    image_size: tuple[int, int], train_crop: str, padding: int = 0, flip: bool = False, **options
+) -> TrainingView:
     return TrainingView(
         image_size=image_size,
         preprocessing=Preprocessing(**options),
@@ -41,7 +43,7 @@ def generator(seed: int) -> np.random.Generator:
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("target", [(8, 8), (64, 64), (24, 96), (100, 12), (1, 1)])
+@pytest.mark.parametrize("target", [(8, 8), (64, 64), (24, 96), (100, 12), (1, 5)])
 @pytest.mark.parametrize("crop", ["resmall", "resize"])
 @pytest.mark.parametrize("ratio", [224 / 256, 1.0, 0.5])
 def test_evaluation_view_has_the_models_size(size: tuple, target: tuple, crop: str, ratio: float) -> None:
@@ -50,6 +52,10 @@ def test_evaluation_view_has_the_models_size(size: tuple, target: tuple, crop: s
     for train_crop in ("none", "pad", "inception"):
         view = training(target, train_crop, 2, True, crop=crop, crop_ratio=ratio)
         assert view(image, generator(0)).shape == (3, *target)
+
+
+def test_a_target_of_one_pixel() -> None:
+    assert evaluation((1, 1))(photo(9, 9)).shape == (3, 1, 1)
 
 
 @pytest.mark.parametrize("interpolation", ["nearest", "bilinear", "bicubic"])

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import resource
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from safetensors.torch import save_file
 import mlp_mixer.model
 import mlp_mixer.weights.own as own
 from mlp_mixer.card import Card, Preprocessing
-from mlp_mixer.errors import UserError
+from mlp_mixer.errors import RunError, UserError
 from mlp_mixer.model import Mixer
 from mlp_mixer.weights.own import load, save
 
@@ -60,7 +61,9 @@ def test_round_trip_is_bit_exact(tmp_path: Path, options: dict) -> None:
     save(model, tmp_path / "m.safetensors")
     again = load(str(tmp_path / "m.safetensors"))
     assert again.config == model.config
-    assert [(type(value), key) for key, value in again.config.items()] == [(type(v), k) for k, v in model.config.items()]
+    assert [(type(value), key) for key, value in again.config.items()] == [
+        (type(v), k) for k, v in model.config.items()
+    ]
     before, after = model.state_dict(), again.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) and before[name].dtype == after[name].dtype for name in before)
@@ -245,6 +248,19 @@ def test_a_failing_write_leaves_the_file_as_it_was(saved: Path, monkeypatch: pyt
         save(make(seed=1), saved)
     with pytest.raises(OSError, match="No space left"):
         save(make(seed=1), saved.with_name("new.safetensors"))
+    assert saved.read_bytes() == before
+    assert list(saved.parent.iterdir()) == [saved]
+
+
+def test_a_full_disk_is_a_failed_run(saved: Path) -> None:
+    before = saved.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # no file may grow beyond: as good as a full disk
+    try:
+        with pytest.raises(RunError, match=r"saved\.safetensors cannot be written \(.*\): free some space"):
+            save(make(seed=1), saved)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert saved.read_bytes() == before
     assert list(saved.parent.iterdir()) == [saved]
 

@@ -2,6 +2,7 @@
 
 import difflib
 import importlib
+import io
 import logging
 import signal
 import sys
@@ -40,10 +41,14 @@ def main(argv: list[str] | None = None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in args
     args = [arg for arg in args if arg != "--debug"]
-    if not args or args[0] in ("-h", "--help", "help"):
-        print(HELP)
-        return 0
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # file names need not be text
     try:
+        if not args or args[0] in ("-h", "--help", "help"):
+            print(HELP)
+            sys.stdout.flush()
+            return 0
         if args[0] not in VERBS:
             near = difflib.get_close_matches(args[0], VERBS, 2)
             hint = f"did you mean {' or '.join(near)}? " if near else ""

@@ -53,8 +53,13 @@ class UnreadableImage(UserError):
 
 
 def is_image_name(name: str) -> bool:
-    """Whether the name ends like a picture's, in capitals or not."""
-    return PurePath(name).suffix.lower() in EXTENSIONS
+    """Whether the name ends like a picture's, in capitals or not, and is no hidden file's."""
+    return PurePath(name).suffix.lower() in EXTENSIONS and not is_hidden(name)
+
+
+def is_hidden(name: str) -> bool:
+    """Whether the file or a folder of it is hidden, or what macOS packs beside the files of a zip."""
+    return any(piece.startswith((".", "__MACOSX")) for piece in name.split("/"))
 
 
 def decode(data: bytes, name: str, max_pixels: int = MAX_PIXELS) -> Image.Image:

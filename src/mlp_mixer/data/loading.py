@@ -107,12 +107,16 @@ def training_batches(
 
 def evaluation_batches(part: Part, view: EvaluationView, *, batch_size: int, workers: int | None = None) -> DataLoader:
     """Every image of the part once, in order; the last batch may be short."""
+    if batch_size < 1:
+        raise UserError(f"batch size {batch_size}: at least 1 image")
     keys = [(0, index) for index in range(len(part))]
     order = [keys[at : at + batch_size] for at in range(0, len(keys), batch_size)]
     return loader(Views(part, view, 0), order, default_workers(part) if workers is None else workers)
 
 
 def loader(views: Views, order: TrainingOrder | list[list[tuple[int, int]]], workers: int) -> DataLoader:
+    if workers < 0:
+        raise UserError(f"{workers} workers: 0 loads images in this process, 1 or more in processes beside it")
     return DataLoader(
         views,
         batch_sampler=order,  # pyright: ignore[reportArgumentType]  # keys may be anything that __getitem__ takes

@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from PIL import Image
 
-from mlp_mixer.data.images import EXTENSIONS, MAX_PIXELS, is_image_name
+from mlp_mixer.data.images import EXTENSIONS, MAX_PIXELS, is_hidden, is_image_name
 from mlp_mixer.data.split import stratified
 from mlp_mixer.data.stores import ArrayStore, FolderStore, Store, ZipStore
 from mlp_mixer.errors import RunError, UserError
@@ -146,60 +146,62 @@ def cut(
 
 def read_tree(store: FolderStore | ZipStore, source: str) -> tuple[dict[str, Part], dict[str, int]]:
     """The parts of a folder or zip (or "all" of it, where it holds class folders), and how many files are no images."""
-    files, folders = list(store.names()), store.folders()
+    files = list(store.names())
     images = [name for name in files if is_image_name(name)]
     if not images:
         kinds = ", ".join(sorted(EXTENSIONS))
         raise UserError(f"{source} holds no images ({len(files)} files, none of {kinds}): give a folder with images")
-    left_out = Counter(PurePosixPath(name).suffix.lower() or name for name in files if not is_image_name(name))
-    prefix = outer_folder(images)
-    inside = {name.removeprefix(prefix): name for name in images}
-    top = {name.removeprefix(prefix).split("/")[0] for name in folders if name.startswith(prefix) and name != prefix}
-    named = {folder: PART_NAMES[folder] for folder in sorted(top & PART_NAMES.keys())}
+    if (outer := outer_folder(images)) is not None:
+        return read_tree(store.inside(outer), f"{source}/{outer}")
+    left_out = Counter(kind_of(name) for name in files if not is_image_name(name))
+    folders = [name for name in store.folders() if not is_hidden(name)]
+    named = {name: PART_NAMES[name.lower()] for name in folders if name.lower() in PART_NAMES}
+    for part_name in named.values():
+        twins = [folder for folder in named if named[folder] == part_name]
+        if len(twins) > 1:
+            raise UserError(f"{source} has {' and '.join(twins)}, the same part twice: keep one of them")
     if not named:
-        part, loose = read_classes(store, inside, folders, prefix, source)
+        part, loose = read_classes(store, images, folders, "", source)
         return {"all": part}, count_loose(left_out, loose)
-    if {"val", "validation"} <= named.keys():
-        raise UserError(f"{source} has both val and validation: keep one of them")
     parts: dict[str, Part] = {}
-    loose = [name for name in inside if name.split("/")[0] not in named]
+    loose = [name for name in images if name.split("/")[0] not in named]
     for folder, part_name in named.items():
-        below = {
-            name.removeprefix(f"{folder}/"): full for name, full in inside.items() if name.startswith(f"{folder}/")
-        }
-        parts[part_name], lying = read_classes(store, below, folders, f"{prefix}{folder}/", f"{source}/{folder}")
+        parts[part_name], lying = read_classes(store, images, folders, f"{folder}/", f"{source}/{folder}")
         loose += lying
     return parts, count_loose(left_out, loose)
 
 
 def read_classes(
-    store: Store, images: dict[str, str], folders: list[str], prefix: str, where: str
+    store: Store, images: Sequence[str], folders: Sequence[str], prefix: str, where: str
 ) -> tuple[Part, list[str]]:
-    """One folder a class, images at any depth below it: the part, and the images that lie in no class folder."""
-    below = (name.removeprefix(prefix) for name in folders if name.startswith(prefix))
-    classes = sorted({name.split("/")[0] for name in below if name and not name.startswith((".", "__MACOSX"))})
-    members = sorted(name for name in images if "/" in name and name.split("/")[0] in set(classes))
-    loose = sorted(images.keys() - set(members))
-    counts = Counter(name.split("/")[0] for name in members)
+    """One folder a class below the prefix, images at any depth; the part, and the images outside the class folders."""
+    classes = sorted({name.removeprefix(prefix).split("/")[0] for name in folders if name.startswith(prefix)})
+    below = sorted(name for name in images if name.startswith(prefix))
+    members = [name for name in below if "/" in name.removeprefix(prefix)]
+    counts = Counter(name.removeprefix(prefix).split("/")[0] for name in members)
     if not classes:
         raise UserError(
-            f"{where} holds {len(images)} images but no class folders: put each class in a folder of its own"
+            f"{where} holds {len(below)} images but no class folders: put each class in a folder of its own"
         )
     for name in classes:
         if not counts[name]:
             raise UserError(f"class {name!r} of {where} holds no images: add some, or remove the folder")
     position = {name: i for i, name in enumerate(classes)}
-    labels = np.array([position[name.split("/")[0]] for name in members], dtype=np.int64)
-    part = Part(store=store, names=tuple(images[name] for name in members), labels=labels, classes=tuple(classes))
-    return part, loose
+    labels = np.array([position[name.removeprefix(prefix).split("/")[0]] for name in members], dtype=np.int64)
+    part = Part(store=store, names=tuple(members), labels=labels, classes=tuple(classes))
+    return part, sorted(set(below) - set(members))
 
 
-def outer_folder(images: Sequence[str]) -> str:
-    """What all names start with where everything lies in one folder of folders, as zips are often packed; else ""."""
-    tops = {name.split("/")[0] for name in images if not name.startswith("__MACOSX/")}
-    if len(tops) == 1 and (top := next(iter(tops))) not in PART_NAMES and all(n.count("/") >= 2 for n in images):
-        return f"{top}/"
-    return ""
+def outer_folder(images: Sequence[str]) -> str | None:
+    """The one folder of folders that everything lies in, as zips are often packed; None where there is none."""
+    tops = {name.split("/")[0] for name in images}
+    if len(tops) > 1 or min(tops).lower() in PART_NAMES or min(name.count("/") for name in images) < 2:
+        return None
+    return min(tops)
+
+
+def kind_of(name: str) -> str:
+    return "hidden files" if is_hidden(name) else PurePosixPath(name).suffix.lower() or PurePosixPath(name).name
 
 
 def count_loose(left_out: Counter[str], loose: Sequence[str]) -> dict[str, int]:
@@ -225,19 +227,25 @@ def cifar10(root: Path | None = None) -> dict[str, Part]:
     except ImportError:
         raise UserError("cifar10 by name needs torchvision: pip install 'mlp-mixer[datasets]'") from None
     folder = root or Path(os.environ.get("MLP_MIXER_DATA", Path.home() / ".cache" / "mlp-mixer"))
-    parts: dict[str, Part] = {}
-    for name, train in (("train", True), ("test", False)):
-        try:
-            data = CIFAR10(folder, train=train, download=root is None)
-        except (OSError, RuntimeError) as error:
-            raise RunError(
-                f"CIFAR-10 could not be had ({str(error).splitlines()[0]}): check the network, or put its "
-                f"cifar-10-batches-py folder into {folder} (MLP_MIXER_DATA names another place)"
-            ) from None
-        names = tuple(f"{name}/{data.classes[label]}/{i:05d}.png" for i, label in enumerate(data.targets))
-        labels = np.array(data.targets, dtype=np.int64)
-        parts[name] = Part(store=ArrayStore(data.data, names), names=names, labels=labels, classes=tuple(data.classes))
-    return parts
+    try:
+        data = {name: CIFAR10(folder, train=name == "train", download=root is None) for name in ("train", "test")}
+    except (OSError, RuntimeError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise RunError(
+            f"CIFAR-10 could not be had ({reason}): check the network, or put its cifar-10-batches-py folder into "
+            f"{folder} (MLP_MIXER_DATA names another place)"
+        ) from None
+    classes = tuple(data["train"].classes)
+    names = {
+        name: tuple(f"{name}/{classes[label]}/{i:05d}.png" for i, label in enumerate(part.targets))
+        for name, part in data.items()
+    }
+    pixels = np.concatenate([part.data for part in data.values()])
+    store = ArrayStore(pixels, names["train"] + names["test"])
+    return {
+        name: Part(store=store, names=names[name], labels=np.array(part.targets, dtype=np.int64), classes=classes)
+        for name, part in data.items()
+    }
 
 
 BUILT_IN: dict[str, Callable[[], dict[str, Part]]] = {"digits": digits, "cifar10": cifar10}

@@ -16,8 +16,10 @@ def stratified(labels: np.ndarray, names: Sequence[str], fraction: float, seed: 
     cut = []
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label).tolist()
-        ranked = sorted(members, key=lambda i: hashlib.sha256(f"{seed}/{names[i]}".encode()).digest())
-        cut += ranked[: min(math.ceil(fraction * len(members)), len(members) - 1)]
+        ranked = sorted(
+            members, key=lambda i: hashlib.sha256(f"{seed}/{names[i]}".encode(errors="surrogateescape")).digest()
+        )
+        cut += ranked[: min(math.ceil(fraction * len(members) - 1e-9), len(members) - 1)]
     chosen = np.zeros(len(labels), dtype=bool)
     chosen[cut] = True
     return np.flatnonzero(~chosen), np.flatnonzero(chosen)

@@ -3,6 +3,7 @@
 A store can be pickled and sent to a worker process; a zip is opened again there.
 """
 
+import lzma
 import os
 import zipfile
 import zlib
@@ -41,51 +42,69 @@ class FolderStore:
 
     def names(self) -> Iterator[str]:
         """Every file below the root, relative, with forward slashes, in the same order on every machine."""
-        for folder, folders, files in os.walk(self.root, followlinks=True):
-            folders.sort()
+        for folder, _, files in self.walk():
             for file in sorted(files):
                 yield (Path(folder) / file).relative_to(self.root).as_posix()
 
     def folders(self) -> list[str]:
         """Every folder below the root, however empty."""
-        walk = os.walk(self.root, followlinks=True)
-        return [(Path(at) / f).relative_to(self.root).as_posix() for at, folders, _ in walk for f in sorted(folders)]
+        return [(Path(at) / name).relative_to(self.root).as_posix() for at, names, _ in self.walk() for name in names]
+
+    def walk(self) -> Iterator[tuple[str, list[str], list[str]]]:
+        """os.walk, sorted, through links to folders but never twice into the same one."""
+        seen = {self.root.resolve()}
+        for folder, folders, files in os.walk(self.root, followlinks=True):
+            new = {name: (Path(folder) / name).resolve() for name in sorted(folders)}
+            folders[:] = [name for name, place in new.items() if place not in seen]
+            seen |= set(new.values())
+            yield folder, folders, files
+
+    def inside(self, folder: str) -> "FolderStore":
+        """The store of a folder below the root; names are relative to it."""
+        return FolderStore(self.root / folder)
 
 
 class ZipStore:
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, prefix: str = "") -> None:
+        self.path, self.prefix = path, prefix  # "" or "folder/": only what lies in it
         self.opened: tuple[int, zipfile.ZipFile] | None = None  # by which process: a file's position cannot be shared
 
     def archive(self) -> zipfile.ZipFile:
         if self.opened is None or self.opened[0] != os.getpid():
             try:
                 self.opened = (os.getpid(), zipfile.ZipFile(self.path))
-            except (zipfile.BadZipFile, OSError) as error:
+            except (zipfile.BadZipFile, NotImplementedError, OSError) as error:
                 raise UserError(f"{self.path} is not a sound zip file ({error}): pack or copy it again") from None
         return self.opened[1]
 
     def open(self, name: str, max_pixels: int) -> Image.Image:
-        label = f"{self.path}/{name}"
-        check_bytes(self.archive().getinfo(name).file_size, label)
+        label = f"{self.path}/{self.prefix}{name}"
+        check_bytes(self.archive().getinfo(self.prefix + name).file_size, label)
         try:
-            data = self.archive().read(name)
-        except (zipfile.BadZipFile, zlib.error, OSError, RuntimeError, EOFError) as error:
+            data = self.archive().read(self.prefix + name)
+        except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, OSError, RuntimeError, EOFError) as error:
             raise UnreadableImage(f"{label} cannot be unpacked: {error}; pack the zip again") from None
         return decode(data, label, max_pixels)
 
     def names(self) -> Iterator[str]:
-        yield from sorted(name for name in self.archive().namelist() if not name.endswith("/"))
+        yield from (name for name in self.entries() if not name.endswith("/"))
 
     def folders(self) -> list[str]:
         found = set()
-        for name in self.archive().namelist():
+        for name in self.entries():
             pieces = name.split("/")[:-1]
             found |= {"/".join(pieces[: i + 1]) for i in range(len(pieces))}
         return sorted(found)
 
+    def entries(self) -> list[str]:
+        inside = (name.removeprefix(self.prefix) for name in self.archive().namelist() if name.startswith(self.prefix))
+        return sorted(name for name in inside if name)
+
+    def inside(self, folder: str) -> "ZipStore":
+        return ZipStore(self.path, f"{self.prefix}{folder}/")
+
     def __getstate__(self) -> dict:
-        return {"path": self.path, "opened": None}
+        return {"path": self.path, "prefix": self.prefix, "opened": None}
 
 
 class ArrayStore:

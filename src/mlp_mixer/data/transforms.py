@@ -120,7 +120,7 @@ def inception_box(
 
 
 def to_tensor(image: Image.Image | np.ndarray) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1)))
+    return torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())
 
 
 def normalise(pixels: Tensor, preprocessing: Preprocessing) -> Tensor:

@@ -1,6 +1,7 @@
 """Classification of a labelled part: every image once, sums divided once."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -82,10 +83,8 @@ def classify(
     check_head(model)
     labels, best, probabilities, indices, unreadable = [], [], [], [], {}
     loss = 0.0
-    training = model.training
-    model.eval().to(device)
     view = EvaluationView(image_size=model.image_size, preprocessing=model.card.preprocessing)
-    with torch.inference_mode():
+    with evaluating(model.to(device)), torch.inference_mode():
         for batch in evaluation_batches(part, view, batch_size=batch_size, workers=workers):
             with autocast(device, precision):
                 logits = model(normalise(batch.images.to(device), model.card.preprocessing)).float()
@@ -99,7 +98,6 @@ def classify(
             indices.append(batch.indices[batch.valid].numpy())
             unreadable |= {part.names[index]: problem for index, problem in batch.problems}
             on_progress(sum(map(len, labels)) + len(unreadable), len(part))
-    model.train(training)
     if len(unreadable) == len(part):
         raise UserError(f"none of the {len(part)} images can be read; the first: {next(iter(unreadable.values()), '')}")
     return Classification(
@@ -111,6 +109,17 @@ def classify(
         loss=loss / (len(part) - len(unreadable)),
         unreadable=unreadable,
     )
+
+
+@contextlib.contextmanager
+def evaluating(model: Mixer) -> Iterator[None]:
+    """In evaluation mode for as long as it takes."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 def check_head(model: Mixer) -> None:

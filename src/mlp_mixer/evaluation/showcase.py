@@ -7,13 +7,24 @@ import numpy as np
 from mlp_mixer.evaluation.classification import Classification
 from mlp_mixer.evaluation.report import Example, write_report
 from mlp_mixer.training.recipe import to_json_object
-from mlp_mixer.training.run import Run
+from mlp_mixer.training.run import Run, disk_error
 
 SHOWN = 24  # images of each grid
 
 
 def report(run: Run[Classification]) -> None:
-    """Writes ``report.html`` and ``examples/`` (held-out images to try ``mixer predict`` on) into the run's folder."""
+    """Writes ``report.html`` and ``examples/``, held-out images to try ``mixer predict`` on, into the run's folder.
+
+    Raises:
+        RunError: the disk is full; the weights are there all the same.
+    """
+    try:
+        write(run)
+    except OSError as error:
+        raise disk_error(run.out, error) from error
+
+
+def write(run: Run[Classification]) -> None:
     part = next((name for name in ("test", "val") if name in run.results), "test")
     result = run.results.get(part)
     chosen = spread(result) if result else []

@@ -63,6 +63,8 @@ def predict_stream(
 ) -> Iterator[Prediction]:
     """One prediction an image, in order; an image that cannot be read is a prediction that says why.
 
+    The model is moved to the device and put in evaluation mode.
+
     Args:
         model: with a head; class names come from its card, else they are the numbers of the logits.
         places: of the images, from ``find_images``.

@@ -44,7 +44,7 @@ def compiled(
             logits = forward(images)
         F.cross_entropy(logits.float(), labels).backward()
     except TorchDynamoException as error:  # what it wraps differs by backend
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if mode == "on":
             raise RunError(f"torch.compile failed ({reason}): install a C++ compiler, or use --compile off") from error
         log.warning("torch.compile does not work here (%s): training without it, slower", reason)

@@ -1,5 +1,6 @@
 """The one training loop."""
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
@@ -39,7 +40,7 @@ def train_steps(
     """Trains the model by one batch at a time; ``forward`` is the model itself or its compiled form."""
     for step, batch in enumerate(batches):
         model.train()
-        torch.manual_seed((seed << 32) + step)  # dropout and stochastic depth are a function of (seed, step)
+        torch.manual_seed(step_seed(seed, step))  # of dropout and stochastic depth
         rate = learning_rate(step)
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -55,3 +56,8 @@ def train_steps(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         yield Step(step + 1, batch, rate, loss.detach(), norm)
+
+
+def step_seed(seed: int, step: int) -> int:
+    """32 bits, which is all that torch's generator on the CPU takes of a seed, from the whole of (seed, step)."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{step}".encode()).digest()[:4], "little")

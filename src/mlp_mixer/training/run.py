@@ -89,6 +89,9 @@ def train(
     check(recipe)
     if out.exists():
         raise UserError(f"{out} exists: name another folder with --out, or remove it")
+    device = select_device(recipe.run.device)
+    with torch.device("meta"):
+        make_model(recipe, ("a", "b"))  # a mistake in the sizes is told before any data is read
     source = load_source(
         recipe.data.data,
         val_fraction=recipe.data.val_fraction,
@@ -102,9 +105,7 @@ def train(
             f"{recipe.data.data} has one class, {', '.join(source.classes)}: a classifier needs at least two"
         )
     source.part("train")
-    model = make_model(recipe, source)
-    device = select_device(recipe.run.device)
-    model.to(device)
+    model = make_model(recipe, source.classes).to(device)
     with folder(out):
         return run_in(out, recipe, source, model, device, evaluate, progress, command)
 
@@ -157,11 +158,12 @@ def run_in(
             for problem in unreadable.add(step.batch):
                 log.warning("%s (its place stays empty)", problem)
             epoch = step.step * settings.global_batch_size / len(part)
-            if step.step % recipe.run.log_every_steps == 0 or step.step == steps:
+            pause = step.step % evaluate_every == 0 or step.step == steps
+            if pause or step.step % recipe.run.log_every_steps == 0:
                 record = read_step(step, epoch, clock.rate(step.step * settings.global_batch_size))
                 write(record)
                 progress.update(step.step, steps, describe(record, settings.epochs))
-            if step.step % evaluate_every == 0 or step.step == steps:
+            if pause:
                 train_seconds += clock.stop()
                 if "val" in held_out:
                     result = evaluate(model, held_out["val"], device=device, precision=precision)
@@ -207,13 +209,13 @@ def run_in(
     return Run(out=out, recipe=recipe, summary=summary, metrics=metrics, model=model, source=source, results=results)
 
 
-def make_model(recipe: Recipe, source: Source) -> Mixer:
-    """The recipe's Mixer with a head for the source's classes, and the card that travels with it."""
+def make_model(recipe: Recipe, classes: tuple[str, ...]) -> Mixer:
+    """The recipe's Mixer with a head for these classes, and the card that travels with it."""
     sizes = asdict(recipe.model)
-    model = create(sizes.pop("model"), num_classes=len(source.classes), seed=recipe.run.seed, **sizes)
+    model = create(sizes.pop("model"), num_classes=len(classes), seed=recipe.run.seed, **sizes)
     data = recipe.data
     view = Preprocessing(crop=data.crop, crop_ratio=data.crop_ratio, interpolation=data.interpolation)
-    model.card = Card(classes=source.classes, preprocessing=view, provenance={"trained_with": "mlp-mixer"})
+    model.card = Card(classes=classes, preprocessing=view, provenance={"trained_with": "mlp-mixer"})
     return model
 
 
@@ -247,16 +249,23 @@ def make_schedule(recipe: Recipe, steps: int) -> Callable[[int], float]:
 @contextlib.contextmanager
 def folder(out: Path) -> Iterator[None]:
     """Makes the run's folder; takes it away again where the run ends before anything in it is of use."""
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]
     try:
         out.mkdir(parents=True)
-    except OSError as error:
-        raise RunError(f"{out} cannot be made ({error.strerror}): name another folder with --out") from None
-    try:
         yield
-    except BaseException:
+    except BaseException as error:
         if not any((out / "checkpoints").glob("*.safetensors")):
             shutil.rmtree(out, ignore_errors=True)
+            for folder in made[1:]:
+                with contextlib.suppress(OSError):  # another run has come to live there
+                    folder.rmdir()
+        if isinstance(error, OSError):
+            raise disk_error(out, error) from error
         raise
+
+
+def disk_error(out: Path, error: OSError) -> RunError:
+    return RunError(f"{out} cannot be written ({error.strerror}): free some space, or name another folder with --out")
 
 
 @contextlib.contextmanager
