@@ -48,7 +48,10 @@ def multiplies_bfloat16(device: torch.device) -> bool:
 
 
 def autocast(device: torch.device, precision: torch.dtype) -> contextlib.AbstractContextManager:
-    """Matrix products in the given precision, sums and the loss in float32; nothing changes for float32."""
+    """As torch.autocast: the matrix products in the given precision, and with them the tokens between the blocks.
+
+    The loss is for the caller to compute in float32. Nothing changes for float32.
+    """
     if precision == torch.float32:
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype=precision)

@@ -7,3 +7,8 @@ class UserError(ValueError):
 
 class RunError(RuntimeError):
     """A run that failed through nobody's mistake (a full disk, an unreachable download). Exit status 1."""
+
+
+def printable(text: str) -> str:
+    """Text from elsewhere (a file's name, a class's) as it may stand in one line of a terminal: the rest is escaped."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

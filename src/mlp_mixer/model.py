@@ -73,8 +73,8 @@ class MixerBlock(nn.Module):
         """Stochastic depth (Huang et al. 2016): training, an image loses this branch with probability drop_path."""
         if not self.training or self.drop_path == 0:
             return branch
-        keep = torch.rand(len(branch), 1, 1, device=branch.device) >= self.drop_path
-        return branch * keep / (1 - self.drop_path if self.rescale else 1)
+        keep = (torch.rand(len(branch), 1, 1, device=branch.device) >= self.drop_path).to(branch.dtype)
+        return branch * (keep / (1 - self.drop_path) if self.rescale else keep)
 
 
 class Mixer(nn.Module):
@@ -153,7 +153,7 @@ class Mixer(nn.Module):
                 f"images of shape {tuple(images.shape)}: this model takes (batch, {self.stem.in_channels}, "
                 f"{self.image_size[0]}, {self.image_size[1]}); resize the images, or create the model for their size"
             )
-        x = self.stem(images).flatten(2).mT
+        x = self.stem(images.to(self.stem.weight.dtype)).flatten(2).mT
         for block in self.blocks:
             x = block(x)
         return x

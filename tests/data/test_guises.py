@@ -1,5 +1,6 @@
 """One picture in every guise reaches the model as the same numbers, in training, evaluation and prediction."""
 
+import io
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -183,3 +184,25 @@ def test_the_upright_picture_is_upright(paths) -> None:
     ]
     assert corners == expected
     assert all(h > low + 1.9 for h, low in zip(highest, lowest, strict=True))
+
+
+def test_a_large_photograph_is_decoded_at_a_fraction_in_all_three_paths() -> None:
+    """And what is left is as good: the view differs from that of the full decoding by little."""
+    from mlp_mixer.data.images import decode
+    from mlp_mixer.data.transforms import EvaluationView, TrainingView
+
+    across, down = np.meshgrid(np.linspace(0, 255, 1600), np.linspace(0, 255, 1200))
+    pixels = np.stack([across, down, 255 - across], axis=-1).astype(np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "jpeg", quality=95)
+    view = EvaluationView(image_size=(64, 64), preprocessing=Preprocessing())
+    plain = TrainingView(image_size=(64, 64), preprocessing=Preprocessing(), crop="none", crop_padding=0, flip=False)
+    assert plain.enough == view.enough == 2 * round(64 / (224 / 256))
+    small, full = decode(stream.getvalue(), "photo", enough=view.enough), decode(stream.getvalue(), "photo")
+    assert full.size == (1600, 1200)
+    assert small.size == (200, 150)
+    assert (view(small).int() - view(full).int()).abs().max() <= 3
+    inception = TrainingView(
+        image_size=(64, 64), preprocessing=Preprocessing(), crop="inception", crop_padding=0, flip=False
+    )
+    assert min(decode(stream.getvalue(), "photo", enough=inception.enough).size) >= 64 / 0.05**0.5

@@ -38,10 +38,10 @@ class Holes:
     inner: ArrayStore
     holes: frozenset[str]
 
-    def open(self, name: str, max_pixels: int) -> Image.Image:
+    def open(self, name: str, max_pixels: int, enough: int | None = None) -> Image.Image:
         if name in self.holes:
             raise UnreadableImage(f"{name} cannot be read: it is a hole")
-        return self.inner.open(name, max_pixels)
+        return self.inner.open(name, max_pixels, enough)
 
 
 def part_of(n: int, holes: tuple[int, ...] = ()) -> Part:
@@ -275,8 +275,8 @@ def test_images_in_memory_or_few_need_no_workers(monkeypatch: pytest.MonkeyPatch
         return default_workers(part)
 
     assert chosen(part_of(5000), 8) == 0
-    assert chosen(on_disk(999), 8) == 0
-    assert [chosen(on_disk(1000), cores) for cores in (None, 1, 2, 8, 256)] == [1, 1, 1, 4, 16]
+    assert chosen(on_disk(99), 8) == 0
+    assert [chosen(on_disk(100), cores) for cores in (None, 1, 2, 8, 256)] == [1, 1, 2, 8, 8]
 
 
 def test_a_generator_for_each_sample_is_independent_of_the_order() -> None:

@@ -51,7 +51,7 @@ class Told(nn.Module):
 
 
 class Numbered:
-    def open(self, name: str, max_pixels: int) -> Image.Image:
+    def open(self, name: str, max_pixels: int, enough: int | None = None) -> Image.Image:
         number = int(name)
         if IMAGES[number - 1][0] is None:
             raise UnreadableImage(f"{name} cannot be read: it is none; replace it")

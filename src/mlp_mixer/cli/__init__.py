@@ -6,6 +6,7 @@ import io
 import logging
 import signal
 import sys
+import threading
 import warnings
 
 from mlp_mixer.errors import RunError, UserError
@@ -31,13 +32,13 @@ examples:
   mixer info B/16
 
 mixer VERB --help shows a verb's options; --debug shows the traceback of an error.
-exit status: 0 done, 1 a run that failed, 2 a mistake in the call, 130 interrupted.""".format(
+exit status: 0 done, 1 a run that failed, 2 a mistake in the call, 130 or 143 stopped by a signal.""".format(
     verbs="\n".join(f"  {name:10} {what}" for name, what in VERBS.items())
 )
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one verb; the exit status is 0, 1 (the run failed), 2 (a mistake of the caller's), or 130 (interrupted)."""
+    """Runs one verb; the exit status is 0, 1 (the run failed), 2 (the caller's mistake), 130 or 143 (a signal)."""
     args = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in args
     args = [arg for arg in args if arg != "--debug"]
@@ -54,18 +55,32 @@ def main(argv: list[str] | None = None) -> int:
             hint = f"did you mean {' or '.join(near)}? " if near else ""
             raise UserError(f"unknown verb {args[0]!r}: {hint}there are {', '.join(VERBS)} (mixer --help)")
         set_up_logging()
+        if threading.current_thread() is threading.main_thread():  # no other may
+            signal.signal(signal.SIGTERM, terminate)
         importlib.import_module(f"mlp_mixer.cli.{args[0]}").run(args[1:])
         sys.stdout.flush()  # here, so that a full disk or a closed pipe is met while it can be told
         return 0
     except BrokenPipeError:  # whoever read our output has seen enough
         sys.stdout = None
-        return 128 + signal.SIGPIPE
+        return 141
     except KeyboardInterrupt:
         return fail("interrupted", 130, debug)
+    except Terminated:
+        return fail("terminated", 143, debug)
     except UserError as error:
         return fail(error, 2, debug)
     except (RunError, OSError, MemoryError) as error:
         return fail(error, 1, debug)
+    except Exception as error:  # a fault of ours, or of a library: still one line, and where to look
+        return fail(f"{type(error).__name__}: {error} (--debug shows where)", 1, debug)
+
+
+class Terminated(BaseException):
+    """SIGTERM, raised where the program was, so that what is half-written is taken away."""
+
+
+def terminate(number: int, frame: object) -> None:
+    raise Terminated
 
 
 def fail(error: object, status: int, debug: bool) -> int:

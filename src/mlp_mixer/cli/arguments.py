@@ -42,7 +42,7 @@ def parse(kind: type[T], args: Sequence[str], *, verb: str, description: str, de
 
 def explain(word: str, options: list[str]) -> str:
     if not word.startswith("-"):
-        return f"unexpected argument {word!r}: quote names with spaces, and write options as --name value"
+        return f"unexpected argument {word!r}: a recipe's or file's name comes before the options"
     near = difflib.get_close_matches(word.split("=")[0], options, 3)
     return f"unknown option {word.split('=')[0]}: " + (
         f"did you mean {', '.join(near)}?" if near else "there is no such"

@@ -8,6 +8,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from mlp_mixer.errors import printable
+
 
 class Bar:
     """A progress bar on standard error, silent where there is no terminal."""
@@ -46,9 +48,9 @@ def show_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     """A table on standard output; the first column is text, the others are numbers."""
     table = Table(title=title, title_justify="left")
     for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right")
+        table.add_column(printable(column), justify="left" if i == 0 else "right")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(printable, row))
     wide = None if sys.stdout.isatty() else 200
     Console(width=wide, markup=False, highlight=False).print(table)
 
@@ -56,4 +58,4 @@ def show_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
 def list_unreadable(names: list[str], shown: int = 20) -> str:
     """For the last line of a verb: how many images could not be read, and which."""
     more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return f"{len(names)} unreadable image(s): {', '.join(names[:shown])}{more}"
+    return f"{len(names)} unreadable image(s): {', '.join(map(printable, names[:shown]))}{more}"

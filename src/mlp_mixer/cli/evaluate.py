@@ -1,6 +1,5 @@
 """mixer evaluate"""
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +9,8 @@ from typing import TYPE_CHECKING, Literal
 import tyro
 
 from mlp_mixer.cli.arguments import parse
+from mlp_mixer.errors import UserError
+from mlp_mixer.files import to_json
 
 if TYPE_CHECKING:
     from mlp_mixer.evaluation.classification import Classification
@@ -55,7 +56,9 @@ def run(args: Sequence[str]) -> None:
     trained = model.card.provenance.get("recipe", {}).get("data", {})
     split = {key: trained[key] for key in ("val_fraction", "test_fraction", "split_seed") if key in trained}
     source = load_source(chosen.data, max_pixels=chosen.max_pixels, **split)
-    part = source.part(chosen.part).relabelled(model.card.classes or source.classes)
+    part = source.part(chosen.part).relabelled(
+        class_names(model.card.classes, model.config["num_classes"], source.classes)
+    )
     device = select_device(chosen.device)
     with progress_bar() as bar:
         result = classify(
@@ -68,11 +71,26 @@ def run(args: Sequence[str]) -> None:
             on_progress=lambda done, total: bar.update(done, total, f"{done:,} of {total:,} images"),
         )
     if chosen.json:
-        print(json.dumps({"weights": str(chosen.weights), "data": source.how, "part": chosen.part, **describe(result)}))
+        print(to_json({"weights": str(chosen.weights), "data": source.how, "part": chosen.part, **describe(result)}))
     else:
         show(result, f"{chosen.part} part of {source.how}")
+        if chosen.part != "all" and trained.get("data") != chosen.data:
+            print("(not the data these weights were trained on: --part all evaluates on every image of it)")
     if result.unreadable:
         print(list_unreadable(list(result.unreadable)), file=sys.stderr)
+
+
+def class_names(known: tuple[str, ...] | None, head: int, classes: tuple[str, ...]) -> tuple[str, ...]:
+    """Of the logits: the weights' own, else the data's in their order, where there are as many."""
+    if known is not None:
+        return known
+    if len(classes) != head:
+        raise UserError(
+            f"these weights do not name their {head} classes, and the data has {len(classes)}: save them with "
+            "mlp_mixer.save(model, path, classes=[…])"
+        )
+    print("these weights do not name their classes: matched with the data's by position", file=sys.stderr)
+    return classes
 
 
 def describe(result: "Classification") -> dict:

@@ -1,6 +1,5 @@
 """mixer info"""
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,6 +8,8 @@ from typing import Any
 import tyro
 
 from mlp_mixer.cli.arguments import parse
+from mlp_mixer.errors import printable
+from mlp_mixer.files import to_json
 
 DESCRIPTION = """What a variant of Table 1 costs, or what a weights file holds and costs.
 
@@ -30,28 +31,30 @@ class Arguments:
 def run(args: Sequence[str]) -> None:
     chosen = parse(Arguments, args, verb="info", description=DESCRIPTION)
     from mlp_mixer.cost import cost
+    from mlp_mixer.model import as_pair
 
     config, about = describe(chosen.model)
     given = {"image_size": chosen.image_size, "num_classes": chosen.num_classes}
     config |= {key: value for key, value in given.items() if value is not None}
+    config |= {key: as_pair(config[key]) for key in ("image_size", "patch_size")}
     found = {"model": chosen.model, **asdict(cost(config)), **config, **about}
     if chosen.json:
-        print(json.dumps(found))
+        print(to_json(found))
         return
-    print(f"{chosen.model} at {config['image_size']} px, {config['num_classes']} classes")
+    print(
+        f"{chosen.model} at {config['image_size'][0]} × {config['image_size'][1]} px, {config['num_classes']} classes"
+    )
     print(f"  parameters         {found['parameters']:>15,}")
     print(f"  MACs an image      {found['macs']:>15,}   ({found['macs'] / 1e9:.3g} G; FLOPs are twice that)")
     print(
         f"  activations        {found['activation_bytes']:>15,}   bytes an image, kept for the backward pass, float32"
     )
-    for key in config.keys() - {"image_size", "num_classes"}:
-        found.setdefault(key, config[key])
     print("  " + ", ".join(f"{key} {config[key]}" for key in config if key not in ("image_size", "num_classes")))
     if about.get("classes"):
-        print(f"  classes: {', '.join(about['classes'])}")
+        print(f"  classes: {printable(', '.join(about['classes']))}")
     for key, value in about.get("provenance", {}).items():
         if key != "recipe":
-            print(f"  {key}: {value}")
+            print(printable(f"  {key}: {value}"))
 
 
 def describe(model: str) -> tuple[dict[str, Any], dict[str, Any]]:

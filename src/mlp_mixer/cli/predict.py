@@ -1,7 +1,6 @@
 """mixer predict"""
 
 import csv
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,7 +10,8 @@ from typing import TYPE_CHECKING, Literal
 import tyro
 
 from mlp_mixer.cli.arguments import parse
-from mlp_mixer.errors import UserError
+from mlp_mixer.errors import UserError, printable
+from mlp_mixer.files import to_json
 
 if TYPE_CHECKING:
     from mlp_mixer.inference.predict import Prediction
@@ -53,21 +53,22 @@ def run(args: Sequence[str]) -> None:
 
     for path in chosen.images:  # before the first row is printed
         next(find_images(path))
+    places = (place for path in chosen.images for place in find_images(path))
+    predictions = predict_stream(
+        load(chosen.weights),
+        places,
+        chosen.top,
+        batch_size=chosen.batch_size,
+        device=chosen.device,
+        precision=chosen.precision,
+        max_pixels=chosen.max_pixels,
+    )
     problems: dict[str, str] = {}
     read = 0
 
     def rows() -> Iterator["Prediction"]:
         nonlocal read
-        places = (place for path in chosen.images for place in find_images(path))
-        for prediction in predict_stream(
-            load(chosen.weights),
-            places,
-            chosen.top,
-            batch_size=chosen.batch_size,
-            device=chosen.device,
-            precision=chosen.precision,
-            max_pixels=chosen.max_pixels,
-        ):
+        for prediction in predictions:
             if prediction.problem is None:
                 read += 1
             else:
@@ -87,12 +88,12 @@ def run(args: Sequence[str]) -> None:
 def as_table(rows: Iterator["Prediction"]) -> None:
     for row in rows:
         shown = "  ".join(f"{name} {probability:.4f}" for name, probability in row.classes)
-        print(f"{row.image}\t{shown or row.problem}", flush=True)
+        print(f"{printable(row.image)}\t{printable(shown or row.problem or '')}", flush=True)
 
 
 def as_lines(rows: Iterator["Prediction"]) -> None:
     for row in rows:
-        print(json.dumps(fields(row)), flush=True)
+        print(to_json(fields(row)), flush=True)
 
 
 def as_csv(rows: Iterator["Prediction"]) -> None:
@@ -110,7 +111,7 @@ def as_object(rows: Iterator["Prediction"]) -> None:
     """One JSON object, written as it comes, so that its length does not matter."""
     print('{"predictions": [', end="")
     for i, row in enumerate(rows):
-        print(", " if i else "", json.dumps(fields(row)), sep="", end="")
+        print(", " if i else "", to_json(fields(row)), sep="", end="")
     print("]}")
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import datetime
-import json
 import shlex
 import sys
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from mlp_mixer.cli.arguments import parse
 from mlp_mixer.errors import UserError
+from mlp_mixer.files import to_json
 from mlp_mixer.recipes import RECIPES, get_recipe
 from mlp_mixer.training.recipe import DataRecipe, ModelRecipe, OptimizationRecipe, Recipe, RunRecipe, from_json
 
@@ -39,11 +39,12 @@ class Arguments:
 
 
 def run(args: Sequence[str]) -> None:
+    args = [dashed(arg) for arg in args]
     recipe = base_recipe(args)
     words = args[1:] if args and not args[0].startswith("-") else args
     if option(args, "--model"):  # a variant's own sizes, not those of the recipe
         free = dict.fromkeys(("patch_size", "num_blocks", "hidden_dim", "tokens_mlp_dim", "channels_mlp_dim"))
-        recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, **free))
+        recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, image_size=224, **free))
     given = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(Recipe) if field.name != "name"}
     chosen = parse(
         Arguments,
@@ -70,6 +71,12 @@ def base_recipe(args: Sequence[str]) -> Recipe:
     )
 
 
+def dashed(arg: str) -> str:
+    """--batch_size is --batch-size, as tyro takes it."""
+    name, equals, value = arg.partition("=")
+    return name.replace("_", "-") + equals + value if arg.startswith("--") else arg
+
+
 def option(args: Sequence[str], name: str) -> str | None:
     """The value of an option before the rest is parsed, as ``--name value`` or ``--name=value``."""
     for word, following in zip(args, [*args[1:], None], strict=True):
@@ -91,7 +98,7 @@ def carry_out(recipe: Recipe, out: Path, as_json: bool, command: str) -> None:
     report(done)
     summary = done.summary
     if as_json:
-        print(json.dumps({"out": str(out), **summary}))
+        print(to_json({"out": str(out), **summary}))
     else:
         scores = {"validation": summary["val_top1"], "test": summary["test_top1"]}
         shown = ", ".join(f"{name} top-1 {score:.4f}" for name, score in scores.items() if score is not None)

@@ -21,7 +21,7 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
-from mlp_mixer.errors import UserError
+from mlp_mixer.errors import UserError, printable
 
 # First bytes and parser of each format. Called directly, as Image.open would, for two reasons: no other format's parser
 # ever runs, and Image.open refuses a huge picture before anyone can ask for its width and height.
@@ -59,10 +59,10 @@ def is_image_name(name: str) -> bool:
 
 def is_hidden(name: str) -> bool:
     """Whether the file or a folder of it is hidden, or what macOS packs beside the files of a zip."""
-    return any(piece.startswith((".", "__MACOSX")) for piece in name.split("/"))
+    return any(piece.startswith((".", "__MACOSX")) and piece not in (".", "..") for piece in name.split("/"))
 
 
-def decode(data: bytes, name: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def decode(data: bytes, name: str, max_pixels: int = MAX_PIXELS, enough: int | None = None) -> Image.Image:
     """An encoded picture → upright 8-bit RGB; of several frames or pages, the first.
 
     EXIF orientation is applied, transparency is laid over white, 16-bit grey is scaled to 8 bits (65535 → 255). Colour
@@ -72,6 +72,8 @@ def decode(data: bytes, name: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
         data: the file's bytes.
         name: what to call it in an error.
         max_pixels: width × height allowed. Beyond Pillow's own, process-wide limit this raises that limit as well.
+        enough: pixels of the shorter side that suffice; a JPEG is decoded at the 1/2, 1/4 or 1/8 scale that still has
+            them, several times faster for a camera's photographs. None: at full size.
 
     Raises:
         UnreadableImage: truncated, damaged, too large, of another format, or with pixels of unknown range (floats).
@@ -87,6 +89,8 @@ def decode(data: bytes, name: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
         image = parse(io.BytesIO(data), "")
         if image.width * image.height > max_pixels:
             raise unreadable(name, f"it has {image.width} × {image.height} pixels, {larger[0]}", larger[1])
+        if enough is not None:
+            image.draft(None, (enough, enough))  # of the formats here, only JPEG's parser can
         image.load()
         if isinstance(image, PngImageFile):
             bring_key_to_8_bits(image, stored_bits=data[24])
@@ -104,8 +108,7 @@ def decode(data: bytes, name: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 
 def unreadable(name: str, wrong: str, remedy: str = "replace it or remove it") -> UnreadableImage:
-    message = f"{name} cannot be read: {wrong}; {remedy}"
-    return UnreadableImage("".join(c if c.isprintable() else ascii(c)[1:-1] for c in message))  # names hold anything
+    return UnreadableImage(printable(f"{name} cannot be read: {wrong}; {remedy}"))
 
 
 def bring_key_to_8_bits(image: PngImageFile, stored_bits: int) -> None:

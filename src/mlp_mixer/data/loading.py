@@ -41,7 +41,12 @@ class Views(Dataset):
         epoch, index = key
         label = int(self.part.labels[index])
         try:
-            return self.view(self.part.image(index), sample_generator(self.seed, epoch, index)), label, index, None
+            return (
+                self.view(self.part.image(index, self.view.enough), sample_generator(self.seed, epoch, index)),
+                label,
+                index,
+                None,
+            )
         except UnreadableImage as problem:
             return torch.zeros(3, *self.view.image_size, dtype=torch.uint8), label, index, str(problem)
 
@@ -128,10 +133,10 @@ def loader(views: Views, order: TrainingOrder | list[list[tuple[int, int]]], wor
 
 
 def default_workers(part: Part) -> int:
-    """None for images in memory or few of them; else one process for every two cores, at most 16."""
-    if isinstance(part.store, ArrayStore) or len(part) < 1000:
+    """0 for images in memory or few of them, which this process loads; else one for each core, at most 8."""
+    if isinstance(part.store, ArrayStore) or len(part) < 100:
         return 0
-    return min(max((os.cpu_count() or 1) // 2, 1), 16)
+    return min(os.cpu_count() or 1, 8)
 
 
 class Unreadable:

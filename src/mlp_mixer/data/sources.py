@@ -35,23 +35,25 @@ class Part:
     def __len__(self) -> int:
         return len(self.names)
 
-    def image(self, index: int) -> Image.Image:
-        return self.store.open(self.names[index], self.max_pixels)
+    def image(self, index: int, enough: int | None = None) -> Image.Image:
+        """Upright RGB; a JPEG perhaps at a fraction of its size, its shorter side still of ``enough`` pixels."""
+        return self.store.open(self.names[index], self.max_pixels, enough)
 
     def subset(self, indices: np.ndarray) -> "Part":
         return replace(self, names=tuple(self.names[i] for i in indices), labels=self.labels[indices])
 
     def relabelled(self, classes: Sequence[str]) -> "Part":
         """The same images with labels by name in another list of classes (a model's), so a missing one shifts none."""
-        unknown = [name for name in self.classes if name not in set(classes)]
+        position = {name: i for i, name in enumerate(classes)}
+        unknown = [name for name in self.classes if name not in position]
         if unknown:
             raise UserError(
                 f"{len(unknown)} class(es) of the data are unknown to the model ({', '.join(map(repr, unknown[:5]))}); "
                 f"it knows {', '.join(map(repr, list(classes)[:10]))}{' …' if len(classes) > 10 else ''}: "
                 "rename the class folders, or train on them"
             )
-        position = np.array([classes.index(name) for name in self.classes], dtype=np.int64)
-        return replace(self, classes=tuple(classes), labels=position[self.labels])
+        labels = np.array([position[name] for name in self.classes], dtype=np.int64)[self.labels]
+        return replace(self, classes=tuple(classes), labels=labels)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +128,7 @@ def cut(
         parts["train"] = whole.subset(kept)
         if len(test):
             parts["test"] = whole.subset(test)
-        how += f"; {test_fraction:.0%} of each class cut off for test (split seed {seed})"
+            how += f"; {test_fraction:.0%} of each class cut off for test (split seed {seed})"
     if "train" in parts and "val" not in parts:
         train = parts["train"]
         kept, val = stratified(train.labels, train.names, val_fraction, seed)
@@ -151,8 +153,9 @@ def read_tree(store: FolderStore | ZipStore, source: str) -> tuple[dict[str, Par
     if not images:
         kinds = ", ".join(sorted(EXTENSIONS))
         raise UserError(f"{source} holds no images ({len(files)} files, none of {kinds}): give a folder with images")
-    if (outer := outer_folder(images)) is not None:
-        return read_tree(store.inside(outer), f"{source}/{outer}")
+    while (outer := outer_folder(images)) is not None:
+        store, source = store.inside(outer), f"{source}/{outer}"
+        files, images = ([name.removeprefix(f"{outer}/") for name in names] for names in (files, images))
     left_out = Counter(kind_of(name) for name in files if not is_image_name(name))
     folders = [name for name in store.folders() if not is_hidden(name)]
     named = {name: PART_NAMES[name.lower()] for name in folders if name.lower() in PART_NAMES}

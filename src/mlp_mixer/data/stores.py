@@ -15,14 +15,14 @@ import numpy as np
 from PIL import Image
 
 from mlp_mixer.data.images import UnreadableImage, decode
-from mlp_mixer.errors import UserError
+from mlp_mixer.errors import UserError, printable
 
 MAX_BYTES = 1 << 30  # of one image file; a larger one is refused before it is read
 
 
 class Store(Protocol):
-    def open(self, name: str, max_pixels: int) -> Image.Image:
-        """The upright RGB image of that name; an UnreadableImage where it cannot be read."""
+    def open(self, name: str, max_pixels: int, enough: int | None = None) -> Image.Image:
+        """The upright RGB image of that name (see ``decode``); an UnreadableImage where it cannot be read."""
         ...
 
 
@@ -30,7 +30,7 @@ class FolderStore:
     def __init__(self, root: Path) -> None:
         self.root = root
 
-    def open(self, name: str, max_pixels: int) -> Image.Image:
+    def open(self, name: str, max_pixels: int, enough: int | None = None) -> Image.Image:
         path = self.root / name
         try:
             check_bytes(path.stat().st_size, str(path))
@@ -73,18 +73,18 @@ class ZipStore:
         if self.opened is None or self.opened[0] != os.getpid():
             try:
                 self.opened = (os.getpid(), zipfile.ZipFile(self.path))
-            except (zipfile.BadZipFile, NotImplementedError, OSError) as error:
+            except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError) as error:
                 raise UserError(f"{self.path} is not a sound zip file ({error}): pack or copy it again") from None
         return self.opened[1]
 
-    def open(self, name: str, max_pixels: int) -> Image.Image:
+    def open(self, name: str, max_pixels: int, enough: int | None = None) -> Image.Image:
         label = f"{self.path}/{self.prefix}{name}"
         check_bytes(self.archive().getinfo(self.prefix + name).file_size, label)
         try:
             data = self.archive().read(self.prefix + name)
         except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, OSError, RuntimeError, EOFError) as error:
-            raise UnreadableImage(f"{label} cannot be unpacked: {error}; pack the zip again") from None
-        return decode(data, label, max_pixels)
+            raise UnreadableImage(printable(f"{label} cannot be unpacked: {error}; pack the zip again")) from None
+        return decode(data, label, max_pixels, enough)
 
     def names(self) -> Iterator[str]:
         yield from (name for name in self.entries() if not name.endswith("/"))
@@ -98,7 +98,7 @@ class ZipStore:
 
     def entries(self) -> list[str]:
         inside = (name.removeprefix(self.prefix) for name in self.archive().namelist() if name.startswith(self.prefix))
-        return sorted(name for name in inside if name)
+        return sorted({name for name in inside if name})  # a name may have been written twice: the last is read
 
     def inside(self, folder: str) -> "ZipStore":
         return ZipStore(self.path, f"{self.prefix}{folder}/")
@@ -114,7 +114,7 @@ class ArrayStore:
         self.pixels = pixels
         self.index = {name: i for i, name in enumerate(names)}
 
-    def open(self, name: str, max_pixels: int) -> Image.Image:
+    def open(self, name: str, max_pixels: int, enough: int | None = None) -> Image.Image:
         return Image.fromarray(self.pixels[self.index[name]])
 
 

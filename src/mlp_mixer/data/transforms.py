@@ -3,6 +3,7 @@
 Every random choice is drawn from the generator that is passed in, which belongs to one sample of one epoch.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,6 +20,7 @@ RESAMPLING = {
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
 }
+LEAST_AREA = 0.05  # of an image, that the Inception crop keeps
 LONGEST = 8  # a side is cut to this many times the other before resizing: a 1 × 60,000 image must not fill the memory
 
 
@@ -28,6 +30,11 @@ class EvaluationView:
 
     image_size: tuple[int, int]
     preprocessing: Preprocessing
+
+    @property
+    def enough(self) -> int:
+        """Pixels of an image's shorter side that suffice: twice what it is resized to."""
+        return 2 * round(max(self.image_size) / self.preprocessing.crop_ratio)
 
     def __call__(self, image: Image.Image, rng: np.random.Generator | None = None) -> Tensor:
         return to_tensor(central(image, self.image_size, self.preprocessing))
@@ -47,6 +54,13 @@ class TrainingView:
     crop: TrainCrop
     crop_padding: int
     flip: bool
+
+    @property
+    def enough(self) -> int:
+        """Pixels of an image's shorter side that suffice: those of the smallest crop, or the evaluation view's."""
+        if self.crop == "inception":
+            return round(max(self.image_size) / LEAST_AREA**0.5)
+        return EvaluationView(image_size=self.image_size, preprocessing=self.preprocessing).enough
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Tensor:
         height, width = self.image_size
@@ -94,7 +108,7 @@ def inception_box(
     height: int,
     width: int,
     rng: np.random.Generator,
-    area: tuple[float, float] = (0.05, 1.0),
+    area: tuple[float, float] = (LEAST_AREA, 1.0),
     aspect: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> tuple[int, int, int, int]:
     """Left, top, right, bottom of a random crop as TensorFlow's sample_distorted_bounding_box draws it.
@@ -125,6 +139,14 @@ def to_tensor(image: Image.Image | np.ndarray) -> Tensor:
 
 def normalise(pixels: Tensor, preprocessing: Preprocessing) -> Tensor:
     """(B, 3, H, W) uint8 → float32 in the input range, on the pixels' device."""
-    mean = torch.tensor(preprocessing.mean, device=pixels.device).view(-1, 1, 1)
-    std = torch.tensor(preprocessing.std, device=pixels.device).view(-1, 1, 1)
-    return (pixels.float() / 255 - mean) / std
+    scale, shift = scale_and_shift(preprocessing, pixels.device)
+    return pixels.float() * scale - shift
+
+
+@functools.lru_cache(maxsize=16)
+def scale_and_shift(preprocessing: Preprocessing, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Each (3, 1, 1). Kept, since a GPU would wait for them to be copied at every step."""
+    with torch.inference_mode(False):  # or what an evaluation made first, training could not use
+        std = torch.tensor(preprocessing.std, device=device).view(-1, 1, 1)
+        mean = torch.tensor(preprocessing.mean, device=device).view(-1, 1, 1)
+        return 1 / (255 * std), mean / std

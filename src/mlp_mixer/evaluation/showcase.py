@@ -6,8 +6,9 @@ import numpy as np
 
 from mlp_mixer.evaluation.classification import Classification
 from mlp_mixer.evaluation.report import Example, write_report
+from mlp_mixer.training.folder import disk_error
 from mlp_mixer.training.recipe import to_json_object
-from mlp_mixer.training.run import Run, disk_error
+from mlp_mixer.training.run import Run
 
 SHOWN = 24  # images of each grid
 

@@ -83,20 +83,31 @@ def predict_stream(
         raise UserError(f"batch size {batch_size}: at least 1 image")
     where = select_device(device)
     dtype = select_precision(precision, where)
+    return stream(model.eval().to(where), places, top, batch_size, where, dtype, max_pixels)
+
+
+def stream(
+    model: Mixer,
+    places: Iterable[tuple[Store, str, str]],
+    top: int,
+    batch_size: int,
+    device: torch.device,
+    precision: torch.dtype,
+    max_pixels: int,
+) -> Iterator[Prediction]:
     names = model.card.classes or tuple(map(str, range(model.config["num_classes"])))
     view = EvaluationView(image_size=model.image_size, preprocessing=model.card.preprocessing)
-    model.eval().to(where)
 
     def read(place: tuple[Store, str, str]) -> Tensor | str:
         store, name, _ = place
         try:
-            return view(store.open(name, max_pixels))
+            return view(store.open(name, max_pixels, view.enough))
         except UnreadableImage as problem:
             return str(problem)
 
     for group in batched(ahead(read, places, 2 * batch_size), batch_size):
         pixels = [view for _, view in group if isinstance(view, Tensor)]
-        best = iter(classify_pixels(model, pixels, min(top, len(names)), where, dtype)) if pixels else iter(())
+        best = iter(classify_pixels(model, pixels, min(top, len(names)), device, precision) if pixels else ())
         for (_, _, shown), seen in group:
             if isinstance(seen, str):
                 yield Prediction(image=shown, problem=seen)

@@ -36,6 +36,7 @@ def compiled(
         return model
     from torch._dynamo.exc import TorchDynamoException  # two seconds that only a compiled run need spend
 
+    log.info("compiling the training step: about half a minute")
     forward = torch.compile(model)
     images = torch.zeros(batch_size, model.config["in_channels"], *model.image_size, device=device)
     labels = torch.zeros(batch_size, dtype=torch.long, device=device)

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import json
+import re
 import types
 import typing
 from dataclasses import dataclass, field
@@ -165,6 +166,8 @@ def check(recipe: Recipe) -> Recipe:
     for name, value in least.items():
         if value is not None and not 0 <= value < float("inf"):
             raise UserError(f"{flag(name)} {value}: must be at least 0")
+    if not re.fullmatch(r"[\w-][\w. -]*", recipe.name):
+        raise UserError(f"recipe name {recipe.name!r}: letters, digits, '-', '_' and '.' alone, for it names a folder")
     if recipe.run.seed >= 2**31:
         raise UserError(f"--seed {recipe.run.seed}: must be below {2**31}")
     if not 0 < recipe.data.crop_ratio <= 1:

@@ -62,7 +62,7 @@ def save(model: Mixer, path: str | Path, classes: Sequence[str] | None = None, *
 
 
 def load(path: str | Path) -> Mixer:
-    """Reads a model that ``save`` wrote: in evaluation mode, on the CPU, its ``card`` filled.
+    """Reads a model that ``save`` wrote: in evaluation mode, on the CPU, as it was saved, its ``card`` filled.
 
     Raises:
         UserError: no such file, not a safetensors file, not one of ours, tensors that do not fit, or a changed byte.
@@ -84,10 +84,14 @@ def load(path: str | Path) -> Mixer:
         raise UserError(f"{path} has format version {metadata.get('version')!r}, this is {VERSION}: update mlp-mixer")
     if metadata.get("sha256") != digest(tensors, metadata):
         raise UserError(f"{path} was changed or damaged since it was saved (SHA-256 differs): copy or train it again")
-    with torch.device("meta"):
-        model = Mixer(**json.loads(metadata["config"]))
-    model.load_state_dict(tensors, assign=True)
-    model.card = parse_card(json.loads(metadata["card"]))
+    try:
+        with torch.device("meta"):
+            model = Mixer(**json.loads(metadata["config"]))
+        model.load_state_dict(tensors, assign=True)
+        model.card = parse_card(json.loads(metadata["card"]))
+    except (ValueError, TypeError, KeyError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} does not hold what its metadata says ({reason}): save it again") from None
     return model.requires_grad_(True).eval()
 
 
