@@ -25,6 +25,7 @@ from mlp_mixer.model import Mixer
 from mlp_mixer.training.compilation import compiled
 from mlp_mixer.training.folder import metrics_files, run_folder
 from mlp_mixer.training.loop import Step, train_steps
+from mlp_mixer.training.memory import keep_freed_memory
 from mlp_mixer.training.optimizer import adamw
 from mlp_mixer.training.provenance import current_commit, describe_device, peak_memory, versions
 from mlp_mixer.training.recipe import Recipe, check, to_json_object
@@ -97,6 +98,8 @@ def train(recipe: Recipe, out: Path, evaluate: Evaluate[R], progress: Progress, 
     precision = select_precision(recipe.run.precision, device)
     with torch.device("meta"):
         make_model(recipe, ("a", "b"))  # a mistake in the sizes is told before any data is read
+    if device.type == "cpu":
+        keep_freed_memory()
     source = read_source(recipe)
     model = make_model(recipe, source.classes).to(device)
     origin = {
@@ -164,7 +167,7 @@ def fit(
     """Trains the model; logs, evaluates and saves on the recipe's cadences."""
     settings, images = recipe.optimization, len(source.parts["train"])
     batch_size = settings.global_batch_size
-    steps = max(math.ceil(settings.epochs * images / batch_size), 1)
+    steps = max(int(settings.epochs * images / batch_size), 1)
     warmup_steps = min(settings.warmup_steps, steps // 5)
     if warmup_steps < settings.warmup_steps:
         log.info("warm-up of %d steps cut to %d, a fifth of this run's %d", settings.warmup_steps, warmup_steps, steps)
