@@ -213,3 +213,9 @@ def test_values_at_the_limits_are_allowed(name: str, value: float | None) -> Non
 
 def test_flags_are_fields_with_dashes() -> None:
     assert flag("learning_rate") == "--learning-rate"
+
+
+@pytest.mark.parametrize("name", ["/somewhere/else", "../up", "", "a/b", ".hidden"])
+def test_a_name_that_is_no_folders_is_refused(name: str) -> None:
+    with pytest.raises(UserError, match="names a folder"):
+        check(dataclasses.replace(get_recipe("digits"), name=name))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import itertools
 import shlex
 import sys
 from collections.abc import Sequence
@@ -79,7 +80,7 @@ def dashed(arg: str) -> str:
 
 def option(args: Sequence[str], name: str) -> str | None:
     """The value of an option before the rest is parsed, as ``--name value`` or ``--name=value``."""
-    for word, following in zip(args, [*args[1:], None], strict=True):
+    for word, following in itertools.zip_longest(args, args[1:]):
         if word == name:
             return following
         if word.startswith(f"{name}="):

@@ -1,0 +1,63 @@
+"""What main makes of failures and signals, beside bad input."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mlp_mixer import cli
+from mlp_mixer.cli.train import base_recipe, dashed
+
+
+def test_an_error_of_ours_is_one_line(monkeypatch, capsys) -> None:
+    class Verb:
+        @staticmethod
+        def run(args: list[str]) -> None:
+            raise KeyError("of a kind\nthat nobody expected")
+
+    monkeypatch.setattr(cli.importlib, "import_module", lambda name: Verb)
+    assert cli.main(["info"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("mixer: KeyError")
+    assert error.count("\n") == 1
+    assert "--debug" in error
+    assert cli.main(["info", "--debug"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_sigterm_ends_a_run_with_143_and_leaves_nothing_half_written(tmp_path: Path) -> None:
+    words = [sys.executable, "-c", "import sys; from mlp_mixer.cli import main; sys.exit(main())"]
+    words += ["train", "--out", str(tmp_path / "new" / "run"), "--evaluate-every-epochs", "1000", "--epochs", "1000"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=environment)
+    try:
+        metrics = tmp_path / "new" / "run" / "metrics.jsonl"
+        until = time.monotonic() + 60
+        while time.monotonic() < until and not (metrics.exists() and metrics.stat().st_size):
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        _, error = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 143
+    assert error.splitlines()[-1] == "mixer: terminated"
+    assert "Traceback" not in error
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("words", [["--recipe_file", "{}"], ["--recipe-file={}"], ["--recipe_file={}"]])
+def test_a_recipe_file_however_it_is_spelled(words: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "a_b.json"
+    path.write_text('{"name": "mine"}')
+    assert base_recipe([dashed(word.format(path)) for word in words]).name == "mine"
+
+
+def test_the_recipe_of_the_data() -> None:
+    assert base_recipe([]).name == "digits"
+    assert base_recipe(["--data", "cifar10"]).name == "cifar10"
+    assert base_recipe(["--data=some/folder"]).name == "photos"
+    assert base_recipe(["digits", "--data", "some/folder"]).name == "digits"
