@@ -1,6 +1,8 @@
 """One picture in every guise reaches the model as the same numbers, in training, evaluation and prediction."""
 
 import io
+import os
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,8 +14,10 @@ from torch import Tensor
 
 import mlp_mixer
 from mlp_mixer.card import Preprocessing
+from mlp_mixer.data.images import UnreadableImage
 from mlp_mixer.data.loading import evaluation_batches, training_batches
 from mlp_mixer.data.sources import Part, load_source
+from mlp_mixer.data.stores import FolderStore, ZipStore
 from mlp_mixer.data.transforms import EvaluationView, TrainingView, normalise
 from mlp_mixer.evaluation.classification import classify
 from mlp_mixer.inference.predict import find_images, predict_stream
@@ -206,3 +210,20 @@ def test_a_large_photograph_is_decoded_at_a_fraction_in_all_three_paths() -> Non
         image_size=(64, 64), preprocessing=Preprocessing(), crop="inception", crop_padding=0, flip=False
     )
     assert min(decode(stream.getvalue(), "photo", enough=inception.enough).size) >= 64 / 0.05**0.5
+
+
+def test_a_large_photograph_is_the_same_from_a_folder_and_from_a_zip(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (600, 800, 3)).astype(np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "photo.jpg")
+    with zipfile.ZipFile(tmp_path / "photos.zip", "w") as archive:
+        archive.write(tmp_path / "photo.jpg", "photo.jpg")
+    stores = [FolderStore(tmp_path), ZipStore(tmp_path / "photos.zip")]
+    folder, packed = (store.open("photo.jpg", 10**6, 150) for store in stores)
+    assert folder.size == packed.size == (200, 150)
+    assert folder.tobytes() == packed.tobytes()
+
+
+def test_a_pipe_named_like_an_image_is_not_waited_on(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "x.png")
+    with pytest.raises(UnreadableImage, match=r"x\.png cannot be read: it is no regular file; remove it"):
+        FolderStore(tmp_path).open("x.png", 10**6)

@@ -33,12 +33,14 @@ class FolderStore:
     def open(self, name: str, max_pixels: int, enough: int | None = None) -> Image.Image:
         path = self.root / name
         try:
+            if path.exists() and not path.is_file():  # a pipe would be waited on for ever
+                raise UnreadableImage(printable(f"{path} cannot be read: it is no regular file; remove it"))
             check_bytes(path.stat().st_size, str(path))
-            return decode(path.read_bytes(), str(path), max_pixels)
+            data = path.read_bytes()
         except OSError as error:
-            raise UnreadableImage(
-                f"{path} cannot be read: {error.strerror}; check the file and its permissions"
-            ) from None
+            why = f"{path} cannot be read: {error.strerror}; check the file and its permissions"
+            raise UnreadableImage(printable(why)) from None
+        return decode(data, str(path), max_pixels, enough)
 
     def names(self) -> Iterator[str]:
         """Every file below the root, relative, with forward slashes, in the same order on every machine."""
