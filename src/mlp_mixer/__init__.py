@@ -10,15 +10,20 @@ if TYPE_CHECKING:
     from mlp_mixer.inference.predict import predict
     from mlp_mixer.model import Mixer
     from mlp_mixer.variants import create
-    from mlp_mixer.weights.own import load, save
+    from mlp_mixer.weights.load import load
+    from mlp_mixer.weights.own import save
+    from mlp_mixer.weights.publish import push_to_hub
+    from mlp_mixer.weights.resize import resize
 
-__all__ = ["Mixer", "create", "load", "predict", "save"]
+__all__ = ["Mixer", "create", "load", "predict", "push_to_hub", "resize", "save"]
 
 HOMES = {
     "Mixer": "mlp_mixer.model",
     "create": "mlp_mixer.variants",
-    "load": "mlp_mixer.weights.own",
+    "load": "mlp_mixer.weights.load",
     "predict": "mlp_mixer.inference.predict",
+    "push_to_hub": "mlp_mixer.weights.publish",
+    "resize": "mlp_mixer.weights.resize",
     "save": "mlp_mixer.weights.own",
 }
 

@@ -54,14 +54,15 @@ class MixerBlock(nn.Module):
         tokens_mlp_dim: int,
         channels_mlp_dim: int,
         form: Gelu = "tanh",
+        norm_eps: float = 1e-6,
         dropout: float = 0.0,
         drop_path: float = 0.0,
         rescale: bool = False,
     ) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(channels, eps=1e-6)
+        self.norm1 = nn.LayerNorm(channels, eps=norm_eps)
         self.token_mixing = MlpBlock(tokens, tokens_mlp_dim, form, dropout)
-        self.norm2 = nn.LayerNorm(channels, eps=1e-6)
+        self.norm2 = nn.LayerNorm(channels, eps=norm_eps)
         self.channel_mixing = MlpBlock(channels, channels_mlp_dim, form, dropout)
         self.drop_path, self.rescale = drop_path, rescale
 
@@ -87,6 +88,7 @@ class Mixer(nn.Module):
         num_blocks, hidden_dim, tokens_mlp_dim, channels_mlp_dim: Table 1's layers, C, D_S and D_C.
         in_channels: of the images.
         gelu: "tanh" as the authors, "erf" for weights trained with timm.
+        norm_eps: added to the variance in every LayerNorm (1e-5 in lucidrains' port).
         dropout: after each dense layer of an MLP block (0 in every published setting).
         stochastic_depth: probability to drop a branch; rises linearly over the blocks from 0 to this.
         rescale: divide surviving branches by 1 − p (timm does, the authors' code does not).
@@ -110,6 +112,7 @@ class Mixer(nn.Module):
         channels_mlp_dim: int,
         in_channels: int = 3,
         gelu: Gelu = "tanh",
+        norm_eps: float = 1e-6,
         dropout: float = 0.0,
         stochastic_depth: float = 0.0,
         rescale: bool = False,
@@ -134,13 +137,14 @@ class Mixer(nn.Module):
                     tokens_mlp_dim,
                     channels_mlp_dim,
                     gelu,
+                    norm_eps,
                     dropout,
                     stochastic_depth * i / max(num_blocks - 1, 1),
                     rescale,
                 )
                 for i in range(num_blocks)
             )
-            self.pre_head_layer_norm = nn.LayerNorm(hidden_dim, eps=1e-6)
+            self.pre_head_layer_norm = nn.LayerNorm(hidden_dim, eps=norm_eps)
             self.head = nn.Linear(hidden_dim, num_classes) if num_classes else nn.Identity()
         if where.type != "meta":
             self.to_empty(device=where)
@@ -223,5 +227,7 @@ def check(config: dict) -> None:
     for key in ("dropout", "stochastic_depth"):
         if not 0 <= config[key] < 1:
             raise UserError(f"{key} = {config[key]}: a probability, at least 0 and below 1")
+    if not 0 < config["norm_eps"] < 1:
+        raise UserError(f"norm_eps = {config['norm_eps']}: a small positive number, 1e-6 in the authors' code")
     if config["gelu"] not in ("tanh", "erf"):
         raise UserError(f"gelu = {config['gelu']!r}: 'tanh' (the authors') or 'erf' (timm's)")

@@ -18,7 +18,8 @@ import mlp_mixer.weights.own as own
 from mlp_mixer.card import Card, Preprocessing
 from mlp_mixer.errors import RunError, UserError
 from mlp_mixer.model import Mixer
-from mlp_mixer.weights.own import load, save
+from mlp_mixer.weights.load import load
+from mlp_mixer.weights.own import save
 
 
 def make(seed: int = 0, **options) -> Mixer:

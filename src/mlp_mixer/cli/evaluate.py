@@ -50,7 +50,7 @@ def run(args: Sequence[str]) -> None:
     from mlp_mixer.data.sources import load_source
     from mlp_mixer.device import select_device, select_precision
     from mlp_mixer.evaluation.classification import classify
-    from mlp_mixer.weights.own import load
+    from mlp_mixer.weights.load import load
 
     model = load(chosen.weights)
     trained = model.card.provenance.get("recipe", {}).get("data", {})

@@ -60,7 +60,7 @@ def run(args: Sequence[str]) -> None:
 def describe(model: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """The arguments of ``Mixer``, and what else is known of a weights file."""
     from mlp_mixer.variants import VARIANTS, resolve_variant
-    from mlp_mixer.weights.own import load
+    from mlp_mixer.weights.load import load
 
     if Path(model).exists() or Path(model).suffix == ".safetensors":
         loaded = load(model)

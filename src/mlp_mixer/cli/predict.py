@@ -49,7 +49,7 @@ def run(args: Sequence[str]) -> None:
         raise UserError("no image is named: mixer predict WEIGHTS a.jpg photos/ more.zip")
     from mlp_mixer.cli.display import list_unreadable, progress_bar
     from mlp_mixer.inference.predict import find_images, predict_stream
-    from mlp_mixer.weights.own import load
+    from mlp_mixer.weights.load import load
 
     for path in chosen.images:  # before the first row is printed
         next(find_images(path))

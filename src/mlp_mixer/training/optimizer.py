@@ -1,4 +1,4 @@
-"""AdamW as the paper uses it: decoupled weight decay, times the learning rate, on kernels only."""
+"""The paper's optimisers: AdamW, its decay times the learning rate and on kernels only; SGD for fine-tuning."""
 
 import torch
 from torch import nn
@@ -11,3 +11,8 @@ def adamw(model: nn.Module, *, weight_decay: float, beta1: float, beta2: float) 
     groups = [{"params": kernels, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
     fused = kernels[0].device.type in ("cpu", "cuda")
     return torch.optim.AdamW(groups, lr=0.0, betas=(beta1, beta2), fused=fused)
+
+
+def sgd(model: nn.Module, *, momentum: float) -> torch.optim.SGD:
+    """SGD with momentum and no weight decay, as the paper fine-tunes (Section 3). The rate is set at each step."""
+    return torch.optim.SGD(model.parameters(), lr=0.0, momentum=momentum)

@@ -7,21 +7,25 @@ preprocessing, provenance) and ``sha256``, over both and every tensor, so that a
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from mlp_mixer.card import Card, Preprocessing
-from mlp_mixer.errors import RunError, UserError
+from mlp_mixer.errors import RunError, UserError, printable
 from mlp_mixer.files import replacing
-from mlp_mixer.model import Mixer
+from mlp_mixer.model import Mixer, as_pair
+from mlp_mixer.weights.containers import Container
+from mlp_mixer.weights.layouts import compare, expected_shapes
 
-VERSION = "1"
+FORMAT, VERSION = "mlp-mixer", "1"
+BESIDE = "mlp_mixer."  # before the keys of what we write into a file of another layout
 
 
 def save(model: Mixer, path: str | Path, classes: Sequence[str] | None = None, **provenance: Any) -> None:
@@ -48,7 +52,7 @@ def save(model: Mixer, path: str | Path, classes: Sequence[str] | None = None, *
     card = dataclasses.replace(model.card, classes=names, provenance=model.card.provenance | provenance)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     metadata = {
-        "format": "mlp-mixer",
+        "format": FORMAT,
         "version": VERSION,
         "config": json.dumps(model.config),
         "card": json.dumps(dataclasses.asdict(card)),
@@ -61,38 +65,54 @@ def save(model: Mixer, path: str | Path, classes: Sequence[str] | None = None, *
             raise RunError(f"{path} cannot be written ({error}): free some space or save elsewhere") from None
 
 
-def load(path: str | Path) -> Mixer:
-    """Reads a model that ``save`` wrote: in evaluation mode, on the CPU, as it was saved, its ``card`` filled.
+def read(container: Container) -> Mixer:
+    """The model of a file that ``save`` wrote, as it was saved.
 
     Raises:
-        UserError: no such file, not a safetensors file, not one of ours, tensors that do not fit, or a changed byte.
+        UserError: another version, a changed byte, or tensors that do not fit the sizes in the metadata.
     """
-    path = Path(path)
-    if not path.is_file():
-        what = "is a folder, not a weights file" if path.is_dir() else "does not exist"
-        raise UserError(f"{path} {what}: give the .safetensors file that `mixer train` or mlp_mixer.save wrote")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path} is not a sound safetensors file ({reason}): copy or train it again") from None
-    if metadata.get("format") != "mlp-mixer":
-        raise UserError(f"{path} holds tensors but was not written by mlp_mixer.save: only its files are read so far")
+    path, metadata = printable(str(container.path)), container.metadata
     if metadata.get("version") != VERSION:
         raise UserError(f"{path} has format version {metadata.get('version')!r}, this is {VERSION}: update mlp-mixer")
+    config, card = parse(metadata, path)
+    expected = expected_shapes(config)
+    compare(expected, {name: info.shape for name, info in container.infos.items()}, (), {}, path)
+    tensors = {name: container.read(name) for name in container.infos}
     if metadata.get("sha256") != digest(tensors, metadata):
         raise UserError(f"{path} was changed or damaged since it was saved (SHA-256 differs): copy or train it again")
+    for name, tensor in tensors.items():
+        check_finite(tensor, name, path)
+    with torch.device("meta"):
+        model = Mixer(**config)
+    model.load_state_dict(tensors, assign=True)
+    model.card = card
+    return model
+
+
+def remembered(container: Container) -> tuple[dict[str, Any], Card] | None:
+    """The config and card that ``export`` wrote beside tensors in another layout; None in anybody else's file."""
+    beside = {key: container.metadata[BESIDE + key] for key in ("config", "card") if BESIDE + key in container.metadata}
+    return None if len(beside) < 2 else parse(beside, printable(str(container.path)))
+
+
+def parse(metadata: Mapping[str, str], path: str) -> tuple[dict[str, Any], Card]:
+    """The arguments of ``Mixer`` and the card from their JSON; what cannot be such is a UserError."""
     try:
-        with torch.device("meta"):
-            model = Mixer(**json.loads(metadata["config"]))
-        model.load_state_dict(tensors, assign=True)
-        model.card = parse_card(json.loads(metadata["card"]))
-    except (ValueError, TypeError, KeyError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path} does not hold what its metadata says ({reason}): save it again") from None
-    return model.requires_grad_(True).eval()
+        config, card = json.loads(metadata["config"]), parse_card(json.loads(metadata["card"]))
+        config |= {key: as_pair(config[key]) for key in ("image_size", "patch_size")}
+        expected_shapes(config)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, RuntimeError) as error:
+        reason = printable(" ".join(str(error).split())[:200])
+        raise UserError(f"{path}: its metadata describes no Mixer ({reason}): save it again") from None
+    return config, card
+
+
+def check_finite(tensor: Tensor, name: str, what: str) -> None:
+    if tensor.numel() and not all(math.isfinite(end) for end in torch.aminmax(tensor)):
+        raise UserError(
+            f"{what}: {name} holds numbers that are not finite, as a diverged training or a damaged file leaves them: "
+            "take an earlier checkpoint, or download it again"
+        )
 
 
 def digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:

@@ -1,0 +1,80 @@
+"""The card of weights that others made: preprocessing, class names and origin, as far as anything tells."""
+
+import hashlib
+import logging
+import typing
+from typing import Any
+
+from mlp_mixer.card import Card, Interpolation, Preprocessing
+from mlp_mixer.errors import printable
+from mlp_mixer.model import Mixer
+from mlp_mixer.weights.containers import Container
+from mlp_mixer.weights.hub import Download
+from mlp_mixer.weights.known import CHECKPOINTS, MIIL, MIIL_CLASSES, Checkpoint, candidates, class_names
+from mlp_mixer.weights.layouts import AUTHORS, LUCIDRAINS, OLDER, TIMM, Layout
+
+log = logging.getLogger(__name__)
+
+
+def make_card(container: Container, origin: Download, layout: Layout, model: Mixer) -> Card:
+    """From the hub's config.json where there is one; else what is known of the file, or of its layout, and said so."""
+    what, known = printable(str(container.path.name)), identify(container, origin, layout)
+    source: dict[str, Any] = {"file": container.path.name, "layout": layout.title}
+    names = class_names(model.config["num_classes"]) if layout in (AUTHORS, OLDER, TIMM) else None
+    view = layout.preprocessing
+    if known:
+        source["known_as"] = known.file
+        if known.note:
+            log.warning("%s is %s: %s", what, known.file, known.note)
+    if origin.config:
+        view, names = from_timm(origin.config, view), label_names(origin.config) or names
+    elif layout is TIMM and (model.config["num_classes"] == MIIL_CLASSES or (known and "miil" in known.file)):
+        view = MIIL
+    elif layout is TIMM and not known and candidates(model.config, authors=False):
+        log.warning(
+            "%s does not say which of timm's weights it is: pixels are taken to be normalised to [−1, 1]; MIIL's take "
+            "[0, 1] (mixer convert --mean 0 --std 1), and goog_in21k_ft_in1k is, in spite of its name, the authors' "
+            "from-scratch ImageNet weights",
+            what,
+        )
+    elif layout is LUCIDRAINS or layout not in (AUTHORS, OLDER, TIMM):
+        log.warning(
+            "%s does not say how pixels were normalised: taken to be [−1, 1] (else: mixer convert --mean --std)", what
+        )
+    return Card(classes=names, preprocessing=view, provenance={"source": source})
+
+
+def identify(container: Container, origin: Download, layout: Layout) -> Checkpoint | None:
+    """One of timm's published files: by its id on the hub, or by the digest that ends the name timm gave it."""
+    if layout is not TIMM:
+        return None
+    if origin.source:
+        return next((known for known in CHECKPOINTS if known.file == origin.source["hub"]), None)
+    with container.path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return next((known for known in CHECKPOINTS if known.sha256 and digest.startswith(known.sha256)), None)
+
+
+def from_timm(config: dict[str, Any], default: Preprocessing) -> Preprocessing:
+    """The preprocessing of a config.json of timm's; what it does not say as in ``default``."""
+    told = config.get("pretrained_cfg") or {}
+    interpolation = told.get("interpolation", default.interpolation)
+    if interpolation not in typing.get_args(Interpolation):
+        log.warning("interpolation %r is not known here: %s is used", interpolation, default.interpolation)
+        interpolation = default.interpolation
+    return Preprocessing(
+        crop="resize" if told.get("crop_mode") == "squash" else default.crop,
+        crop_ratio=told.get("crop_pct", default.crop_ratio),
+        interpolation=interpolation,
+        mean=tuple(told.get("mean", default.mean)),
+        std=tuple(told.get("std", default.std)),
+    )
+
+
+def label_names(config: dict[str, Any]) -> tuple[str, ...] | None:
+    """Of a fine-tuned model on the hub, whose owner named its classes."""
+    names = config.get("label_names") or (config.get("pretrained_cfg") or {}).get("label_names")
+    descriptions = config.get("label_descriptions") or {}
+    if not isinstance(names, list) or len(names) != config.get("num_classes", len(names)):
+        return None
+    return tuple(str(descriptions.get(name, name)) if isinstance(descriptions, dict) else str(name) for name in names)
