@@ -23,7 +23,7 @@ from mlp_mixer.training.recipe import (
     from_json,
     to_json_object,
 )
-from mlp_mixer.training.run import make_model
+from mlp_mixer.training.start import prepare
 
 SECTIONS = {"model": ModelRecipe, "data": DataRecipe, "optimization": OptimizationRecipe, "run": RunRecipe}
 
@@ -54,7 +54,7 @@ def test_defaults_are_the_papers() -> None:
         "clip_norm": 1.0,
         "label_smoothing": 0.0,
     }
-    assert (recipe.model.image_size, recipe.model.gelu, recipe.model.dropout) == (224, "tanh", 0)
+    assert (recipe.model.image_size, recipe.model.gelu, recipe.model.dropout) == (224, None, 0)
     assert (recipe.data.crop, recipe.data.crop_ratio, recipe.data.train_crop) == ("resmall", 224 / 256, "inception")
     assert recipe.data.flip
 
@@ -75,7 +75,7 @@ def test_every_recipe_is_sound_and_read_back_as_it_was(name: str, tmp_path: Path
 def test_every_recipe_makes_a_model(name: str) -> None:
     recipe = get_recipe(name)
     with torch.device("meta"):
-        model = make_model(recipe, load_source("digits").classes)
+        model = prepare(recipe)(load_source("digits").classes)
     assert model.image_size == (recipe.model.image_size,) * 2
     assert model.card.classes == tuple("0123456789")
     assert model.card.preprocessing.crop_ratio == recipe.data.crop_ratio
@@ -141,7 +141,7 @@ def test_an_unknown_field_is_told_the_nearest(content: dict, message: str, tmp_p
         ({"optimization": {"decay": "step"}}, "optimization: decay = 'step': use one of 'linear', 'cosine'"),
         ({"optimization": {"decay": ["linear"]}}, "optimization: decay = ['linear']: use one of"),
         ({"name": 3}, "name = 3: should be str"),
-        ({"model": "B/16"}, "model: 'B/16' should be an object with the fields model, image_size, patch_size"),
+        ({"model": "B/16"}, "model: 'B/16' should be an object with the fields model, weights, image_size"),
         ([], "[] should be an object with the fields name, model, data, optimization, run"),
     ],
 )

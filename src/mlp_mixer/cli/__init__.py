@@ -13,13 +13,16 @@ from mlp_mixer.errors import RunError, UserError
 
 VERBS = {
     "train": "train a Mixer from scratch: on the embedded digits, or on your images",
+    "finetune": "move trained weights to your own classes, at any image size",
     "evaluate": "top-1, top-5, per class and confusion matrix of weights on labelled images",
     "predict": "labels and probabilities for image files, folders and zips",
     "info": "parameters, FLOPs and memory of a variant, or what a weights file holds",
+    "resize": "weights for another image size",
+    "convert": "weights in another format: ours, the authors' .npz, timm's",
 }
 HELP = """usage: mixer VERB [OPTIONS]
 
-MLP-Mixer (arXiv:2105.01601): train, evaluate, predict.
+MLP-Mixer (arXiv:2105.01601): train, fine-tune, evaluate, predict.
 
 verbs:
 {verbs}
@@ -29,7 +32,11 @@ examples:
   mixer train --data photos/                    on your images: one folder a class, or a .zip of that
   mixer evaluate runs/…/model.safetensors --data photos/
   mixer predict runs/…/model.safetensors a.jpg b.png
+  mixer finetune Mixer-B_16.npz --data photos/ --image-size 448
+  mixer convert Mixer-B_16.npz b16.safetensors
   mixer info B/16
+
+WEIGHTS is a file of ours, the authors' (.npz), timm's or lucidrains', or hf-hub:OWNER/NAME.
 
 mixer VERB --help shows a verb's options; --debug shows the traceback of an error.
 exit status: 0 done, 1 a run that failed, 2 a mistake in the call, 130 or 143 stopped by a signal.""".format(

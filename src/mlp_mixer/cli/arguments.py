@@ -5,11 +5,14 @@ import dataclasses
 import difflib
 import io
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import tyro
 
 from mlp_mixer.errors import UserError
+
+if TYPE_CHECKING:
+    from mlp_mixer.model import Mixer
 
 T = TypeVar("T")
 
@@ -67,3 +70,19 @@ def one_line(box: str) -> str:
                 break
             words += text.split()
     return " ".join(words) or " ".join(box.split())
+
+
+def pair(size: tuple[int, ...]) -> tuple[int, int]:
+    """(height, width) from one word of the command line, or two."""
+    if len(size) not in (1, 2):
+        raise UserError(f"--image-size {' '.join(map(str, size))}: one number of pixels, or two, height and width")
+    return size[0], size[-1]
+
+
+def load_sized(weights: str, image_size: int | None) -> "Mixer":
+    """The model of a WEIGHTS argument, resized where an --image-size is given."""
+    from mlp_mixer.weights.load import load
+    from mlp_mixer.weights.resize import resize
+
+    model = load(weights)
+    return model if image_size is None else resize(model, image_size)

@@ -3,12 +3,11 @@
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-from mlp_mixer.cli.arguments import parse
+from mlp_mixer.cli.arguments import load_sized, parse
 from mlp_mixer.errors import UserError
 from mlp_mixer.files import to_json
 
@@ -24,10 +23,12 @@ A source without parts is split as it was for training: its test part is what tr
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    weights: tyro.conf.Positional[Path]
-    """Weights that mixer train or mlp_mixer.save wrote."""
+    weights: tyro.conf.Positional[str]
+    """A file of ours, the authors' (.npz), timm's or lucidrains', or hf-hub:OWNER/NAME."""
     data: str
     """SOURCE: digits, cifar10, a folder of images, or a .zip of one."""
+    image_size: int | None = None
+    """Resize the weights to this height and width in pixels; by default as they are."""
     part: Literal["test", "val", "train", "all"] = "test"
     """Of the source."""
     batch_size: int = 256
@@ -50,9 +51,8 @@ def run(args: Sequence[str]) -> None:
     from mlp_mixer.data.sources import load_source
     from mlp_mixer.device import select_device, select_precision
     from mlp_mixer.evaluation.classification import classify
-    from mlp_mixer.weights.load import load
 
-    model = load(chosen.weights)
+    model = load_sized(chosen.weights, chosen.image_size)
     trained = model.card.provenance.get("recipe", {}).get("data", {})
     split = {key: trained[key] for key in ("val_fraction", "test_fraction", "split_seed") if key in trained}
     source = load_source(chosen.data, max_pixels=chosen.max_pixels, **split)
@@ -71,7 +71,17 @@ def run(args: Sequence[str]) -> None:
             on_progress=lambda done, total: bar.update(done, total, f"{done:,} of {total:,} images"),
         )
     if chosen.json:
-        print(to_json({"weights": str(chosen.weights), "data": source.how, "part": chosen.part, **describe(result)}))
+        print(
+            to_json(
+                {
+                    "weights": chosen.weights,
+                    "image_size": list(model.image_size),
+                    "data": source.how,
+                    "part": chosen.part,
+                    **describe(result),
+                }
+            )
+        )
     else:
         show(result, f"{chosen.part} part of {source.how}")
         if chosen.part != "all" and trained.get("data") != chosen.data:

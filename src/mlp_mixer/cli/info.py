@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tyro
 
@@ -11,17 +11,21 @@ from mlp_mixer.cli.arguments import parse
 from mlp_mixer.errors import printable
 from mlp_mixer.files import to_json
 
-DESCRIPTION = """What a variant of Table 1 costs, or what a weights file holds and costs.
+if TYPE_CHECKING:
+    from mlp_mixer.model import Mixer
 
-example: mixer info B/16 --image-size 448"""
+DESCRIPTION = """What a variant of Table 1 costs, or what a weights file holds and costs, and what a resize would add.
+
+example: mixer info Mixer-B_16.npz --image-size 448"""
+COUNTS = ("parameters", "macs", "flops", "activation_bytes")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
     model: tyro.conf.Positional[str]
-    """S/32, S/16, B/32, B/16, L/32, L/16, H/14, or a weights file."""
+    """S/32, S/16, B/32, B/16, L/32, L/16, H/14, a weights file, or hf-hub:OWNER/NAME."""
     image_size: int | None = None
-    """Height and width in pixels; by default 224, or the file's."""
+    """Height and width in pixels; by default 224, or the file's. Weights are resized to it."""
     num_classes: int | None = None
     """Of the head; by default 1000, or the file's."""
     json: bool = False
@@ -31,38 +35,104 @@ class Arguments:
 def run(args: Sequence[str]) -> None:
     chosen = parse(Arguments, args, verb="info", description=DESCRIPTION)
     from mlp_mixer.cost import cost
-    from mlp_mixer.model import as_pair
+    from mlp_mixer.weights.resize import resized_config
 
-    config, about = describe(chosen.model)
-    given = {"image_size": chosen.image_size, "num_classes": chosen.num_classes}
-    config |= {key: value for key, value in given.items() if value is not None}
-    config |= {key: as_pair(config[key]) for key in ("image_size", "patch_size")}
-    found = {"model": chosen.model, **asdict(cost(config)), **config, **about}
+    model = load_weights(chosen.model)
+    before = dict(model.config) if model else variant_config(chosen.model)
+    if chosen.num_classes is not None:
+        before["num_classes"] = chosen.num_classes
+    after = before if chosen.image_size is None else resized_config(before, chosen.image_size)
+    # a variant is made for the size, and so keeps Table 1's D_S; weights have to be resized
+    config = after if model else before | {"image_size": after["image_size"]}
+    found: dict[str, Any] = {"model": chosen.model, **asdict(cost(config)), **config}
+    found |= {"variant": model and variant(model), **(about(model) if model else {})}
+    if after["image_size"] != before["image_size"]:
+        found["resize"] = compare_costs(before, after)
     if chosen.json:
         print(to_json(found))
-        return
-    print(
-        f"{chosen.model} at {config['image_size'][0]} × {config['image_size'][1]} px, {config['num_classes']} classes"
-    )
+    else:
+        show(found, config)
+
+
+def load_weights(name: str) -> "Mixer | None":
+    """The model of a weights file; None for the name of a variant."""
+    from mlp_mixer.weights.load import load
+
+    endings = (".safetensors", ".npz", ".pt", ".pth", ".bin")
+    is_file = Path(name).exists() or Path(name).suffix in endings or name.startswith("hf-hub:")
+    return load(name) if is_file else None
+
+
+def variant_config(name: str) -> dict[str, Any]:
+    """The arguments of ``Mixer`` for a variant of Table 1 as the paper pre-trains it."""
+    import torch
+
+    from mlp_mixer.variants import create
+
+    with torch.device("meta"):
+        return dict(create(name).config)
+
+
+def variant(model: "Mixer") -> str | None:
+    from mlp_mixer.weights.known import variant_of
+
+    return variant_of(model.config)
+
+
+def about(model: "Mixer") -> dict[str, Any]:
+    """What the file says of itself, and the published files it may be."""
+    from mlp_mixer.weights.known import candidates
+
+    source = model.card.provenance.get("source", {})
+    known = source.get("known_as")
+    possible = candidates(model.config, authors="authors" in source.get("layout", "")) if source else []
+    named = [asdict(one) for one in possible if known in (None, one.file)]
+    return {**asdict(model.card), "head_is_zero": not model.get_parameter("head.weight").any().item()
+            if model.config["num_classes"] else None, "may_be": named}  # fmt: skip
+
+
+def compare_costs(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    """What a resize changes: sizes and counts of both, and how many times as much."""
+    from mlp_mixer.cost import cost
+
+    keys = ("image_size", "tokens_mlp_dim")
+    old, new = asdict(cost(before)), asdict(cost(after))
+    return {
+        "from": {key: before[key] for key in keys} | old,
+        "to": {key: after[key] for key in keys} | new,
+        "times": {key: new[key] / old[key] for key in COUNTS},
+    }
+
+
+def show(found: dict[str, Any], config: dict[str, Any]) -> None:
+    height, width = config["image_size"]
+    named = f" (Mixer-{found['variant']})" if found.get("variant") else ""
+    print(f"{printable(found['model'])}{named} at {height} × {width} px, {config['num_classes']} classes")
     print(f"  parameters         {found['parameters']:>15,}")
     print(f"  MACs an image      {found['macs']:>15,}   ({found['macs'] / 1e9:.3g} G; FLOPs are twice that)")
     print(
         f"  activations        {found['activation_bytes']:>15,}   bytes an image, kept for the backward pass, float32"
     )
     print("  " + ", ".join(f"{key} {config[key]}" for key in config if key not in ("image_size", "num_classes")))
-    if about.get("classes"):
-        print(f"  classes: {printable(', '.join(about['classes']))}")
-    for key, value in about.get("provenance", {}).items():
+    if "resize" in found:
+        show_resize(found["resize"])
+    if found.get("head_is_zero"):
+        print("  the head is all zero: features, no classes")
+    if found.get("classes"):
+        names = found["classes"]
+        print(f"  classes: {printable(', '.join(names[:10]))}{f' … ({len(names):,})' if len(names) > 10 else ''}")
+    for key, value in found.get("provenance", {}).items():
         if key != "recipe":
             print(printable(f"  {key}: {value}"))
+    for one in found.get("may_be", []):
+        top1 = f", ImageNet top-1 {one['top1']:.2%}" if one["top1"] else ""
+        note = f"; {one['note']}" if one["note"] else ""
+        print(f"  may be {one['file']}: {one['data']}, {one['image_size']} px{top1} ({one['source']}{note})")
 
 
-def describe(model: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The arguments of ``Mixer``, and what else is known of a weights file."""
-    from mlp_mixer.variants import VARIANTS, resolve_variant
-    from mlp_mixer.weights.load import load
-
-    if Path(model).exists() or Path(model).suffix == ".safetensors":
-        loaded = load(model)
-        return dict(loaded.config), asdict(loaded.card)
-    return {"num_classes": 1000, "image_size": 224} | VARIANTS[resolve_variant(model)], {}
+def show_resize(costs: dict[str, Any]) -> None:
+    old, new, times = costs["from"], costs["to"], costs["times"]
+    sizes = " → ".join("×".join(map(str, one["image_size"])) for one in (old, new))
+    counts = f"parameters {old['parameters']:,} → {new['parameters']:,} (× {times['parameters']:.2f})"
+    more = f"FLOPs × {times['flops']:.2f}, activations × {times['activation_bytes']:.2f}"
+    print(f"  resized {sizes} px: {counts}, {more}, D_S {old['tokens_mlp_dim']} → {new['tokens_mlp_dim']}")

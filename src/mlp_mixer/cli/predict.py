@@ -23,8 +23,8 @@ example: mixer predict runs/photos/model.safetensors a.jpg holiday/ more.zip --f
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    weights: tyro.conf.Positional[Path]
-    """Weights that mixer train or mlp_mixer.save wrote."""
+    weights: tyro.conf.Positional[str]
+    """A file of ours, the authors' (.npz), timm's or lucidrains', or hf-hub:OWNER/NAME."""
     images: tyro.conf.Positional[tuple[Path, ...]]
     """Image files, folders of images, zips of images."""
     top: int = 5

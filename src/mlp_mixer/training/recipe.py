@@ -15,12 +15,14 @@ from mlp_mixer.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class ModelRecipe:
-    """The Mixer: a variant of Table 1, or sizes of one's own (which override the variant's)."""
+    """The Mixer: a variant of Table 1, or sizes of one's own (which override the variant's), or trained weights."""
 
     model: str | None = None
     """A variant of Table 1: S/32, S/16, B/32, B/16, L/32, L/16, H/14."""
-    image_size: int = 224
-    """Height and width of the input in pixels; a multiple of the patch size."""
+    weights: str | None = None
+    """Weights to start from, a file or hf-hub:OWNER/NAME: the sizes are theirs, the head starts at zero."""
+    image_size: int | None = 224
+    """Height and width of the input in pixels, a multiple of the patch size; None: that of --weights."""
     patch_size: int | None = None
     """Height and width of a patch in pixels."""
     num_blocks: int | None = None
@@ -31,8 +33,8 @@ class ModelRecipe:
     """D_S, hidden width of the token-mixing MLPs."""
     channels_mlp_dim: int | None = None
     """D_C, hidden width of the channel-mixing MLPs."""
-    gelu: Literal["tanh", "erf"] = "tanh"
-    """The GELU: the authors' tanh approximation, or the exact form."""
+    gelu: Literal["tanh", "erf"] | None = None
+    """The GELU: the authors' tanh approximation, or the exact form; None: tanh, or that of --weights."""
     dropout: float = 0.0
     """After each dense layer of an MLP block."""
     stochastic_depth: float = 0.0
@@ -53,12 +55,12 @@ class DataRecipe:
     """Of all images, cut off for test where there are no parts."""
     split_seed: int = 0
     """Another one gives another split."""
-    crop: Literal["resmall", "resize"] = "resmall"
-    """Evaluation: resize the shorter side, or both sides, then cut out the centre."""
-    crop_ratio: float = 224 / 256
-    """Evaluation: side that is kept of the resized image."""
-    interpolation: Literal["nearest", "bilinear", "bicubic"] = "bilinear"
-    """How images are resized."""
+    crop: Literal["resmall", "resize"] | None = "resmall"
+    """Evaluation: resize the shorter side, or both sides, then cut out the centre; None: as --weights had it."""
+    crop_ratio: float | None = 224 / 256
+    """Evaluation: side that is kept of the resized image; None: as --weights had it."""
+    interpolation: Literal["nearest", "bilinear", "bicubic"] | None = "bilinear"
+    """How images are resized; None: as --weights had it."""
     train_crop: Literal["none", "pad", "inception"] = "inception"
     """Training: the evaluation's view, that view shifted within a reflected border, or 5-100 % of the area."""
     crop_padding: int = 4
@@ -75,16 +77,20 @@ class DataRecipe:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizationRecipe:
-    """AdamW, linear warm-up, decay to zero, gradients clipped at a global norm."""
+    """AdamW or SGD, linear warm-up, decay to zero, gradients clipped at a global norm."""
 
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """AdamW for training from scratch; SGD with momentum, without weight decay, for fine-tuning."""
     epochs: float = 300
     """Passes over the training images."""
     global_batch_size: int = 4096
     """Images per step."""
     learning_rate: float = 1e-3
     """At the end of the warm-up."""
+    momentum: float = 0.9
+    """Of SGD."""
     weight_decay: float = 0.1
-    """Decoupled, times the learning rate, on kernels only."""
+    """Of Adam: decoupled, times the learning rate, on kernels only."""
     beta1: float = 0.9
     """Of Adam."""
     beta2: float = 0.999
@@ -138,6 +144,7 @@ def check(recipe: Recipe) -> Recipe:
         "label_smoothing": recipe.optimization.label_smoothing,
         "beta1": recipe.optimization.beta1,
         "beta2": recipe.optimization.beta2,
+        "momentum": recipe.optimization.momentum,
     }
     for name, value in fractions.items():
         if not 0 <= value < 1:
@@ -170,7 +177,11 @@ def check(recipe: Recipe) -> Recipe:
         raise UserError(f"recipe name {recipe.name!r}: letters, digits, '-', '_' and '.' alone, for it names a folder")
     if recipe.run.seed >= 2**31:
         raise UserError(f"--seed {recipe.run.seed}: must be below {2**31}")
-    if not 0 < recipe.data.crop_ratio <= 1:
+    own_sizes = ("model", "patch_size", "num_blocks", "hidden_dim", "tokens_mlp_dim", "channels_mlp_dim", "gelu")
+    given = [name for name in own_sizes if getattr(recipe.model, name) is not None]
+    if recipe.model.weights is not None and given:
+        raise UserError(f"{flag(given[0])} and --weights: the sizes are those of the weights, so leave it out")
+    if recipe.data.crop_ratio is not None and not 0 < recipe.data.crop_ratio <= 1:
         raise UserError(f"{flag('crop_ratio')} {recipe.data.crop_ratio}: must be above 0 and at most 1")
     return recipe
 
@@ -208,13 +219,15 @@ def build(kind: type, stored: Any, where: str) -> Any:
 def convert(hint: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return build(typing.cast(type, hint), value, where)
-    if typing.get_origin(hint) is Literal:
-        if value not in typing.get_args(hint):
-            raise UserError(f"{where} = {value!r}: use one of {', '.join(map(repr, typing.get_args(hint)))}")
+    kinds = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+    choices = [choice for kind in kinds if typing.get_origin(kind) is Literal for choice in typing.get_args(kind)]
+    if choices:
+        choices += [None] * (type(None) in kinds)
+        if value not in choices:
+            raise UserError(f"{where} = {value!r}: use one of {', '.join(map(repr, choices))}")
         return value
-    allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if float in allowed and type(value) is int:
+    if float in kinds and type(value) is int:
         return float(value)
-    if type(value) not in allowed:
-        raise UserError(f"{where} = {value!r}: should be {' or '.join(kind.__name__ for kind in allowed)}")
+    if type(value) not in kinds:
+        raise UserError(f"{where} = {value!r}: should be {' or '.join(kind.__name__ for kind in kinds)}")
     return value

@@ -5,7 +5,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
@@ -13,7 +13,6 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch.utils.data import DataLoader
 
-from mlp_mixer.card import Card, Preprocessing
 from mlp_mixer.cost import cost
 from mlp_mixer.data.loading import Unreadable, training_batches
 from mlp_mixer.data.sources import Source, load_source
@@ -26,11 +25,12 @@ from mlp_mixer.training.compilation import compiled
 from mlp_mixer.training.folder import metrics_files, run_folder
 from mlp_mixer.training.loop import Step, train_steps
 from mlp_mixer.training.memory import keep_freed_memory
-from mlp_mixer.training.optimizer import adamw
+from mlp_mixer.training.optimizer import adamw, sgd
 from mlp_mixer.training.provenance import current_commit, describe_device, peak_memory, versions
-from mlp_mixer.training.recipe import Recipe, check, to_json_object
+from mlp_mixer.training.recipe import OptimizationRecipe, Recipe, check, to_json_object
 from mlp_mixer.training.schedules import learning_rate
-from mlp_mixer.variants import create
+from mlp_mixer.training.start import prepare
+from mlp_mixer.weights.known import variant_of
 from mlp_mixer.weights.own import save
 
 log = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ class Fitted(Generic[R]):
 
 
 def train(recipe: Recipe, out: Path, evaluate: Evaluate[R], progress: Progress, command: str = "") -> Run[R]:
-    """Trains a model from scratch and writes the run's folder, all of it but the report.
+    """Trains a model, new or from weights, and writes the run's folder, all of it but the report.
 
     Raises:
         UserError: a mistake in the recipe or the data; a folder this call made is removed again.
@@ -96,12 +96,11 @@ def train(recipe: Recipe, out: Path, evaluate: Evaluate[R], progress: Progress, 
         raise UserError(f"{out} exists: name another folder with --out, or remove it")
     device = select_device(recipe.run.device)
     precision = select_precision(recipe.run.precision, device)
-    with torch.device("meta"):
-        make_model(recipe, ("a", "b"))  # a mistake in the sizes is told before any data is read
+    start = prepare(recipe)  # a mistake in the sizes is told before any data is read
     if device.type == "cpu":
         keep_freed_memory()
     source = read_source(recipe)
-    model = make_model(recipe, source.classes).to(device)
+    model = start(source.classes).to(device)
     origin = {
         "seed": recipe.run.seed,
         "command": command,
@@ -125,7 +124,8 @@ def train(recipe: Recipe, out: Path, evaluate: Evaluate[R], progress: Progress, 
         images = fitted.steps * recipe.optimization.global_batch_size
         bad = fitted.unreadable + [name for result in results.values() for name in result.unreadable]
         summary = {
-            "model": describe_model(recipe, model),
+            "model": describe_model(model),
+            "started_from": recipe.model.weights,
             "parameters": sum(p.numel() for p in model.parameters()),
             "data": recipe.data.data,
             "split": source.how,
@@ -190,7 +190,7 @@ def fit(
             model,
             forward,
             make_batches(recipe, source, model, steps),
-            adamw(model, weight_decay=settings.weight_decay, beta1=settings.beta1, beta2=settings.beta2),
+            make_optimizer(settings, model),
             schedule,
             device=device,
             precision=precision,
@@ -251,14 +251,10 @@ def read_source(recipe: Recipe) -> Source:
     return source
 
 
-def make_model(recipe: Recipe, classes: tuple[str, ...]) -> Mixer:
-    """The recipe's Mixer with a head for these classes, and the card that travels with it."""
-    sizes = asdict(recipe.model)
-    model = create(sizes.pop("model"), num_classes=len(classes), seed=recipe.run.seed, **sizes)
-    data = recipe.data
-    view = Preprocessing(crop=data.crop, crop_ratio=data.crop_ratio, interpolation=data.interpolation)
-    model.card = Card(classes=classes, preprocessing=view, provenance={"recipe": to_json_object(recipe)})
-    return model
+def make_optimizer(settings: OptimizationRecipe, model: Mixer) -> torch.optim.Optimizer:
+    if settings.optimizer == "sgd":
+        return sgd(model, momentum=settings.momentum)
+    return adamw(model, weight_decay=settings.weight_decay, beta1=settings.beta1, beta2=settings.beta2)
 
 
 def make_batches(recipe: Recipe, source: Source, model: Mixer, steps: int) -> DataLoader:
@@ -316,8 +312,8 @@ def describe(record: dict[str, float], epochs: float) -> str:
     return f"epoch {record['epoch']:.1f} of {epochs:g}, loss {record['loss']:.3f}{rate}"
 
 
-def describe_model(recipe: Recipe, model: Mixer) -> str:
-    sizes = model.config
-    named = f"Mixer-{recipe.model.model}" if recipe.model.model else "Mixer"
+def describe_model(model: Mixer) -> str:
+    sizes, variant = model.config, variant_of(model.config)
+    named = f"Mixer-{variant}" if variant else "Mixer"
     patch = "×".join(map(str, sizes["patch_size"]))
     return f"{named}: {sizes['num_blocks']} blocks, C {sizes['hidden_dim']}, patch {patch}"

@@ -162,8 +162,8 @@ def image_of(tokens: int, patch: tuple[int, int], image_size: Size | None, what:
     if height % patch[0] or width % patch[1] or height // patch[0] * (width // patch[1]) != tokens:
         trained = f"trained at {square[0]}×{square[1]} px" if square else "trained at another size"
         raise UserError(
-            f"{what}: it mixes {tokens} patches of {patch[0]}×{patch[1]} px, which {height}×{width} px are not: {trained}"
-            "; load it without image_size, then resize it (mlp_mixer.resize, mixer resize)"
+            f"{what}: it mixes {tokens} patches of {patch[0]}×{patch[1]} px, which {height}×{width} px are not: "
+            f"{trained}; load it without image_size, then resize it (mlp_mixer.resize, mixer resize)"
         )
     return height, width
 

@@ -39,7 +39,7 @@ def load(path: str | Path, *, image_size: Size | None = None, in_channels: int |
     """
     origin = download(str(path)) if str(path).startswith(PREFIX) else Download(path=Path(path))
     with open_container(origin.path) as container:
-        if container.metadata.get("format") == own.FORMAT:
+        if own.is_ours(container.metadata):
             model = own.read(container)
             check_given(model.config, image_size, in_channels, str(path))
         else:

@@ -51,13 +51,21 @@ def save(model: Mixer, path: str | Path, classes: Sequence[str] | None = None, *
         raise UserError(f"{len(names)} class names for a head of {model.config['num_classes']}: give one for each")
     card = dataclasses.replace(model.card, classes=names, provenance=model.card.provenance | provenance)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    metadata = {
+    write(path, tensors, seal(model.config, card, tensors))
+
+
+def seal(config: dict[str, Any], card: Card, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """The metadata that say what the tensors are, with the digest of both."""
+    said = {
         "format": FORMAT,
         "version": VERSION,
-        "config": json.dumps(model.config),
+        "config": json.dumps(config),
         "card": json.dumps(dataclasses.asdict(card)),
     }
-    metadata["sha256"] = digest(tensors, metadata)
+    return said | {"sha256": digest(tensors, said)}
+
+
+def write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     with replacing(path) as temporary:
         try:
             save_file(tensors, temporary, metadata)
@@ -72,14 +80,11 @@ def read(container: Container) -> Mixer:
         UserError: another version, a changed byte, or tensors that do not fit the sizes in the metadata.
     """
     path, metadata = printable(str(container.path)), container.metadata
-    if metadata.get("version") != VERSION:
-        raise UserError(f"{path} has format version {metadata.get('version')!r}, this is {VERSION}: update mlp-mixer")
+    if (version := metadata.get("version", "")) > VERSION and version.isdigit():
+        raise UserError(f"{path} has format version {version}, this is {VERSION}: update mlp-mixer (or it is damaged)")
+    tensors = verified(container, metadata)
     config, card = parse(metadata, path)
-    expected = expected_shapes(config)
-    compare(expected, {name: info.shape for name, info in container.infos.items()}, (), {}, path)
-    tensors = {name: container.read(name) for name in container.infos}
-    if metadata.get("sha256") != digest(tensors, metadata):
-        raise UserError(f"{path} was changed or damaged since it was saved (SHA-256 differs): copy or train it again")
+    compare(expected_shapes(config), {name: info.shape for name, info in container.infos.items()}, (), {}, path)
     for name, tensor in tensors.items():
         check_finite(tensor, name, path)
     with torch.device("meta"):
@@ -89,10 +94,33 @@ def read(container: Container) -> Mixer:
     return model
 
 
+def is_ours(metadata: Mapping[str, str]) -> bool:
+    """Whether ``save`` wrote a file with this metadata, even if a byte of it has changed since."""
+    return metadata.get("format") == FORMAT or {"config", "card", "sha256"} & metadata.keys() != set()
+
+
 def remembered(container: Container) -> tuple[dict[str, Any], Card] | None:
-    """The config and card that ``export`` wrote beside tensors in another layout; None in anybody else's file."""
-    beside = {key: container.metadata[BESIDE + key] for key in ("config", "card") if BESIDE + key in container.metadata}
-    return None if len(beside) < 2 else parse(beside, printable(str(container.path)))
+    """The config and card that ``export`` wrote beside tensors in another layout; None in anybody else's file.
+
+    Raises:
+        UserError: a changed byte.
+    """
+    beside = {key.removeprefix(BESIDE): text for key, text in container.metadata.items() if key.startswith(BESIDE)}
+    if not beside:
+        return None
+    verified(container, beside)
+    return parse(beside, printable(str(container.path)))
+
+
+def verified(container: Container, metadata: Mapping[str, str]) -> dict[str, Tensor]:
+    """The tensors, which safetensors maps and does not copy; a UserError where they or the metadata were changed."""
+    tensors = {name: container.read(name) for name in container.infos}
+    if metadata.get("sha256") != digest(tensors, metadata):
+        raise UserError(
+            f"{printable(str(container.path))} was changed or damaged since it was saved (SHA-256 differs): copy or "
+            "train it again"
+        )
+    return tensors
 
 
 def parse(metadata: Mapping[str, str], path: str) -> tuple[dict[str, Any], Card]:

@@ -1,0 +1,130 @@
+"""A model onto the Hugging Face hub, with a card that says what it is."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from mlp_mixer.cost import cost
+from mlp_mixer.errors import RunError, UserError
+from mlp_mixer.model import Mixer
+from mlp_mixer.weights.hub import first_line, huggingface_hub
+from mlp_mixer.weights.known import variant_of
+from mlp_mixer.weights.own import save
+
+UNKNOWN = "not recorded"
+
+
+def push_to_hub(
+    model: Mixer,
+    repo: str,
+    *,
+    license: str,
+    private: bool = False,
+    token: str | None = None,
+    message: str = "Upload an MLP-Mixer",
+) -> str:
+    """Uploads the weights, with all that is needed to predict, and a filled model card; returns the commit's address.
+
+    Args:
+        model: data, recipe and results are taken from its card, as a run or ``load`` left them.
+        repo: "OWNER/NAME"; made if it is not there.
+        license: of the weights, by the hub's identifier ("apache-2.0", "cc-by-4.0", "other").
+        private: of a repository that is made.
+        token: of the hub; by default that of ``hf auth login``.
+        message: of the commit.
+
+    Raises:
+        UserError: no such owner, or no right to write there.
+        RunError: the hub cannot be reached.
+    """
+    hub = huggingface_hub()
+    with tempfile.TemporaryDirectory() as folder:
+        save(model, Path(folder) / "model.safetensors")
+        (Path(folder) / "README.md").write_text(model_card(model, repo, license), encoding="utf-8")
+        api = hub.HfApi(token=token, library_name="mlp-mixer")
+        try:
+            api.create_repo(repo, private=private, exist_ok=True)
+            commit = api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message)
+        except (hub.errors.HFValidationError, hub.errors.LocalTokenNotFoundError) as error:
+            raise UserError(f"{repo}: {first_line(error)}: give OWNER/NAME, and log in with `hf auth login`") from None
+        except hub.errors.HfHubHTTPError as error:
+            status = getattr(error.response, "status_code", None)
+            if status in (401, 403, 404):
+                raise UserError(f"{repo} may not be written ({first_line(error)}): `hf auth login` again") from None
+            raise RunError(f"{repo} could not be uploaded ({first_line(error)}): try again later") from None
+        except OSError as error:
+            raise RunError(f"the hub cannot be reached ({first_line(error)}): try again later") from None
+    return str(commit.commit_url)
+
+
+def model_card(model: Mixer, repo: str, license: str) -> str:
+    """README.md of a repository on the hub: metadata that the hub reads, and the same for people."""
+    hub = huggingface_hub()
+    told, config = model.card.provenance, model.config
+    variant = variant_of(config)
+    name = f"Mixer-{variant}" if variant else "MLP-Mixer"
+    data = told.get("data") or told.get("recipe", {}).get("data", {}).get("data")
+    scores = {part: told[f"{part}_top1"] for part in ("val", "test") if told.get(f"{part}_top1") is not None}
+    results = [
+        hub.EvalResult(
+            task_type="image-classification",
+            dataset_type=str(data),
+            dataset_name=str(data),
+            dataset_split={"val": "validation"}.get(part, part),
+            metric_type="accuracy",
+            metric_name="top-1",
+            metric_value=score,
+        )
+        for part, score in scores.items()
+    ]
+    metadata = hub.ModelCardData(
+        license=license,
+        library_name="mlp-mixer",
+        pipeline_tag="image-classification" if config["num_classes"] else "image-feature-extraction",
+        tags=["mlp-mixer", "image-classification"],
+        model_name=repo.rpartition("/")[2],
+        eval_results=results or None,
+    )
+    sections = {
+        "Model": model_rows(model, name),
+        "Data": [f"Trained on: {data or UNKNOWN}", f"Split: {told.get('split', UNKNOWN)}", *origin_rows(told)],
+        "Results": [f"{part} top-1: {score:.4f}" for part, score in scores.items()] or [f"Accuracy: {UNKNOWN}"],
+        "Recipe": recipe_rows(told),
+    }
+    body = "\n\n".join(f"## {title}\n\n" + "\n".join(f"- {row}" for row in rows) for title, rows in sections.items())
+    use = (
+        "```python\nimport mlp_mixer\n\n"
+        f'model = mlp_mixer.load("hf-hub:{repo}")\n'
+        'for row in mlp_mixer.predict(model, ["photo.jpg"]):\n    print(row.classes)\n```\n\n'
+        f"or `mixer predict hf-hub:{repo} photo.jpg`."
+    )
+    about = f"An MLP-Mixer ([arXiv:2105.01601](https://arxiv.org/abs/2105.01601)). Licence of the weights: {license}."
+    return f"---\n{metadata.to_yaml()}\n---\n\n# {name}\n\n{about}\n\n## How to load\n\n{use}\n\n{body}\n"
+
+
+def model_rows(model: Mixer, name: str) -> list[str]:
+    config, view, counted = model.config, model.card.preprocessing, cost(model.config)
+    keys = ("num_blocks", "hidden_dim", "tokens_mlp_dim", "channels_mlp_dim")
+    sizes = ", ".join(f"{key} {config[key]}" for key in keys)
+    return [
+        f"{name}, {counted.parameters:,} parameters, {counted.macs / 1e9:.3g} GMAC an image",
+        f"Resolution: {model.image_size[0]} × {model.image_size[1]} px, patches of "
+        f"{model.patch_size[0]} × {model.patch_size[1]} px; {sizes}; {config['gelu']} GELU",
+        f"Classes: {config['num_classes'] or 'none, features only'}",
+        f"Input: {view.crop} crop, ratio {view.crop_ratio:g}, {view.interpolation}; mean {view.mean}, std {view.std}",
+    ]
+
+
+def origin_rows(told: dict[str, Any]) -> list[str]:
+    started = told.get("started_from", {})
+    source = started.get("source") or told.get("source") or {}
+    origin = ", ".join(f"{key} {value}" for key, value in source.items()) or started.get("weights")
+    return [f"Weights from: {origin}"] if origin else []
+
+
+def recipe_rows(told: dict[str, Any]) -> list[str]:
+    recipe = told.get("recipe", {})
+    rows = [f"{key}: {told[key]}" for key in ("command", "commit", "seed", "epochs") if told.get(key) not in (None, "")]
+    if settings := recipe.get("optimization"):
+        rows.append(f"{recipe.get('name')}: " + ", ".join(f"{key} {value}" for key, value in settings.items()))
+    return rows or [UNKNOWN.capitalize()]
