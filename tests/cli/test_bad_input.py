@@ -94,7 +94,7 @@ def test_near_names(mixer, train, tmp_path) -> None:
     assert_only_mistake(train("digitz"), "'digitz'", "did you mean digits?")
     assert_only_mistake(mixer("train", "cifar", "--out", tmp_path / "out"), "'cifar'", "did you mean cifar10?")
     assert_only_mistake(mixer("trian"), "'trian'", "did you mean train?", "mixer --help")
-    assert_only_mistake(mixer("xyzzy"), "'xyzzy'", "train, evaluate, predict, info")
+    assert_only_mistake(mixer("xyzzy"), "'xyzzy'", "train, finetune, evaluate, predict, info, resize, convert")
     assert_only_mistake(mixer("info", "B/17"), "'B/17'", "B/16")
     assert_mistake(mixer("train", "--model", "B/61", "--out", tmp_path / "out"), "'B/61'", "B/16")
     assert_only_mistake(mixer("train", "--epoch", 3), "--epoch", "did you mean --epochs")
@@ -213,7 +213,7 @@ def test_predict_needs_a_trained_head(mixer, pictures, tmp_path) -> None:
     )
     mlp_mixer.save(model, tmp_path / "fresh.safetensors")
     answer = mixer("predict", tmp_path / "fresh.safetensors", pictures(tmp_path / "data", {"red": 1}))
-    assert_only_mistake(answer, "all zero", "train it first")
+    assert_mistake(answer, "all zero", "train it first", "mixer finetune")
 
 
 @pytest.mark.parametrize("seed", [2**40, 2**64], ids=["2**40", "2**64"])

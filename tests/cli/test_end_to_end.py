@@ -314,9 +314,9 @@ def test_the_library_in_four_lines(digits_run, tmp_path) -> None:
 
 
 def test_an_unknown_name_says_what_there_is() -> None:
-    with pytest.raises(AttributeError, match=r"no attribute 'lod'.*create, load, predict, save"):
+    with pytest.raises(AttributeError, match=r"no attribute 'lod'.*create, load, predict, push_to_hub, resize, save"):
         mlp_mixer.lod  # noqa: B018
-    assert {"create", "load", "predict", "save"} <= set(dir(mlp_mixer))
+    assert {"create", "load", "predict", "push_to_hub", "resize", "save"} <= set(dir(mlp_mixer))
 
 
 def test_nothing_but_the_run_is_written(mixer, colour_weights, pictures, tmp_path, monkeypatch) -> None:

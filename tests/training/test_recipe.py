@@ -43,6 +43,8 @@ def test_defaults_are_the_papers() -> None:
     recipe = Recipe()
     optimization = dataclasses.asdict(recipe.optimization)
     assert optimization == {
+        "optimizer": "adamw",
+        "momentum": 0.9,
         "epochs": 300,
         "global_batch_size": 4096,
         "learning_rate": 1e-3,

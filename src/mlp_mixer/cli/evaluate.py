@@ -1,5 +1,6 @@
 """mixer evaluate"""
 
+import dataclasses
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -51,14 +52,17 @@ def run(args: Sequence[str]) -> None:
     from mlp_mixer.data.sources import load_source
     from mlp_mixer.device import select_device, select_precision
     from mlp_mixer.evaluation.classification import classify
+    from mlp_mixer.weights.known import synset_names
 
     model = load_sized(chosen.weights, chosen.image_size)
     trained = model.card.provenance.get("recipe", {}).get("data", {})
     split = {key: trained[key] for key in ("val_fraction", "test_fraction", "split_seed") if key in trained}
     source = load_source(chosen.data, max_pixels=chosen.max_pixels, **split)
-    part = source.part(chosen.part).relabelled(
-        class_names(model.card.classes, model.config["num_classes"], source.classes)
-    )
+    part, head = source.part(chosen.part), model.config["num_classes"]
+    synsets = synset_names(head)
+    if model.card.classes == tuple(synsets.values()) and set(part.classes) <= synsets.keys():  # folders as n01440764
+        part = dataclasses.replace(part, classes=tuple(synsets[name] for name in part.classes))
+    part = part.relabelled(class_names(model.card.classes, head, source.classes))
     device = select_device(chosen.device)
     with progress_bar() as bar:
         result = classify(

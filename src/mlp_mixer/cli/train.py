@@ -46,6 +46,8 @@ def run(args: Sequence[str]) -> None:
     if option(args, "--model"):  # a variant's own sizes, not those of the recipe
         free = dict.fromkeys(("patch_size", "num_blocks", "hidden_dim", "tokens_mlp_dim", "channels_mlp_dim"))
         recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, image_size=224, **free))
+    elif option(args, "--weights"):  # all of the model is theirs
+        recipe = dataclasses.replace(recipe, model=ModelRecipe(image_size=None))
     given = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(Recipe) if field.name != "name"}
     chosen = parse(
         Arguments,

@@ -131,9 +131,12 @@ def classify_pixels(
 def check_classifier(model: Mixer) -> None:
     """A UserError for a model that cannot classify: without a head, or with one that was never trained."""
     if not model.config["num_classes"]:
-        raise UserError("these weights have no head, only features: train one before predicting with them")
+        raise UserError("these weights have no head, only features: train one first (mixer finetune)")
     if not torch.count_nonzero(model.get_parameter("head.weight")):
-        raise UserError("the head of these weights is all zero, every class would be as probable: train it first")
+        raise UserError(
+            "the head of these weights is all zero, every class would be as probable: train it first (mixer finetune), "
+            "or use model.features(images)"
+        )
 
 
 def find_images(path: Path) -> Iterator[tuple[Store, str, str]]:

@@ -45,11 +45,13 @@ def make_card(container: Container, origin: Download, layout: Layout, model: Mix
 
 
 def identify(container: Container, origin: Download, layout: Layout) -> Checkpoint | None:
-    """One of timm's published files: by its id on the hub, or by the digest that ends the name timm gave it."""
+    """One of timm's published files: by its id on the hub, or by its digest."""
     if layout is not TIMM:
         return None
     if origin.source:
         return next((known for known in CHECKPOINTS if known.file == origin.source["hub"]), None)
+    if container.kind != "torch":  # timm named its .pth files by their digests
+        return None
     with container.path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return next((known for known in CHECKPOINTS if known.sha256 and digest.startswith(known.sha256)), None)

@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -45,6 +45,7 @@ class Info(NamedTuple):
 class Container:
     """An open file: the tensors it holds, each read when it is asked for."""
 
+    kind: Literal["safetensors", "npz", "torch"]
     path: Path
     infos: dict[str, Info]
     read: Callable[[str], Tensor]
@@ -111,7 +112,7 @@ def open_safetensors(path: Path, start: bytes) -> Container:
     except BaseException:
         stack.close()
         raise
-    return Container(path, infos, file.get_tensor, file.metadata() or {}, stack=stack)
+    return Container("safetensors", path, infos, file.get_tensor, file.metadata() or {}, stack=stack)
 
 
 def open_zip(path: Path) -> Container:
@@ -150,7 +151,7 @@ def open_zip(path: Path) -> Container:
         except (zipfile.BadZipFile, OSError, EOFError, ValueError, zlib.error) as error:
             raise unsound(path, ".npz file", error) from None
 
-    return Container(path, infos, read, stack=stack)
+    return Container("npz", path, infos, read, stack=stack)
 
 
 def npy_info(file: Any, size: int, path: Path, name: str) -> Info:
@@ -215,7 +216,7 @@ def open_pickle(path: Path) -> Container:
         if not tensor.dtype.is_floating_point:
             raise UserError(f"{path}: {printable(name)!r} is of type {tensor.dtype}: a Mixer's tensors are all floats")
         infos[name] = Info(tuple(tensor.shape), tensor.dtype)
-    return Container(path, infos, tensors.__getitem__, left_out=left_out)
+    return Container("torch", path, infos, tensors.__getitem__, left_out=left_out)
 
 
 def state_dict(stored: Any, path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:

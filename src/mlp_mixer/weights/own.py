@@ -84,7 +84,11 @@ def read(container: Container) -> Mixer:
         raise UserError(f"{path} has format version {version}, this is {VERSION}: update mlp-mixer (or it is damaged)")
     tensors = verified(container, metadata)
     config, card = parse(metadata, path)
-    compare(expected_shapes(config), {name: info.shape for name, info in container.infos.items()}, (), {}, path)
+    try:
+        expected = expected_shapes(config)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise no_mixer(path, error) from None
+    compare(expected, {name: info.shape for name, info in container.infos.items()}, (), {}, path)
     for name, tensor in tensors.items():
         check_finite(tensor, name, path)
     with torch.device("meta"):
@@ -128,11 +132,14 @@ def parse(metadata: Mapping[str, str], path: str) -> tuple[dict[str, Any], Card]
     try:
         config, card = json.loads(metadata["config"]), parse_card(json.loads(metadata["card"]))
         config |= {key: as_pair(config[key]) for key in ("image_size", "patch_size")}
-        expected_shapes(config)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, RuntimeError) as error:
-        reason = printable(" ".join(str(error).split())[:200])
-        raise UserError(f"{path}: its metadata describes no Mixer ({reason}): save it again") from None
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise no_mixer(path, error) from None
     return config, card
+
+
+def no_mixer(path: str, error: Exception) -> UserError:
+    reason = printable(" ".join(str(error).split())[:200])
+    return UserError(f"{path}: its metadata describes no Mixer ({reason}): save it again")
 
 
 def check_finite(tensor: Tensor, name: str, what: str) -> None:

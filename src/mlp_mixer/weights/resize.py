@@ -49,7 +49,7 @@ def resize(model: Mixer, image_size: Size) -> Mixer:
     old, new = grid(model.config), grid(config)
     rows, columns = axis_parts(old[0], new[0]), axis_parts(old[1], new[1])
     parts = [
-        tuple(torch.kron(a, b) for a, b in zip(row, column, strict=True))
+        tuple(torch.kron(a.contiguous(), b.contiguous()) for a, b in zip(row, column, strict=True))
         for row, column in itertools.product(rows, columns)
     ]
     state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}

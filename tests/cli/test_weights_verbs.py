@@ -1,0 +1,229 @@
+"""finetune, resize, convert, and --image-size of evaluate and info, as a user calls them."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from reference import randomise
+from safetensors.torch import load_file
+
+import mlp_mixer
+from mlp_mixer.weights.known import synset_names
+from mlp_mixer.weights.resize import resize
+
+SMALL = {"patch_size": 8, "num_blocks": 1, "hidden_dim": 16, "tokens_mlp_dim": 8, "channels_mlp_dim": 32}
+
+
+def assert_done(answer) -> None:
+    assert (answer.status, answer.errors) == (0, []), answer.err
+
+
+def assert_mistake(answer, *words: str) -> None:
+    assert answer.status == 2
+    assert len(answer.errors) == 1
+    assert all(word in answer.last for word in words), answer.last
+
+
+def same_tensors(a, b) -> bool:
+    left, right = mlp_mixer.load(a).state_dict(), mlp_mixer.load(b).state_dict()
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+# convert
+
+
+def test_around_through_every_format_and_back_bit_for_bit(mixer, colour_weights, tmp_path) -> None:
+    steps = [
+        (colour_weights, "a.npz", ()),
+        ("a.npz", "b.safetensors", ("--to", "timm")),
+        ("b.safetensors", "c.npz", ()),
+    ]
+    steps += [("c.npz", "d.safetensors", ())]
+    for read, write, more in steps:
+        assert_done(mixer("convert", tmp_path / read, tmp_path / write, *more))
+    assert same_tensors(tmp_path / "d.safetensors", colour_weights)
+    with np.load(tmp_path / "a.npz") as first, np.load(tmp_path / "c.npz") as second:
+        assert {*first} == {*second}
+        assert "MixerBlock_0/token_mixing/Dense_0/kernel" in first
+        assert all(np.array_equal(first[name], second[name]) for name in first)
+    assert "blocks.0.mlp_tokens.fc1.weight" in load_file(tmp_path / "b.safetensors")
+
+
+def test_what_the_npz_cannot_hold_is_said(mixer, colour_weights, tmp_path) -> None:
+    answer = mixer("convert", colour_weights, tmp_path / "a.npz", "--json")
+    assert_done(answer)
+    assert "names of the classes" in answer.err
+    assert json.loads(answer.out)["to"] == "npz"
+
+
+def test_classes_and_normalisation_from_the_command_travel(mixer, colour_weights, pictures, tmp_path) -> None:
+    names = tmp_path / "names.txt"
+    names.write_text("azur\nvert\nrouge\n")
+    out = tmp_path / "named.safetensors"
+    assert_done(mixer("convert", colour_weights, out, "--classes", names, "--mean", 0, "--std", 0.2, 0.3, 0.4))
+    card = mlp_mixer.load(out).card
+    assert card.classes == ("azur", "vert", "rouge")
+    assert (card.preprocessing.mean, card.preprocessing.std) == ((0, 0, 0), (0.2, 0.3, 0.4))
+    answer = mixer("predict", out, pictures(tmp_path / "data", {"red": 1}), "--json")
+    named = {row["class"] for row in json.loads(answer.out)["predictions"][0]["predictions"]}
+    assert named == {"azur", "vert", "rouge"}
+
+
+def test_convert_mistakes(mixer, colour_weights, tmp_path) -> None:
+    names = tmp_path / "names.txt"
+    names.write_text("only one\n")
+    assert_mistake(mixer("convert", colour_weights, tmp_path / "a.safetensors", "--classes", names), "1 classes", "3")
+    assert_mistake(mixer("convert", colour_weights, tmp_path / "a.safetensors", "--std", 0), "--std", "above 0")
+    assert_mistake(mixer("convert", colour_weights, tmp_path / "a.safetensors", "--mean", 1, 2), "one number or three")
+    assert_mistake(mixer("convert", colour_weights, tmp_path / "a.pth"), "a.pth", ".safetensors")
+    assert_mistake(mixer("convert", colour_weights, tmp_path / "a.npz", "--to", "timm"), ".safetensors")
+    assert_mistake(mixer("convert", colour_weights, tmp_path / "gone" / "a.npz"), "gone", "make it first")
+    assert_mistake(mixer("convert", tmp_path / "gone.npz", tmp_path / "a.npz"), "gone.npz", "does not exist")
+    size = ("--image-size", 16, 16, 16)
+    assert_mistake(mixer("convert", colour_weights, tmp_path / "a.npz", *size), "16 16 16", "or two")
+    assert [path.name for path in tmp_path.iterdir()] == ["names.txt"]
+
+
+def test_a_rectangular_npz_needs_its_size_and_takes_it(mixer, tmp_path) -> None:
+    model = mlp_mixer.create(num_classes=2, image_size=(8, 24), **SMALL)
+    randomise(model, 0)
+    mlp_mixer.save(model, tmp_path / "wide.safetensors")
+    told = mixer("convert", tmp_path / "wide.safetensors", tmp_path / "wide.npz")
+    assert_done(told)
+    assert "image_size=(8, 24)" in told.err
+    assert_mistake(mixer("convert", tmp_path / "wide.npz", tmp_path / "b.safetensors"), "image_size=")
+    assert_done(mixer("convert", tmp_path / "wide.npz", tmp_path / "b.safetensors", "--image-size", 8, 24))
+    assert mlp_mixer.load(tmp_path / "b.safetensors").image_size == (8, 24)
+
+
+# resize, and --image-size elsewhere
+
+
+def test_resize_writes_what_the_function_makes(mixer, colour_weights, tmp_path) -> None:
+    answer = mixer("resize", colour_weights, tmp_path / "big.safetensors", "--image-size", 24, 32, "--json")
+    assert_done(answer)
+    model, told = mlp_mixer.load(tmp_path / "big.safetensors"), json.loads(answer.out)
+    expected = resize(mlp_mixer.load(colour_weights), (24, 32))
+    assert model.image_size == (24, 32)
+    assert model.card.classes == ("blue", "green", "red")
+    assert all(torch.equal(tensor, expected.state_dict()[name]) for name, tensor in model.state_dict().items())
+    assert told["from"]["image_size"] == [16, 16]
+    assert told["to"]["parameters"] == sum(p.numel() for p in model.parameters())
+    assert told["to"]["tokens_mlp_dim"] == model.config["tokens_mlp_dim"] == 16
+    assert told["times"]["flops"] == told["to"]["flops"] / told["from"]["flops"]
+
+
+def test_resize_mistakes(mixer, colour_weights, tmp_path) -> None:
+    out = tmp_path / "a.safetensors"
+    assert_mistake(mixer("resize", colour_weights, out, "--image-size", 20), "20×20", "patch size 8×8")
+    assert_mistake(mixer("resize", colour_weights, out), "--image-size")
+    assert_mistake(mixer("resize", colour_weights, out, "--image-size", 8, 16, 24), "8 16 24")
+    assert_mistake(mixer("resize", colour_weights, tmp_path / "a.npz", "--image-size", 32), ".safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_evaluate_at_another_size(mixer, colour_weights, pictures, tmp_path) -> None:
+    data = pictures(tmp_path / "data", {"red": 4, "blue": 4, "green": 4})
+    for size in (16, 32, 24, 8):
+        answer = mixer("evaluate", colour_weights, "--data", data, "--part", "all", "--image-size", size, "--json")
+        assert_done(answer)
+        assert json.loads(answer.out)["image_size"] == [size, size]
+        assert json.loads(answer.out)["top1"] == 1  # plain colours look alike at every size
+    assert_mistake(mixer("evaluate", colour_weights, "--data", data, "--image-size", 20), "20×20")
+
+
+def test_info_says_what_a_resize_costs(mixer, colour_weights) -> None:
+    answer = mixer("info", colour_weights, "--image-size", 32)
+    assert_done(answer)
+    resized = next(line for line in answer.out.splitlines() if "resized" in line)
+    assert all(word in resized for word in ("16×16 → 32×32", "parameters", "FLOPs ×", "D_S 8 → 32"))
+    found = json.loads(mixer("info", colour_weights, "--image-size", 32, "--json").out)
+    assert found["tokens_mlp_dim"] == 32
+    assert found["parameters"] == found["resize"]["to"]["parameters"] > found["resize"]["from"]["parameters"]
+    assert "resize" not in json.loads(mixer("info", colour_weights, "--json").out)
+
+
+def test_info_of_b16_at_448_is_the_papers_supplement_c(mixer) -> None:
+    found = json.loads(mixer("info", "B/16", "--image-size", 448, "--json").out)
+    assert found["resize"]["to"]["tokens_mlp_dim"] == 4 * 384
+    assert 5.2 < found["resize"]["times"]["flops"] < 5.4  # as ../shared/paper/settings.md counts
+
+
+def test_info_names_the_published_files_that_these_may_be(mixer, tmp_path) -> None:
+    model = mlp_mixer.create("S/32")
+    randomise(model, 0)
+    mlp_mixer.save(model, tmp_path / "a.safetensors")
+    assert_done(mixer("convert", tmp_path / "a.safetensors", tmp_path / "b.npz"))
+    own, npz = (mixer("info", tmp_path / name) for name in ("a.safetensors", "b.npz"))
+    assert "gsam/Mixer-S_32.npz" in npz.out
+    assert "may be" not in own.out
+    assert json.loads(mixer("info", tmp_path / "b.npz", "--json").out)["variant"] == "S/32"
+
+
+def test_imagenet_folders_named_by_synset_are_matched(mixer, pictures, tmp_path) -> None:
+    """The authors' weights, and ImageNet's validation images in folders such as n01440764."""
+    synsets = list(synset_names(1000))
+    model = mlp_mixer.create(num_classes=1000, image_size=16, **SMALL)
+    with torch.no_grad():
+        model.head.bias[7] = 1.0  # it always answers the cock
+        model.head.weight[0, 0] = 1e-6
+    mlp_mixer.save(model, tmp_path / "a.safetensors")
+    mixer("convert", tmp_path / "a.safetensors", tmp_path / "b.npz")
+    data = pictures(tmp_path / "data", {f"val/{synsets[7]}": 3, f"val/{synsets[0]}": 1, "train/" + synsets[0]: 1})
+    answer = mixer("evaluate", tmp_path / "b.npz", "--data", data / "val", "--part", "all", "--json")
+    assert_done(answer)
+    assert json.loads(answer.out)["top1"] == 0.75
+
+
+# finetune
+
+
+@pytest.fixture(scope="module")
+def tuned(mixer, colour_weights, pictures, tmp_path_factory):
+    """Colour weights on two other classes, at twice the size."""
+    folder = tmp_path_factory.mktemp("tuned")
+    data = pictures(folder / "data", {"red": 12, "noise": 12})
+    words = ("--epochs", 4, "--global-batch-size", 8, "--learning-rate", 0.1, "--val-fraction", 0.2, "--compile", "off")
+    answer = mixer(
+        "finetune", colour_weights, "--data", data, "--image-size", 32, *words, "--out", folder / "run", "--json"
+    )
+    assert_done(answer)
+    return folder, answer
+
+
+def test_finetune_learns_other_classes_at_another_size(tuned) -> None:
+    folder, answer = tuned
+    summary, model = json.loads(answer.out), mlp_mixer.load(folder / "run" / "model.safetensors")
+    assert model.card.classes == ("noise", "red")
+    assert model.image_size == (32, 32)
+    assert summary["started_from"].endswith("colours.safetensors")
+    assert summary["test_top1"] == 1
+    assert (folder / "run" / "report.html").stat().st_size > 10_000
+    assert model.card.provenance["started_from"]["resized_from"] == [[16, 16]]
+
+
+def test_the_run_again_from_its_recipe(mixer, tuned, tmp_path) -> None:
+    folder, _ = tuned
+    assert_done(mixer("train", "--recipe-file", folder / "run" / "recipe.json", "--out", tmp_path / "again"))
+    assert same_tensors(tmp_path / "again" / "model.safetensors", folder / "run" / "model.safetensors")
+
+
+def test_predict_with_what_was_tuned(mixer, tuned) -> None:
+    folder, _ = tuned
+    answer = mixer("predict", folder / "run" / "model.safetensors", folder / "data" / "red" / "000.png", "--json")
+    assert json.loads(answer.out)["predictions"][0]["predictions"][0]["class"] == "red"
+
+
+def test_finetune_mistakes_leave_nothing(mixer, colour_weights, pictures, tmp_path, monkeypatch) -> None:
+    data = pictures(tmp_path / "data", {"red": 3, "blue": 3})
+    monkeypatch.chdir(tmp_path)
+    assert_mistake(mixer("finetune"), "no weights")
+    assert_mistake(mixer("finetune", colour_weights), "no --data")
+    assert_mistake(mixer("finetune", "gone.npz", "--data", data), "gone.npz", "does not exist")
+    assert_mistake(mixer("finetune", colour_weights, "--data", data, "--image-size", 20), "20×20", "patch size")
+    assert_mistake(mixer("finetune", colour_weights, "--data", data, "--model", "B/16"), "--model")
+    assert_mistake(mixer("train", "--weights", colour_weights, "--data", data, "--num-blocks", 2), "--num-blocks")
+    assert_mistake(mixer("finetune", colour_weights, "--data", data, "--optimizer", "adam"), "adam", "sgd")
+    assert [path.name for path in Path().iterdir()] == ["data"]
