@@ -1,7 +1,9 @@
 """What travels with weights, beside the tensors: everything that is needed to predict with them."""
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
+
+from mlp_mixer.errors import UserError
 
 Interpolation = Literal["nearest", "bilinear", "bicubic"]
 Crop = Literal["resmall", "resize"]
@@ -20,6 +22,21 @@ class Preprocessing:
     interpolation: Interpolation = "bilinear"
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)  # of pixel values in [0, 1]; with std 0.5 the input lies in [−1, 1]
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
+
+    def __post_init__(self) -> None:
+        """Raises a UserError that names the field, for a card may come from any file."""
+        for name, kind in (("crop", Crop), ("interpolation", Interpolation)):
+            if getattr(self, name) not in get_args(kind):
+                raise UserError(f"{name} = {getattr(self, name)!r}: use one of {', '.join(get_args(kind))}")
+        ratio = self.crop_ratio
+        if not (isinstance(ratio, int | float) and 0 < ratio <= 1):
+            raise UserError(f"crop_ratio = {ratio!r}: a number above 0 and at most 1")
+        for name in ("mean", "std"):
+            values = getattr(self, name)
+            if not (isinstance(values, tuple) and values and all(isinstance(v, int | float) for v in values)):
+                raise UserError(f"{name} = {values!r}: a number for each channel")
+        if len(self.mean) != len(self.std) or not all(0 < v < float("inf") for v in self.std):
+            raise UserError(f"std = {self.std!r}: as many positive numbers as the mean, {self.mean!r}, has")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,11 +2,11 @@
 
 import hashlib
 import logging
-import typing
+from dataclasses import replace
 from typing import Any
 
-from mlp_mixer.card import Card, Interpolation, Preprocessing
-from mlp_mixer.errors import printable
+from mlp_mixer.card import Card, Preprocessing
+from mlp_mixer.errors import UserError, printable
 from mlp_mixer.model import Mixer
 from mlp_mixer.weights.containers import Container
 from mlp_mixer.weights.hub import Download
@@ -27,7 +27,9 @@ def make_card(container: Container, origin: Download, layout: Layout, model: Mix
         if known.note:
             log.warning("%s is %s: %s", what, known.file, known.note)
     if origin.config:
-        view, names = from_timm(origin.config, view), label_names(origin.config) or names
+        told = label_names(origin.config)
+        names = told if told and len(told) == model.config["num_classes"] else names
+        view = from_timm(origin.config, view)
     elif layout is TIMM and (model.config["num_classes"] == MIIL_CLASSES or (known and "miil" in known.file)):
         view = MIIL
     elif layout is TIMM and not known and candidates(model.config, authors=False):
@@ -59,24 +61,24 @@ def identify(container: Container, origin: Download, layout: Layout) -> Checkpoi
 
 def from_timm(config: dict[str, Any], default: Preprocessing) -> Preprocessing:
     """The preprocessing of a config.json of timm's; what it does not say as in ``default``."""
-    told = config.get("pretrained_cfg") or {}
-    interpolation = told.get("interpolation", default.interpolation)
-    if interpolation not in typing.get_args(Interpolation):
-        log.warning("interpolation %r is not known here: %s is used", interpolation, default.interpolation)
-        interpolation = default.interpolation
-    return Preprocessing(
-        crop="resize" if told.get("crop_mode") == "squash" else default.crop,
-        crop_ratio=told.get("crop_pct", default.crop_ratio),
-        interpolation=interpolation,
-        mean=tuple(told.get("mean", default.mean)),
-        std=tuple(told.get("std", default.std)),
-    )
+    told = config.get("pretrained_cfg")
+    told = told if isinstance(told, dict) else {}
+    keys = {"crop_pct": "crop_ratio", "interpolation": "interpolation", "mean": "mean", "std": "std"}
+    view = {ours: told[theirs] for theirs, ours in keys.items() if told.get(theirs) is not None}
+    view = {key: tuple(value) if isinstance(value, list) else value for key, value in view.items()}
+    try:
+        return replace(default, crop="resize" if told.get("crop_mode") == "squash" else default.crop, **view)
+    except UserError as error:
+        log.warning("config.json asks for what is not known here (%s): its preprocessing is left out", error)
+        return default
 
 
 def label_names(config: dict[str, Any]) -> tuple[str, ...] | None:
     """Of a fine-tuned model on the hub, whose owner named its classes."""
-    names = config.get("label_names") or (config.get("pretrained_cfg") or {}).get("label_names")
-    descriptions = config.get("label_descriptions") or {}
+    told = config.get("pretrained_cfg")
+    names = config.get("label_names") or (told.get("label_names") if isinstance(told, dict) else None)
     if not isinstance(names, list) or len(names) != config.get("num_classes", len(names)):
         return None
-    return tuple(str(descriptions.get(name, name)) if isinstance(descriptions, dict) else str(name) for name in names)
+    descriptions = config.get("label_descriptions")
+    words = descriptions if isinstance(descriptions, dict) else {}
+    return tuple(str(words.get(str(name), name)) for name in names)

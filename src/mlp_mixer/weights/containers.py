@@ -105,7 +105,8 @@ def open_safetensors(path: Path, start: bytes) -> Container:
         infos = {}
         for name in file.keys():  # noqa: SIM118 (not a dict)
             part = file.get_slice(name)
-            infos[name] = Info(tuple(part.get_shape()), known_float(part.get_dtype(), path, name))
+            info = Info(tuple(part.get_shape()), known_float(part.get_dtype(), path, name))
+            infos[name] = checked(info, path, name)
     except (SafetensorError, OSError) as error:
         stack.close()
         raise unsound(path, "safetensors file", error) from None
@@ -162,7 +163,7 @@ def npy_info(file: Any, size: int, path: Path, name: str) -> Info:
     if fortran_order and len(shape) > 1:
         raise UserError(f"{path}: {printable(name)!r} is in Fortran order: save it again with numpy.ascontiguousarray")
     key = "|V2" if dtype.kind == "V" and dtype.itemsize == 2 else dtype.str
-    info = Info(shape, known_float(key, path, name))
+    info = checked(Info(shape, known_float(key, path, name)), path, name)
     promised = math.prod(shape) * dtype.itemsize
     if promised != size - file.tell():
         raise UserError(
@@ -215,7 +216,9 @@ def open_pickle(path: Path) -> Container:
     for name, tensor in tensors.items():
         if not tensor.dtype.is_floating_point:
             raise UserError(f"{path}: {printable(name)!r} is of type {tensor.dtype}: a Mixer's tensors are all floats")
-        infos[name] = Info(tuple(tensor.shape), tensor.dtype)
+        if tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():
+            raise UserError(f"{path}: {printable(name)!r} claims more numbers than are stored: refused")
+        infos[name] = checked(Info(tuple(tensor.shape), tensor.dtype), path, name)
     return Container("torch", path, infos, tensors.__getitem__, left_out=left_out)
 
 
@@ -251,6 +254,12 @@ def known_float(kind: str, path: Path, name: str) -> torch.dtype:
             f"{path}: {printable(name)!r} is of type {kind}: a Mixer has float64, float32, float16 or bfloat16 alone"
         )
     return FLOATS[kind]
+
+
+def checked(info: Info, path: Path, name: str) -> Info:
+    if 0 in info.shape:
+        raise UserError(f"{path}: {printable(name)!r} has the shape {info.shape}, no numbers at all: not a Mixer's")
+    return info
 
 
 def unsound(path: Path, kind: str, error: Exception) -> UserError:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mlp_mixer.card import Preprocessing
-from mlp_mixer.errors import UserError
+from mlp_mixer.errors import UserError, printable
 from mlp_mixer.model import Gelu, Mixer, Size, as_pair
 
 # {i} is a block's number. lucidrains' names are positions in one nn.Sequential: {b} = i + 2, {n} = blocks + 2,
@@ -185,9 +185,23 @@ def is_square(number: int) -> bool:
     return math.isqrt(number) ** 2 == number
 
 
-def expected_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    with torch.device("meta"):
-        return {name: tuple(tensor.shape) for name, tensor in Mixer(**config).state_dict().items()}
+def expected_shapes(config: Mapping[str, Any], tensors: int, what: str) -> dict[str, tuple[int, ...]]:
+    """The shapes of a Mixer's tensors; a UserError for sizes that no Mixer has, or that so few tensors cannot be.
+
+    ``tensors`` is how many there are: a file that names a million blocks is refused before they are made.
+    """
+    try:
+        if config["num_blocks"] > tensors:
+            raise ValueError(f"{config['num_blocks']} blocks in {tensors} tensors")
+        with torch.device("meta"):
+            return {name: tuple(tensor.shape) for name, tensor in Mixer(**config).state_dict().items()}
+    except (ValueError, TypeError, KeyError, RuntimeError, OverflowError) as error:
+        raise no_mixer(what, error) from None
+
+
+def no_mixer(what: str, error: Exception) -> UserError:
+    reason = printable(" ".join(str(error).split())[:200])
+    return UserError(f"{what} describes no Mixer ({reason}): save or download it again")
 
 
 def compare(

@@ -65,6 +65,8 @@ def read_foreign(container: Container, origin: Download, image_size: Size | None
             f"{printable(layouts.listed(sorted(infos), 3)) or 'none'}): another architecture's weights"
         )
     layout, num_blocks = found
+    if num_blocks > len(infos):
+        raise layouts.no_mixer(what, ValueError(f"{num_blocks} blocks in {len(infos)} tensors"))
     names = layout.names(num_blocks)
     stored = {ours: theirs for ours, theirs in names.items() if theirs in infos}
     patch = None
@@ -84,17 +86,19 @@ def read_foreign(container: Container, origin: Download, image_size: Size | None
         config = sizes | {"gelu": layout.gelu, "norm_eps": layout.norm_eps}
     check_given(config, image_size, in_channels, what)
     unexpected = sorted(set(infos) - set(stored.values()))
-    layouts.compare(layouts.expected_shapes(config), shapes, unexpected, names, f"{what} ({layout.title})")
+    expected = layouts.expected_shapes(config, len(infos), what)
+    layouts.compare(expected, shapes, unexpected, names, f"{what} ({layout.title})")
     if config["tokens_mlp_dim"] > config["channels_mlp_dim"]:
         log.warning(
             "%s: D_S = %d is larger than D_C = %d: the two may be swapped, as in lucidrains' port, whose sizes are not "
             "the paper's", what, config["tokens_mlp_dim"], config["channels_mlp_dim"],
         )  # fmt: skip
 
-    dtype = torch.float64 if any(info.dtype == torch.float64 for info in infos.values()) else torch.float32
+    wide = torch.float64 if any(info.dtype == torch.float64 for info in infos.values()) else torch.float32
     tensors = {}
     for ours, theirs in stored.items():
-        tensors[ours] = oriented(ours, container.read(full[theirs])).to(dtype).contiguous()
+        tensor = oriented(ours, container.read(full[theirs]))
+        tensors[ours] = tensor.to(tensor.dtype if card else wide).contiguous()
         own.check_finite(tensors[ours], theirs, what)
     with torch.device("meta"):
         model = Mixer(**config)

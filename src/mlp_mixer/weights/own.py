@@ -22,7 +22,7 @@ from mlp_mixer.errors import RunError, UserError, printable
 from mlp_mixer.files import replacing
 from mlp_mixer.model import Mixer, as_pair
 from mlp_mixer.weights.containers import Container
-from mlp_mixer.weights.layouts import compare, expected_shapes
+from mlp_mixer.weights.layouts import compare, expected_shapes, no_mixer
 
 FORMAT, VERSION = "mlp-mixer", "1"
 BESIDE = "mlp_mixer."  # before the keys of what we write into a file of another layout
@@ -84,10 +84,7 @@ def read(container: Container) -> Mixer:
         raise UserError(f"{path} has format version {version}, this is {VERSION}: update mlp-mixer (or it is damaged)")
     tensors = verified(container, metadata)
     config, card = parse(metadata, path)
-    try:
-        expected = expected_shapes(config)
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise no_mixer(path, error) from None
+    expected = expected_shapes(config, len(tensors), path)
     compare(expected, {name: info.shape for name, info in container.infos.items()}, (), {}, path)
     for name, tensor in tensors.items():
         check_finite(tensor, name, path)
@@ -137,11 +134,6 @@ def parse(metadata: Mapping[str, str], path: str) -> tuple[dict[str, Any], Card]
     return config, card
 
 
-def no_mixer(path: str, error: Exception) -> UserError:
-    reason = printable(" ".join(str(error).split())[:200])
-    return UserError(f"{path}: its metadata describes no Mixer ({reason}): save it again")
-
-
 def check_finite(tensor: Tensor, name: str, what: str) -> None:
     if tensor.numel() and not all(math.isfinite(end) for end in torch.aminmax(tensor)):
         raise UserError(
@@ -165,6 +157,10 @@ def digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
 def parse_card(stored: dict[str, Any]) -> Card:
     view: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in stored["preprocessing"].items()}
     classes = stored["classes"]
+    if classes is not None and not all(isinstance(name, str) for name in classes):
+        raise TypeError("names of classes that are no text")
+    if not isinstance(stored["provenance"], dict):
+        raise TypeError("a provenance that is no object")
     return Card(
         classes=None if classes is None else tuple(classes),
         preprocessing=Preprocessing(**view),
