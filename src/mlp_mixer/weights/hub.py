@@ -1,6 +1,7 @@
 """The Hugging Face hub: weights from it, pinned to their revision, and a model with its card onto it."""
 
 import json
+import logging
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,6 +9,8 @@ from types import ModuleType
 from typing import Any
 
 from mlp_mixer.errors import RunError, UserError
+
+log = logging.getLogger(__name__)
 
 PREFIX = "hf-hub:"
 FILES = ("model.safetensors", "pytorch_model.bin")  # the first that is there
@@ -40,7 +43,11 @@ def download(address: str) -> Download:
     else:
         raise UserError(f"{address} has none of {', '.join(FILES)}: no weights that are read here")
     commit = path.parent.name  # snapshots/COMMIT/FILE, however the revision was named
-    beside = fetch(repo, "config.json", commit)
+    try:
+        beside = fetch(repo, "config.json", commit)
+    except RunError as error:  # the weights are here, so the rest can do without
+        log.warning("%s (the layout's usual preprocessing is taken)", error)
+        beside = None
     try:
         config = json.loads(beside.read_text(encoding="utf-8")) if beside else {}
     except ValueError as error:
