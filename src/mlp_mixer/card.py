@@ -1,5 +1,6 @@
 """What travels with weights, beside the tensors: everything that is needed to predict with them."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -33,9 +34,10 @@ class Preprocessing:
             raise UserError(f"crop_ratio = {ratio!r}: a number above 0 and at most 1")
         for name in ("mean", "std"):
             values = getattr(self, name)
-            if not (isinstance(values, tuple) and values and all(isinstance(v, int | float) for v in values)):
+            numbers = isinstance(values, tuple) and all(isinstance(v, int | float) and math.isfinite(v) for v in values)
+            if not (numbers and values):
                 raise UserError(f"{name} = {values!r}: a number for each channel")
-        if len(self.mean) != len(self.std) or not all(0 < v < float("inf") for v in self.std):
+        if len(self.mean) != len(self.std) or min(self.std) <= 0:
             raise UserError(f"std = {self.std!r}: as many positive numbers as the mean, {self.mean!r}, has")
 
 

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from mlp_mixer.errors import UserError
+
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -16,6 +18,8 @@ def replacing(path: Path) -> Iterator[Path]:
 
     On any failure (a full disk, an exception, an interrupt) the temporary file is removed and ``path`` is as it was.
     """
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: name a file")
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     os.close(handle)
     temporary = Path(name)

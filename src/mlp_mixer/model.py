@@ -119,7 +119,6 @@ class Mixer(nn.Module):
         seed: int | None = None,
     ) -> None:
         super().__init__()
-        seed = int(torch.randint(2**62, (), device="cpu")) if seed is None else seed
         self.config = {key: value for key, value in locals().items() if key not in ("self", "seed", "__class__")}
         self.config |= {"image_size": as_pair(image_size), "patch_size": as_pair(patch_size)}
         check(self.config)
@@ -148,7 +147,7 @@ class Mixer(nn.Module):
             self.head = nn.Linear(hidden_dim, num_classes) if num_classes else nn.Identity()
         if where.type != "meta":
             self.to_empty(device=where)
-            initialise(self, seed)
+            initialise(self, int(torch.randint(2**62, (), device="cpu")) if seed is None else seed)
 
     def tokens(self, images: Tensor) -> Tensor:
         """(B, in_channels, H, W) → (B, S, C): the tokens that the last block leaves, row by row."""

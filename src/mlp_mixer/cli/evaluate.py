@@ -55,7 +55,8 @@ def run(args: Sequence[str]) -> None:
     from mlp_mixer.weights.known import synset_names
 
     model = load_sized(chosen.weights, chosen.image_size)
-    trained = model.card.provenance.get("recipe", {}).get("data", {})
+    recipe = model.card.provenance.get("recipe")
+    trained = recipe.get("data", {}) if isinstance(recipe, dict) else {}
     split = {key: trained[key] for key in ("val_fraction", "test_fraction", "split_seed") if key in trained}
     source = load_source(chosen.data, max_pixels=chosen.max_pixels, **split)
     part, head = source.part(chosen.part), model.config["num_classes"]

@@ -29,6 +29,9 @@ def prepare(recipe: Recipe) -> Start:
             new(recipe, ("a", "b"))
         return lambda classes: new(recipe, classes)
     trained = load(recipe.model.weights)
+    if trained.config["in_channels"] != 3:
+        channels = trained.config["in_channels"]
+        raise UserError(f"{recipe.model.weights} takes images of {channels} channels: RGB ones are read here, of three")
     sized = resize(trained, recipe.model.image_size or trained.image_size)
     return lambda classes: transferred(sized, recipe, classes)
 
@@ -58,18 +61,25 @@ def transferred(trained: Mixer, recipe: Recipe, classes: tuple[str, ...]) -> Mix
     model.card = Card(
         classes=classes,
         preprocessing=view(recipe.data, trained.card.preprocessing),
-        provenance={"recipe": to_json_object(recipe), "started_from": {"weights": settings.weights, **before}},
+        provenance={"recipe": to_json_object(recipe), "started_from": {**before, "weights": settings.weights}},
     )
     return model
 
 
 def with_zero_head(trained: Mixer, num_classes: int, **changes: Any) -> Mixer:
-    """A copy with a head of zeros for another number of classes; ``changes`` are other arguments of ``Mixer``."""
+    """A copy with a head of zeros for another number of classes; ``changes`` are other arguments of ``Mixer``.
+
+    Weights of 16 bits become float32, exactly: the small steps of training would be lost in them.
+    """
     with torch.device("meta"):
         model = Mixer(**{**trained.config, "num_classes": num_classes, **changes})
-    state = {name: tensor.clone() for name, tensor in trained.state_dict().items() if not name.startswith("head.")}
-    stem = state["stem.weight"]
-    state |= {name: torch.zeros(t.shape, dtype=stem.dtype) for name, t in model.head.state_dict(prefix="head.").items()}
+    wide = torch.promote_types(trained.stem.weight.dtype, torch.float32)
+    state = {
+        name: tensor.to(wide, copy=True)
+        for name, tensor in trained.state_dict().items()
+        if not name.startswith("head.")
+    }
+    state |= {name: torch.zeros(t.shape, dtype=wide) for name, t in model.head.state_dict(prefix="head.").items()}
     model.load_state_dict(state, assign=True)
     return model.requires_grad_(True)
 

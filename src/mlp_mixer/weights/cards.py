@@ -26,10 +26,12 @@ def make_card(container: Container, origin: Download, layout: Layout, model: Mix
         source["known_as"] = known.file
         if known.note:
             log.warning("%s is %s: %s", what, known.file, known.note)
+    if origin.config_missing:
+        log.warning("%s: %s; the preprocessing usual for %s is taken", what, origin.config_missing, layout.title)
     if origin.config:
         told = label_names(origin.config)
         names = told if told and len(told) == model.config["num_classes"] else names
-        view = from_timm(origin.config, view)
+        view = from_timm(origin.config, view, model.config["in_channels"])
     elif layout is TIMM and (model.config["num_classes"] == MIIL_CLASSES or (known and "miil" in known.file)):
         view = MIIL
     elif layout is TIMM and not known and candidates(model.config, authors=False):
@@ -59,7 +61,7 @@ def identify(container: Container, origin: Download, layout: Layout) -> Checkpoi
     return next((known for known in CHECKPOINTS if known.sha256 and digest.startswith(known.sha256)), None)
 
 
-def from_timm(config: dict[str, Any], default: Preprocessing) -> Preprocessing:
+def from_timm(config: dict[str, Any], default: Preprocessing, channels: int) -> Preprocessing:
     """The preprocessing of a config.json of timm's; what it does not say as in ``default``."""
     told = config.get("pretrained_cfg")
     told = told if isinstance(told, dict) else {}
@@ -67,7 +69,10 @@ def from_timm(config: dict[str, Any], default: Preprocessing) -> Preprocessing:
     view = {ours: told[theirs] for theirs, ours in keys.items() if told.get(theirs) is not None}
     view = {key: tuple(value) if isinstance(value, list) else value for key, value in view.items()}
     try:
-        return replace(default, crop="resize" if told.get("crop_mode") == "squash" else default.crop, **view)
+        found = replace(default, crop="resize" if told.get("crop_mode") == "squash" else default.crop, **view)
+        if len(found.mean) not in (1, channels):
+            raise UserError(f"mean = {found.mean}: the model takes {channels} channels")
+        return found
     except UserError as error:
         log.warning("config.json asks for what is not known here (%s): its preprocessing is left out", error)
         return default

@@ -51,7 +51,7 @@ def write_npz(model: Mixer, path: Path) -> None:
     with replacing(path) as temporary:
         try:
             with temporary.open("wb") as file:
-                np.savez(file, allow_pickle=False, **arrays)
+                np.savez(file, **arrays)
         except OSError as error:
             raise RunError(f"{path} cannot be written ({error.strerror}): free some space or save elsewhere") from None
 
@@ -90,7 +90,8 @@ def warn_of_losses(model: Mixer, layout: Layout, path: Path) -> None:
             lost.append(f"the shape of the grid: load it again with image_size={model.image_size}")
         if model.card.classes:
             lost.append("the names of the classes")
-        if model.card.preprocessing.mean != layout.preprocessing.mean:
-            lost.append(f"the normalisation with mean {model.card.preprocessing.mean}")
+        view, usual = model.card.preprocessing, layout.preprocessing
+        if (view.mean, view.std) != (usual.mean, usual.std):
+            lost.append(f"the normalisation with mean {view.mean} and std {view.std}")
     if lost:
         log.warning("%s does not hold %s", path, "; ".join(lost))

@@ -1,7 +1,6 @@
 """The Hugging Face hub: weights from it, pinned to their revision, and a model with its card onto it."""
 
 import json
-import logging
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,8 +8,6 @@ from types import ModuleType
 from typing import Any
 
 from mlp_mixer.errors import RunError, UserError
-
-log = logging.getLogger(__name__)
 
 PREFIX = "hf-hub:"
 FILES = ("model.safetensors", "pytorch_model.bin")  # the first that is there
@@ -23,6 +20,7 @@ class Download:
     path: Path
     source: dict[str, str] = field(default_factory=dict)  # the hub's id and revision
     config: dict[str, Any] = field(default_factory=dict)  # the config.json beside it, timm's
+    config_missing: str = ""  # why it could not be had, where the hub may have one
 
 
 def download(address: str) -> Download:
@@ -36,25 +34,28 @@ def download(address: str) -> Download:
     if match is None:
         raise UserError(f"{address!r}: give {PREFIX}OWNER/NAME or {PREFIX}OWNER/NAME@REVISION")
     repo, revision = match.groups()
+    path, unreachable = None, None
     for name in FILES:
-        path = fetch(repo, name, revision)
+        try:
+            path = fetch(repo, name, revision)
+        except RunError as error:  # offline, another program may have fetched the other file
+            unreachable = unreachable or error
         if path is not None:
             break
-    else:
-        raise UserError(f"{address} has none of {', '.join(FILES)}: no weights that are read here")
+    if path is None:
+        raise unreachable or UserError(f"{address} has none of {', '.join(FILES)}: no weights that are read here")
     commit = path.parent.name  # snapshots/COMMIT/FILE, however the revision was named
+    missing = ""
     try:
         beside = fetch(repo, "config.json", commit)
     except RunError as error:  # the weights are here, so the rest can do without
-        log.warning("%s (the layout's usual preprocessing is taken)", error)
-        beside = None
+        beside, missing = None, str(error)
     try:
         config = json.loads(beside.read_text(encoding="utf-8")) if beside else {}
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{address}: its config.json is not sound ({error}): tell its owner") from None
-    return Download(
-        path=path, source={"hub": repo, "revision": commit}, config=config if isinstance(config, dict) else {}
-    )
+    source = {"hub": repo, "revision": commit}
+    return Download(path=path, source=source, config=config if isinstance(config, dict) else {}, config_missing=missing)
 
 
 def fetch(repo: str, name: str, revision: str | None) -> Path | None:
@@ -77,7 +78,7 @@ def fetch(repo: str, name: str, revision: str | None) -> Path | None:
             f"{repo}{f'@{revision}' if revision else ''} is not on the hub, or it is private ({first_line(error)}): "
             "check the name, or log in with `hf auth login`"
         ) from None
-    except (errors.HfHubHTTPError, OSError) as error:
+    except (errors.HTTPError, OSError) as error:  # the HTTP library's need not be an OSError
         raise RunError(f"{repo}: {name} could not be downloaded ({first_line(error)}): try again later") from None
 
 

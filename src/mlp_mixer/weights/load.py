@@ -45,7 +45,8 @@ def load(path: str | Path, *, image_size: Size | None = None, in_channels: int |
         else:
             model = read_foreign(container, origin, image_size, in_channels)
     if origin.source:
-        model.card.provenance["source"] = model.card.provenance.get("source", {}) | origin.source
+        told = model.card.provenance.get("source", {})
+        model.card.provenance["source"] = (told if isinstance(told, dict) else {"told": told}) | origin.source
     if model.config["num_classes"] and not torch.count_nonzero(model.get_parameter("head.weight")):
         log.warning("%s: its head is all zero: it gives features, but no classes until it is trained", path)
     return model.requires_grad_(True).eval()

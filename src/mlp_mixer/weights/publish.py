@@ -1,11 +1,12 @@
 """A model onto the Hugging Face hub, with a card that says what it is."""
 
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from mlp_mixer.cost import cost
-from mlp_mixer.errors import RunError, UserError
+from mlp_mixer.errors import RunError, UserError, printable
 from mlp_mixer.model import Mixer
 from mlp_mixer.weights.hub import first_line, huggingface_hub
 from mlp_mixer.weights.known import variant_of
@@ -52,7 +53,7 @@ def push_to_hub(
             if status in (401, 403, 404):
                 raise UserError(f"{repo} may not be written ({first_line(error)}): `hf auth login` again") from None
             raise RunError(f"{repo} could not be uploaded ({first_line(error)}): try again later") from None
-        except OSError as error:
+        except (hub.errors.HTTPError, OSError) as error:
             raise RunError(f"the hub cannot be reached ({first_line(error)}): try again later") from None
     return str(commit.commit_url)
 
@@ -61,10 +62,12 @@ def model_card(model: Mixer, repo: str, license: str) -> str:
     """README.md of a repository on the hub: metadata that the hub reads, and the same for people."""
     hub = huggingface_hub()
     told, config = model.card.provenance, model.config
+    recipe = section(told, "recipe")
     variant = variant_of(config)
     name = f"Mixer-{variant}" if variant else "MLP-Mixer"
-    data = told.get("data") or told.get("recipe", {}).get("data", {}).get("data")
-    scores = {part: told[f"{part}_top1"] for part in ("val", "test") if told.get(f"{part}_top1") is not None}
+    data = told.get("data") or section(recipe, "data").get("data")
+    scores = {part: told.get(f"{part}_top1") for part in ("val", "test")}
+    scores = {part: float(score) for part, score in scores.items() if isinstance(score, int | float)}
     results = [
         hub.EvalResult(
             task_type="image-classification",
@@ -81,23 +84,29 @@ def model_card(model: Mixer, repo: str, license: str) -> str:
         license=license,
         library_name="mlp-mixer",
         pipeline_tag="image-classification" if config["num_classes"] else "image-feature-extraction",
-        tags=["mlp-mixer", "image-classification"],
+        tags=["mlp-mixer", *(["image-classification"] if config["num_classes"] else [])],
         model_name=repo.rpartition("/")[2],
         eval_results=results or None,
     )
     sections = {
         "Model": model_rows(model, name),
-        "Data": [f"Trained on: {data or UNKNOWN}", f"Split: {told.get('split', UNKNOWN)}", *origin_rows(told)],
+        "Data": [
+            f"Trained on: {plain(data or UNKNOWN)}",
+            f"Split: {plain(told.get('split') or UNKNOWN)}",
+            *origin_rows(told),
+        ],
         "Results": [f"{part} top-1: {score:.4f}" for part, score in scores.items()] or [f"Accuracy: {UNKNOWN}"],
         "Recipe": recipe_rows(told),
     }
     body = "\n\n".join(f"## {title}\n\n" + "\n".join(f"- {row}" for row in rows) for title, rows in sections.items())
-    use = (
-        "```python\nimport mlp_mixer\n\n"
-        f'model = mlp_mixer.load("hf-hub:{repo}")\n'
-        'for row in mlp_mixer.predict(model, ["photo.jpg"]):\n    print(row.classes)\n```\n\n'
-        f"or `mixer predict hf-hub:{repo} photo.jpg`."
-    )
+    lines = ["import mlp_mixer", "", f'model = mlp_mixer.load("hf-hub:{repo}")']
+    if config["num_classes"]:
+        lines += ['for row in mlp_mixer.predict(model, ["photo.jpg"]):', "    print(row.classes)"]
+        command = f"`mixer predict hf-hub:{repo} photo.jpg`"
+    else:
+        lines += ["features = model.features(images)"]
+        command = f"`mixer finetune hf-hub:{repo} --data photos/`"
+    use = "\n".join(["```python", *lines, "```", "", f"or {command}."])
     about = f"An MLP-Mixer ([arXiv:2105.01601](https://arxiv.org/abs/2105.01601)). Licence of the weights: {license}."
     return f"---\n{metadata.to_yaml()}\n---\n\n# {name}\n\n{about}\n\n## How to load\n\n{use}\n\n{body}\n"
 
@@ -116,15 +125,30 @@ def model_rows(model: Mixer, name: str) -> list[str]:
 
 
 def origin_rows(told: dict[str, Any]) -> list[str]:
-    started = told.get("started_from", {})
-    source = started.get("source") or told.get("source") or {}
+    started = section(told, "started_from")
+    source = section(started, "source") or section(told, "source")
     origin = ", ".join(f"{key} {value}" for key, value in source.items()) or started.get("weights")
-    return [f"Weights from: {origin}"] if origin else []
+    return [f"Weights from: {plain(origin)}"] if origin else []
+
+
+def section(told: dict[str, Any], key: str) -> dict[str, Any]:
+    """An object of the provenance; empty where there is none, or something else, as anybody may have saved."""
+    found = told.get(key)
+    return found if isinstance(found, dict) else {}
+
+
+def plain(value: Any) -> str:
+    """Text from elsewhere as it may stand in a line of Markdown: what would be markup is escaped."""
+    return re.sub(r"([\\`*_\[\]<>|#&])", r"\\\1", printable(str(value)))
 
 
 def recipe_rows(told: dict[str, Any]) -> list[str]:
-    recipe = told.get("recipe", {})
-    rows = [f"{key}: {told[key]}" for key in ("command", "commit", "seed", "epochs") if told.get(key) not in (None, "")]
-    if settings := recipe.get("optimization"):
-        rows.append(f"{recipe.get('name')}: " + ", ".join(f"{key} {value}" for key, value in settings.items()))
+    recipe = section(told, "recipe")
+    rows = [
+        f"{key}: {plain(told[key])}"
+        for key in ("command", "commit", "seed", "epochs")
+        if told.get(key) not in (None, "")
+    ]
+    if settings := section(recipe, "optimization"):
+        rows.append(f"{plain(recipe.get('name'))}: " + ", ".join(f"{k} {plain(v)}" for k, v in settings.items()))
     return rows or [UNKNOWN.capitalize()]

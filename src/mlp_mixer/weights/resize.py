@@ -49,8 +49,7 @@ def resize(model: Mixer, image_size: Size) -> Mixer:
     old, new = grid(model.config), grid(config)
     rows, columns = axis_parts(old[0], new[0]), axis_parts(old[1], new[1])
     parts = [
-        tuple(torch.kron(a.contiguous(), b.contiguous()) for a, b in zip(row, column, strict=True))
-        for row, column in itertools.product(rows, columns)
+        tuple(kron(a, b) for a, b in zip(row, column, strict=True)) for row, column in itertools.product(rows, columns)
     ]
     state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     if old != new:
@@ -86,14 +85,19 @@ def grid(config: dict[str, Any]) -> tuple[int, int]:
 def axis_parts(n: int, m: int) -> list[Part]:
     """The parts of an axis that has m patches where it had n."""
     if m % n == 0:
-        eye = torch.eye(m, dtype=torch.float64)
+        eye = torch.eye(m, dtype=torch.float64, device="cpu")
         return [(eye[k : k + n], eye[:, k : k + n]) for k in range(0, m, n)]
     return [(resampling(m, n), resampling(n, m))]
 
 
+def kron(a: Tensor, b: Tensor) -> Tensor:
+    """torch.kron, which fails on some strides of axes of length one."""
+    return (a[:, None, :, None] * b[None, :, None, :]).flatten(2).flatten(0, 1)
+
+
 def resampling(before: int, after: int) -> Tensor:
     """(after, before): values on one grid from those on another over the same length, rows that sum to one."""
-    eye = torch.eye(before, dtype=torch.float64)[:, None, None]  # a batch of unit pulses
+    eye = torch.eye(before, dtype=torch.float64, device="cpu")[:, None, None]  # a batch of unit pulses
     size = (1, after)
     return F.interpolate(eye, size, mode="bilinear", align_corners=False, antialias=True)[:, 0, 0].T
 
