@@ -51,7 +51,7 @@ def write_npz(model: Mixer, path: Path) -> None:
     with replacing(path) as temporary:
         try:
             with temporary.open("wb") as file:
-                np.savez(file, **arrays)
+                np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
         except OSError as error:
             raise RunError(f"{path} cannot be written ({error.strerror}): free some space or save elsewhere") from None
 

@@ -94,6 +94,12 @@ class Layout:
             return tensor.permute(3, 2, 0, 1)
         return tensor.mT if self.flax and tensor.ndim == 2 else tensor
 
+    def there(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """A shape of ours as it is in their files."""
+        if self.flax and name == "stem.weight" and len(shape) == 4:
+            return shape[2:] + shape[1::-1]
+        return shape[::-1] if self.flax and len(shape) == 2 else shape
+
     def to_theirs(self, name: str, tensor: Tensor) -> Tensor:
         """The inverse, for the layouts that are written: the authors' and timm's."""
         if self.flax and name == "stem.weight":
@@ -170,6 +176,8 @@ def image_of(tokens: int, patch: tuple[int, int], image_size: Size | None, what:
 
 def flat_patch(width: int, in_channels: int | None, what: str) -> tuple[int, int, int]:
     """(height, width, channels) of a square patch stored as one axis; a UserError where several would fit."""
+    if in_channels is not None and in_channels < 1:
+        raise UserError(f"{what}: in_channels={in_channels}: give a number of channels, at least 1")
     fits = [c for c in ((in_channels,) if in_channels else (1, 3, 4)) if c and width % c == 0 and is_square(width // c)]
     if len(fits) != 1:
         guess = f"{', '.join(map(str, fits))} channels would fit" if fits else "no square patch fits"
@@ -210,6 +218,7 @@ def compare(
     unexpected: Iterable[str],
     shown: Mapping[str, str],
     what: str,
+    layout: Layout | None = None,
 ) -> None:
     """A UserError that lists every tensor that is missing, unexpected or of another shape, and the likely cause.
 
@@ -218,15 +227,20 @@ def compare(
         unexpected: names in the file that are none of ours.
         shown: our name → the name in the file.
         what: the file, to begin the message with.
+        layout: whose orientation the shapes are told in; by default ours.
     """
+    layout = layout or OURS
     missing = [shown.get(name, name) for name in expected if name not in found]
     unexpected = [*unexpected, *(shown.get(name, name) for name in found if name not in expected)]
     wrong = [name for name in expected if name in found and found[name] != expected[name]]
     if not (missing or unexpected or wrong):
         return
-    differ = [f"{shown.get(name, name)} {found[name]} instead of {expected[name]}" for name in wrong]
+    differ = [
+        f"{shown.get(name, name)} {layout.there(name, found[name])} instead of {layout.there(name, expected[name])}"
+        for name in wrong
+    ]
     lists = {"missing": missing, "unexpected": unexpected, "wrong shape": differ}
-    told = "; ".join(f"{len(names)} {kind}: {listed(names)}" for kind, names in lists.items() if names)
+    told = "; ".join(f"{len(names)} {kind}: {printable(listed(names))}" for kind, names in lists.items() if names)
     raise UserError(f"{what} does not hold a whole Mixer: {told}. {likely_cause(expected, found, wrong)}")
 
 
@@ -234,10 +248,11 @@ def likely_cause(
     expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], wrong: list[str]
 ) -> str:
     token = [name for name in wrong if "token_mixing" in name]
-    kernels = [name for name in wrong if name.endswith("mixing.dense_0.weight")]
+    kernels = [name for name in wrong if name.endswith("mixing.dense_0.weight") and len(found[name]) == 2]
     swap = {"token": "channel", "channel": "token"}
     if kernels and all(
-        found[name][0] == expected[re.sub("token|channel", lambda m: swap[m[0]], name)][0] for name in kernels
+        found[name][0] == expected[re.sub("token|channel", lambda m: swap[m[0]], name)][0] != expected[name][0]
+        for name in kernels
     ):
         return "Likely D_S and D_C are swapped, as in lucidrains' port: train or convert it with the right widths"
     if wrong and len(token) == len(wrong):

@@ -13,7 +13,7 @@ from mlp_mixer.errors import UserError, printable
 from mlp_mixer.model import Mixer, Size, as_pair
 from mlp_mixer.weights import layouts, own
 from mlp_mixer.weights.cards import make_card
-from mlp_mixer.weights.containers import Container, open_container
+from mlp_mixer.weights.containers import Container, open_container, require_floats
 from mlp_mixer.weights.hub import PREFIX, Download, download
 
 log = logging.getLogger(__name__)
@@ -54,8 +54,8 @@ def load(path: str | Path, *, image_size: Size | None = None, in_channels: int |
 
 def read_foreign(container: Container, origin: Download, image_size: Size | None, in_channels: int | None) -> Mixer:
     """A model from tensors in a known layout; shapes are held to a Mixer's before a tensor is read."""
-    what = printable(str(container.path))
-    full = unwrap(container.infos)
+    what = container.name
+    full = unwrap(container.infos, what)
     infos = {name: container.infos[stored] for name, stored in full.items()}
     if left_out := [*container.left_out, *sorted(set(container.infos) - set(full.values()))]:
         log.info("%s: left out, for they are no weights: %s", what, printable(layouts.listed(left_out)))
@@ -63,8 +63,9 @@ def read_foreign(container: Container, origin: Download, image_size: Size | None
     if found is None:
         raise UserError(
             f"{what} holds {len(infos)} tensors, but no token mixing of a Mixer (its first names: "
-            f"{printable(layouts.listed(sorted(infos), 3)) or 'none'}): another architecture's weights"
+            f"{printable(layouts.listed(sorted(infos), 3)) or 'none'}): another architecture's weights; give a Mixer's"
         )
+    require_floats(infos, what)
     layout, num_blocks = found
     if num_blocks > len(infos):
         raise layouts.no_mixer(what, ValueError(f"{num_blocks} blocks in {len(infos)} tensors"))
@@ -88,7 +89,7 @@ def read_foreign(container: Container, origin: Download, image_size: Size | None
     check_given(config, image_size, in_channels, what)
     unexpected = sorted(set(infos) - set(stored.values()))
     expected = layouts.expected_shapes(config, len(infos), what)
-    layouts.compare(expected, shapes, unexpected, names, f"{what} ({layout.title})")
+    layouts.compare(expected, shapes, unexpected, names, f"{what} ({layout.title})", layout)
     if config["tokens_mlp_dim"] > config["channels_mlp_dim"]:
         log.warning(
             "%s: D_S = %d is larger than D_C = %d: the two may be swapped, as in lucidrains' port, whose sizes are not "
@@ -108,7 +109,7 @@ def read_foreign(container: Container, origin: Download, image_size: Size | None
     return model
 
 
-def unwrap(names: Iterable[str]) -> dict[str, str]:
+def unwrap(names: Iterable[str], what: str) -> dict[str, str]:
     """Name without its wrapping → name in the file; of a training checkpoint, what is not the target is left out.
 
     flax once counted LayerNorms across a whole model, so their numbers may have gaps: in order, they become 0 and 1.
@@ -117,9 +118,14 @@ def unwrap(names: Iterable[str]) -> dict[str, str]:
     target = "opt/target/"
     if any(name.startswith(target) for name in names):
         names = [name for name in names if name.startswith(target)]
-    full = {name.removeprefix(target).removeprefix("params/"): name for name in names}
+    full: dict[str, str] = {}
+    for stored in names:
+        name = stored.removeprefix(target).removeprefix("params/")
+        if name in full:
+            raise UserError(f"{what} holds {printable(name)!r} twice, with and without params/: save one of them")
+        full[name] = stored
     numbers: dict[str, set[int]] = {}
-    pattern = re.compile(r"(.*/LayerNorm_)(\d+)(/.*)")
+    pattern = re.compile(r"(.*/LayerNorm_)(\d{1,6})(/.*)")
     for match in filter(None, map(pattern.fullmatch, full)):
         numbers.setdefault(match[1], set()).add(int(match[2]))
 

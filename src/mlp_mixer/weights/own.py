@@ -21,7 +21,7 @@ from mlp_mixer.card import Card, Preprocessing
 from mlp_mixer.errors import RunError, UserError, printable
 from mlp_mixer.files import replacing
 from mlp_mixer.model import Mixer, as_pair
-from mlp_mixer.weights.containers import Container
+from mlp_mixer.weights.containers import Container, require_floats
 from mlp_mixer.weights.layouts import compare, expected_shapes, no_mixer
 
 FORMAT, VERSION = "mlp-mixer", "1"
@@ -79,7 +79,8 @@ def read(container: Container) -> Mixer:
     Raises:
         UserError: another version, a changed byte, or tensors that do not fit the sizes in the metadata.
     """
-    path, metadata = printable(str(container.path)), container.metadata
+    path, metadata = container.name, container.metadata
+    require_floats(container.infos, path)
     if (version := metadata.get("version", "")) > VERSION and version.isdigit():
         raise UserError(f"{path} has format version {version}, this is {VERSION}: update mlp-mixer (or it is damaged)")
     tensors = verified(container, metadata)
@@ -109,19 +110,24 @@ def remembered(container: Container) -> tuple[dict[str, Any], Card] | None:
     beside = {key.removeprefix(BESIDE): text for key, text in container.metadata.items() if key.startswith(BESIDE)}
     if not beside:
         return None
+    if len(container.metadata) != len(beside) + 1 or container.metadata.get("format") != "pt":
+        raise changed(container)
     verified(container, beside)
-    return parse(beside, printable(str(container.path)))
+    return parse(beside, container.name)
 
 
 def verified(container: Container, metadata: Mapping[str, str]) -> dict[str, Tensor]:
     """The tensors, which safetensors maps and does not copy; a UserError where they or the metadata were changed."""
     tensors = {name: container.read(name) for name in container.infos}
     if metadata.get("sha256") != digest(tensors, metadata):
-        raise UserError(
-            f"{printable(str(container.path))} was changed or damaged since it was saved (SHA-256 differs): copy or "
-            "train it again"
-        )
+        raise changed(container)
     return tensors
+
+
+def changed(container: Container) -> UserError:
+    return UserError(
+        f"{container.name} was changed or damaged since it was saved (SHA-256 differs): copy or train it again"
+    )
 
 
 def parse(metadata: Mapping[str, str], path: str) -> tuple[dict[str, Any], Card]:
@@ -137,8 +143,8 @@ def parse(metadata: Mapping[str, str], path: str) -> tuple[dict[str, Any], Card]
 def check_finite(tensor: Tensor, name: str, what: str) -> None:
     if tensor.numel() and not all(math.isfinite(end) for end in torch.aminmax(tensor)):
         raise UserError(
-            f"{what}: {name} holds numbers that are not finite, as a diverged training or a damaged file leaves them: "
-            "take an earlier checkpoint, or download it again"
+            f"{what}: {printable(name)} holds numbers that are not finite, as a diverged training or a damaged file "
+            "leaves them: take an earlier checkpoint, or download it again"
         )
 
 
