@@ -276,11 +276,12 @@ def open_torch(path: Path, what: str, stack: ExitStack) -> Container:
             mapped = not by_name and zipfile.is_zipfile(path)
             stored = torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
-        asked = re.search(r"Unsupported (?:global|class|type)\S*:?(?: GLOBAL)? (\S+)", str(error))
-        if asked is None:
+        if "operand" in str(error):  # not a pickle at all, or a damaged one
             raise ValueError("its pickle is broken") from None
+        asked = re.search(r"global:? (?:GLOBAL )?(\S+)", str(error), re.IGNORECASE)
+        named = f" ({printable(asked[1])})" if asked else ""
         raise UserError(
-            f"{what} holds Python objects beside tensors ({printable(asked[1])}), which can run code, so it is refused: where you trust "
+            f"{what} holds Python objects beside tensors{named}, which can run code, so it is refused: where you trust "
             "its author, load it with torch and save its state_dict() alone"
         ) from None
     tensors, left_out = state_dict(stored, what)
@@ -293,9 +294,7 @@ def open_torch(path: Path, what: str, stack: ExitStack) -> Container:
         infos[name] = Info(tuple(tensor.shape), tensor.dtype if tensor.dtype in FLOATS.values() else None, known)
     claimed = sum(tensor.numel() * tensor.itemsize for tensor in tensors.values())
     if claimed > path.stat().st_size:
-        raise UserError(
-            f"{what} claims {claimed:,} bytes of numbers, more than are stored: save its tensors one by one"
-        )
+        raise UserError(f"{what} claims {claimed:,} bytes of numbers, more than are stored: save each tensor by itself")
     return Container("torch", path, infos, tensors.__getitem__, left_out=left_out)
 
 
