@@ -359,8 +359,10 @@ def test_very_many_members(tmp_path: Path, cheap: Callable[..., None]) -> None:
 
 
 def test_a_safetensors_header_of_very_many_tensors(tmp_path: Path, cheap: Callable[..., None]) -> None:
-    rows = {str(i): {"dtype": "F32", "shape": [1], "data_offsets": [4 * i, 4 * i + 4]} for i in range(120_000)}
-    write_safetensors(tmp_path / "w.safetensors", rows, bytes(480_000))
+    rows = {
+        str(i): {"dtype": "F32", "shape": [1], "data_offsets": [4 * i, 4 * i + 4]} for i in range(50_000)
+    }  # as many as the limit of the header lets through
+    write_safetensors(tmp_path / "w.safetensors", rows, bytes(200_000))
     cheap(tmp_path / "w.safetensors")
 
 

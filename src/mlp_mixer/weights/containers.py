@@ -25,7 +25,7 @@ from torch import Tensor
 
 from mlp_mixer.errors import UserError, printable
 
-MAX_HEADER = 16 * 2**20  # bytes, of a safetensors file; a Mixer's takes some 30 kB, the names of 21,843 classes 1 MB
+MAX_HEADER = 4 * 2**20  # bytes, of a safetensors file; a Mixer's takes some 30 kB, the names of 21,843 classes 1 MB
 MAX_TENSORS = 4096  # a Mixer-H/14 has 390, its training checkpoint three times as many
 MAX_INFLATION = 20  # times its size that a compressed file may grow; weights hardly shrink
 UNSUSPICIOUS = 64 * 2**20  # bytes, whatever they were compressed to
