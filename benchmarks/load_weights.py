@@ -34,7 +34,6 @@ who, path = sys.argv[1:]
 import torch
 if who == "ours":
     from mlp_mixer.weights.load import load
-    import mlp_mixer.weights.hub
 else:
     import timm
     from safetensors.torch import load_file
@@ -87,7 +86,7 @@ def main() -> None:
         ]
         for contestant, (_, file) in CONTESTANTS.items()
     ]
-    print_table(["", "seconds", "× timm", "peak memory, MB", "× the file"], rows)
+    print_table(["", "seconds", "× timm's safetensors", "peak memory, MB", "× the file"], rows)
 
 
 def write_files(folder: Path) -> None:

@@ -87,8 +87,8 @@ def read(folder: Path, part: str, size: int) -> tuple[Tensor, Tensor]:
     images, labels = torch.load(folder / "data.pt", weights_only=True)[part]
     if size == 32:
         return images, labels
-    shrink = partial(F.interpolate, size=(size, size), mode="bilinear", antialias=True)
-    return torch.cat([shrink(some.float()).round().byte() for some in images.split(1000)]), labels
+    scaled = partial(F.interpolate, size=(size, size), mode="bilinear", antialias=True)
+    return torch.cat([scaled(some.float()).round().byte() for some in images.split(1000)]), labels
 
 
 def train_base(folder: Path, seed: int) -> float:

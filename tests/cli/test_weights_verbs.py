@@ -177,7 +177,49 @@ def test_imagenet_folders_named_by_synset_are_matched(mixer, pictures, tmp_path)
     assert json.loads(answer.out)["top1"] == 0.75
 
 
+def test_evaluate_and_info_take_height_and_width(mixer, colour_weights, pictures, tmp_path) -> None:
+    data = pictures(tmp_path / "data", {"red": 4, "blue": 4, "green": 4})
+    words = ("--part", "all", "--image-size", 16, 32, "--json")
+    found = json.loads(mixer("evaluate", colour_weights, "--data", data, *words).out)
+    assert (found["image_size"], found["top1"]) == ([16, 32], 1)
+    assert json.loads(mixer("info", colour_weights, "--image-size", 16, 32, "--json").out)["image_size"] == [16, 32]
+
+
+def test_evaluate_refuses_a_head_of_zeros(mixer, tmp_path) -> None:
+    mlp_mixer.save(mlp_mixer.create(num_classes=10, image_size=8, **SMALL), tmp_path / "fresh.safetensors")
+    assert_mistake(mixer("evaluate", tmp_path / "fresh.safetensors", "--data", "digits"), "all zero", "mixer finetune")
+
+
+def test_odd_provenance_is_no_stumbling_block(mixer, colour_weights, pictures, tmp_path) -> None:
+    odd = tmp_path / "odd.safetensors"
+    mlp_mixer.save(mlp_mixer.load(colour_weights), odd, source="my camera", recipe={"data": "mine"}, val_top1="high")
+    data = pictures(tmp_path / "data", {"red": 2, "blue": 2, "green": 2})
+    assert_done(mixer("info", odd))
+    assert_done(mixer("evaluate", odd, "--data", data, "--part", "all"))
+    assert_done(mixer("resize", odd, tmp_path / "big.safetensors", "--image-size", 32))
+
+
+def test_info_offers_no_published_file_for_weights_that_are_nobody_elses(mixer, tmp_path) -> None:
+    model = mlp_mixer.create("S/32")
+    randomise(model, 0)
+    torch.save(model.state_dict(), tmp_path / "plain.pth")
+    answer = mixer("info", tmp_path / "plain.pth")
+    assert_done(answer)
+    assert "may be" not in answer.out
+
+
+def test_info_of_a_file_has_its_own_head(mixer, colour_weights) -> None:
+    assert_mistake(mixer("info", colour_weights, "--num-classes", 5), "--num-classes 5", "leave it out")
+
+
 # finetune
+
+
+def test_finetune_to_a_rectangle(mixer, colour_weights, pictures, tmp_path) -> None:
+    data = pictures(tmp_path / "data", {"red": 6, "blue": 6})
+    words = ("--epochs", 1, "--global-batch-size", 4, "--compile", "off", "--out", tmp_path / "run")
+    assert_done(mixer("finetune", colour_weights, "--data", data, "--image-size", 16, 24, *words))
+    assert mlp_mixer.load(tmp_path / "run" / "model.safetensors").image_size == (16, 24)
 
 
 @pytest.fixture(scope="module")

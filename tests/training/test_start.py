@@ -198,7 +198,7 @@ def test_the_card_says_where_it_started(weights: str) -> None:
     assert provenance["started_from"] == {
         "weights": weights,
         "source": {"hub": "owner/name", "revision": "abc"},
-        "val_top1": 0.9,
+        "before_resize": {"image_size": [8, 8], "val_top1": 0.9},
         "resized_from": [[8, 8]],
     }
 

@@ -268,7 +268,12 @@ VIEWS = {"mean": Preprocessing(mean=(0.1, 0.2, 0.3)), "std": Preprocessing(std=(
     ("to", "options", "card", "telling"),
     [
         ("npz", {"gelu": "erf"}, Card(), ["the erf GELU", "the authors' layout means tanh", "approximate=False"]),
-        ("timm", {"gelu": "tanh"}, Card(), ["the tanh GELU", "timm's layout means erf", "act_layer='gelu_tanh'"]),
+        (
+            "timm",
+            {"gelu": "tanh"},
+            Card(),
+            ["the tanh GELU", "timm's layout means erf", "act_layer=timm.layers.GELUTanh"],
+        ),
         ("npz", {"norm_eps": 1e-5}, Card(), ["LayerNorm's ε of 1e-05", "means 1e-06"]),
         ("timm", {"norm_eps": 1e-5, "gelu": "erf"}, Card(), ["LayerNorm's ε of 1e-05", "means 1e-06"]),
         ("npz", {"image_size": (8, 12)}, Card(), ["the shape of the grid", "image_size=(8, 12)"]),

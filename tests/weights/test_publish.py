@@ -373,3 +373,16 @@ def test_without_the_library_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch
 
 def test_the_name_in_the_package() -> None:
     assert mlp_mixer.push_to_hub is push_to_hub
+
+
+def test_a_resized_model_does_not_claim_the_scores_of_its_old_size() -> None:
+    model = mlp_mixer.create(
+        num_classes=2, image_size=8, patch_size=4, num_blocks=1, hidden_dim=4, tokens_mlp_dim=2, channels_mlp_dim=4
+    )
+    model.card.provenance.update(data="flowers", test_top1=0.625)
+    assert "0.6250" in model_card(model, "me/flowers", "mit")
+    resized = mlp_mixer.resize(model, 16)
+    card = model_card(resized, "me/flowers", "mit")
+    assert "0.625" not in card
+    assert "Resized from" in card
+    assert resized.card.provenance["before_resize"] == {"image_size": [8, 8], "test_top1": 0.625}

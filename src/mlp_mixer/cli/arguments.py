@@ -79,10 +79,10 @@ def pair(size: tuple[int, ...]) -> tuple[int, int]:
     return size[0], size[-1]
 
 
-def load_sized(weights: str, image_size: int | None) -> "Mixer":
+def load_sized(weights: str, image_size: tuple[int, ...]) -> "Mixer":
     """The model of a WEIGHTS argument, resized where an --image-size is given."""
     from mlp_mixer.weights.load import load
     from mlp_mixer.weights.resize import resize
 
     model = load(weights)
-    return model if image_size is None else resize(model, image_size)
+    return resize(model, pair(image_size)) if image_size else model

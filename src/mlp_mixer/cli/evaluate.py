@@ -28,8 +28,8 @@ class Arguments:
     """A file of ours, the authors' (.npz), timm's or lucidrains', or hf-hub:OWNER/NAME."""
     data: str
     """SOURCE: digits, cifar10, a folder of images, or a .zip of one."""
-    image_size: int | None = None
-    """Resize the weights to this height and width in pixels; by default as they are."""
+    image_size: tuple[int, ...] = ()
+    """Resize the weights to this size in pixels, one number, or height and width; by default as they are."""
     part: Literal["test", "val", "train", "all"] = "test"
     """Of the source."""
     batch_size: int = 256
@@ -52,11 +52,14 @@ def run(args: Sequence[str]) -> None:
     from mlp_mixer.data.sources import load_source
     from mlp_mixer.device import select_device, select_precision
     from mlp_mixer.evaluation.classification import classify
+    from mlp_mixer.inference.predict import check_classifier
     from mlp_mixer.weights.known import synset_names
 
     model = load_sized(chosen.weights, chosen.image_size)
+    check_classifier(model)
     recipe = model.card.provenance.get("recipe")
-    trained = recipe.get("data", {}) if isinstance(recipe, dict) else {}
+    told = recipe.get("data") if isinstance(recipe, dict) else None
+    trained = told if isinstance(told, dict) else {}
     split = {key: trained[key] for key in ("val_fraction", "test_fraction", "split_seed") if key in trained}
     source = load_source(chosen.data, max_pixels=chosen.max_pixels, **split)
     part, head = source.part(chosen.part), model.config["num_classes"]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import tyro
 
-from mlp_mixer.cli.arguments import parse
+from mlp_mixer.cli.arguments import pair, parse
 from mlp_mixer.cli.train import carry_out, dashed, option
 from mlp_mixer.errors import UserError
 from mlp_mixer.recipes.finetune import finetune
@@ -31,8 +31,8 @@ class Arguments:
     """Folder of the run, which must not exist; by default runs/finetune-DATE-TIME."""
     json: bool = False
     """Print the summary as one JSON object."""
-    image_size: int | None = None
-    """Height and width in pixels, a multiple of the patch size; by default that of the weights."""
+    image_size: tuple[int, ...] = ()
+    """In pixels, one number, or height and width; multiples of the patch size; by default that of the weights."""
     dropout: float = 0.0
     """After each dense layer of an MLP block."""
     stochastic_depth: float = 0.0
@@ -58,10 +58,16 @@ def run(args: Sequence[str]) -> None:
         raise UserError("no weights: name a file, or hf-hub:OWNER/NAME (mixer finetune --help)")
     if not chosen.data.data:
         raise UserError("no --data: name the images to fine-tune on (digits, cifar10, a folder, or a .zip of one)")
-    settings = ("image_size", "dropout", "stochastic_depth", "rescale")
+    settings = ("dropout", "stochastic_depth", "rescale")
+    height, width = pair(chosen.image_size) if chosen.image_size else (None, None)
     recipe = dataclasses.replace(
         recipe,
-        model=ModelRecipe(weights=chosen.weights, **{name: getattr(chosen, name) for name in settings}),
+        model=ModelRecipe(
+            weights=chosen.weights,
+            image_size=height,
+            image_width=None if width == height else width,
+            **{name: getattr(chosen, name) for name in settings},
+        ),
         **{name: getattr(chosen, name) for name in ("data", "optimization", "run")},
     )
     out = chosen.out or Path("runs") / f"{recipe.name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 
-from mlp_mixer.cli.arguments import parse
-from mlp_mixer.errors import printable
+from mlp_mixer.cli.arguments import pair, parse
+from mlp_mixer.errors import UserError, printable
 from mlp_mixer.files import to_json
 
 if TYPE_CHECKING:
@@ -24,10 +24,10 @@ COUNTS = ("parameters", "macs", "flops", "activation_bytes")
 class Arguments:
     model: tyro.conf.Positional[str]
     """S/32, S/16, B/32, B/16, L/32, L/16, H/14, a weights file, or hf-hub:OWNER/NAME."""
-    image_size: int | None = None
-    """Height and width in pixels; by default 224, or the file's. Weights are resized to it."""
+    image_size: tuple[int, ...] = ()
+    """In pixels, one number, or height and width; by default 224, or the file's. Weights are resized to it."""
     num_classes: int | None = None
-    """Of the head; by default 1000, or the file's."""
+    """Of a variant's head, by default 1000."""
     json: bool = False
     """Print one JSON object."""
 
@@ -39,9 +39,11 @@ def run(args: Sequence[str]) -> None:
 
     model = load_weights(chosen.model)
     before = dict(model.config) if model else variant_config(chosen.model)
+    if chosen.num_classes is not None and model:
+        raise UserError(f"--num-classes {chosen.num_classes}: {chosen.model} has its own head: leave it out")
     if chosen.num_classes is not None:
         before["num_classes"] = chosen.num_classes
-    after = before if chosen.image_size is None else resized_config(before, chosen.image_size)
+    after = resized_config(before, pair(chosen.image_size)) if chosen.image_size else before
     # a variant is made for the size, and so keeps Table 1's D_S; weights have to be resized
     config = after if model else before | {"image_size": after["image_size"]}
     found: dict[str, Any] = {"model": chosen.model, **asdict(cost(config)), **config}
@@ -83,9 +85,10 @@ def about(model: "Mixer") -> dict[str, Any]:
     """What the file says of itself, and the published files it may be."""
     from mlp_mixer.weights.known import candidates
 
-    source = model.card.provenance.get("source", {})
-    known = source.get("known_as")
-    possible = candidates(model.config, authors="authors" in source.get("layout", "")) if source else []
+    source = model.card.provenance.get("source")
+    source = source if isinstance(source, dict) else {}
+    known, publisher = source.get("known_as"), source.get("publisher")
+    possible = candidates(model.config, authors=publisher == "authors") if publisher else []
     named = [asdict(one) for one in possible if known in (None, one.file)]
     return {**asdict(model.card), "head_is_zero": not model.get_parameter("head.weight").any().item()
             if model.config["num_classes"] else None, "may_be": named}  # fmt: skip

@@ -23,6 +23,8 @@ class ModelRecipe:
     """Weights to start from, a file or hf-hub:OWNER/NAME: the sizes are theirs, the head starts at zero."""
     image_size: int | None = 224
     """Height and width of the input in pixels, a multiple of the patch size; None: that of --weights."""
+    image_width: int | None = None
+    """Width in pixels, where it is not the height."""
     patch_size: int | None = None
     """Height and width of a patch in pixels."""
     num_blocks: int | None = None
@@ -151,6 +153,7 @@ def check(recipe: Recipe) -> Recipe:
             raise UserError(f"{flag(name)} {value}: must be at least 0 and below 1")
     above = {
         "image_size": recipe.model.image_size,
+        "image_width": recipe.model.image_width,
         "epochs": recipe.optimization.epochs,
         "global_batch_size": recipe.optimization.global_batch_size,
         "learning_rate": recipe.optimization.learning_rate,

@@ -32,18 +32,25 @@ def prepare(recipe: Recipe) -> Start:
     if trained.config["in_channels"] != 3:
         channels = trained.config["in_channels"]
         raise UserError(f"{recipe.model.weights} takes images of {channels} channels: RGB ones are read here, of three")
-    sized = resize(trained, recipe.model.image_size or trained.image_size)
+    sized = resize(trained, size(recipe) or trained.image_size)
     return lambda classes: transferred(sized, recipe, classes)
 
 
 def new(recipe: Recipe, classes: tuple[str, ...]) -> Mixer:
     """The recipe's Mixer with the authors' initial weights."""
-    sizes = {key: value for key, value in asdict(recipe.model).items() if key != "weights"}
+    sizes = {key: value for key, value in asdict(recipe.model).items() if key not in ("weights", "image_width")}
+    sizes["image_size"] = size(recipe)
     if sizes["image_size"] is None:
         raise UserError("no --image-size: give one, or --weights, whose size is then taken")
     model = create(sizes.pop("model"), num_classes=len(classes), seed=recipe.run.seed, **sizes)
     model.card = Card(classes=classes, preprocessing=view(recipe.data), provenance={"recipe": to_json_object(recipe)})
     return model
+
+
+def size(recipe: Recipe) -> tuple[int, int] | None:
+    """(height, width) of the recipe's images; None where it leaves them to the weights."""
+    height, width = recipe.model.image_size, recipe.model.image_width
+    return None if height is None else (height, width or height)
 
 
 def transferred(trained: Mixer, recipe: Recipe, classes: tuple[str, ...]) -> Mixer:

@@ -11,7 +11,7 @@ from mlp_mixer.model import Mixer
 from mlp_mixer.weights.containers import Container
 from mlp_mixer.weights.hub import Download
 from mlp_mixer.weights.known import CHECKPOINTS, MIIL, MIIL_CLASSES, Checkpoint, candidates, class_names
-from mlp_mixer.weights.layouts import AUTHORS, LUCIDRAINS, OLDER, TIMM, Layout
+from mlp_mixer.weights.layouts import TIMM, Layout
 
 log = logging.getLogger(__name__)
 
@@ -19,8 +19,8 @@ log = logging.getLogger(__name__)
 def make_card(container: Container, origin: Download, layout: Layout, model: Mixer) -> Card:
     """From the hub's config.json where there is one; else what is known of the file, or of its layout, and said so."""
     what, known = printable(str(container.path.name)), identify(container, origin, layout)
-    source: dict[str, Any] = {"file": container.path.name, "layout": layout.title}
-    names = class_names(model.config["num_classes"]) if layout in (AUTHORS, OLDER, TIMM) else None
+    source: dict[str, Any] = {"file": container.path.name, "layout": layout.title, "publisher": layout.publisher}
+    names = class_names(model.config["num_classes"]) if layout.publisher else None
     view = layout.preprocessing
     if known:
         source["known_as"] = known.file
@@ -41,7 +41,7 @@ def make_card(container: Container, origin: Download, layout: Layout, model: Mix
             "from-scratch ImageNet weights",
             what,
         )
-    elif layout is LUCIDRAINS or layout not in (AUTHORS, OLDER, TIMM):
+    elif not layout.publisher:
         log.warning(
             "%s does not say how pixels were normalised: taken to be [−1, 1] (else: mixer convert --mean --std)", what
         )

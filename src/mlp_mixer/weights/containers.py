@@ -111,7 +111,7 @@ def open_container(path: Path) -> Container:
     with ExitStack() as stack:
         try:
             container = opener(path, what, stack)
-            hold_to_limits(container.infos, what)
+            refuse_empty(container.infos, what)
         except UserError:
             raise
         except UNSOUND as error:
@@ -120,7 +120,7 @@ def open_container(path: Path) -> Container:
     return container
 
 
-def hold_to_limits(infos: Mapping[str, Info], what: str) -> None:
+def refuse_empty(infos: Mapping[str, Info], what: str) -> None:
     for name, info in infos.items():
         if any(size < 1 for size in info.shape):
             raise UserError(
@@ -318,8 +318,7 @@ def state_dict(stored: Any, what: str) -> tuple[dict[str, Tensor], tuple[str, ..
     tensors: dict[str, Tensor] = {}
     for key, tensor in stored.items():
         name = str(key)
-        for prefix in ("module.", "_orig_mod."):  # of DistributedDataParallel and torch.compile
-            name = name.removeprefix(prefix)
+        name = re.sub(r"^(?:module\.|_orig_mod\.)+", "", name)  # of DistributedDataParallel and torch.compile
         if name in tensors:
             raise UserError(f"{what} holds {printable(name)!r} twice, with and without a prefix: save one of them")
         tensors[name] = tensor.detach()

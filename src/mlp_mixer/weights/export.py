@@ -81,7 +81,7 @@ def warn_of_losses(model: Mixer, layout: Layout, path: Path) -> None:
     """What a reader of this layout has to be told, because the tensors do not say it."""
     config, lost = model.config, []
     if config["gelu"] != layout.gelu:
-        remedy = "act_layer='gelu_tanh' in timm.create_model" if layout is TIMM else "jax.nn.gelu(approximate=False)"
+        remedy = "act_layer=timm.layers.GELUTanh" if layout is TIMM else "jax.nn.gelu(approximate=False)"
         lost.append(f"the {config['gelu']} GELU ({layout.title} means {layout.gelu}: {remedy})")
     if config["norm_eps"] != layout.norm_eps:
         lost.append(f"LayerNorm's ε of {config['norm_eps']:g} ({layout.title} means {layout.norm_eps:g})")
@@ -93,5 +93,8 @@ def warn_of_losses(model: Mixer, layout: Layout, path: Path) -> None:
         view, usual = model.card.preprocessing, layout.preprocessing
         if (view.mean, view.std) != (usual.mean, usual.std):
             lost.append(f"the normalisation with mean {view.mean} and std {view.std}")
+        if (view.crop, view.crop_ratio, view.interpolation) != (usual.crop, usual.crop_ratio, usual.interpolation):
+            lost.append(f"the evaluation view ({view.crop} crop, ratio {view.crop_ratio:g}, {view.interpolation})")
     if lost:
-        log.warning("%s does not hold %s", path, "; ".join(lost))
+        reader = "timm does not know" if layout is TIMM else "the file does not hold"
+        log.warning("%s: %s %s", path, reader, "; ".join(lost))

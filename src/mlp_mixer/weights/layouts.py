@@ -60,6 +60,7 @@ class Layout:
 
     title: str
     column: int
+    publisher: str = ""  # whose published files are in it
     flax: bool = False  # dense kernels as (in, out), the stem as (height, width, in, out)
     gelu: Gelu = "tanh"
     norm_eps: float = 1e-6
@@ -110,9 +111,9 @@ class Layout:
 IMAGENET = Preprocessing(interpolation="bicubic")  # as timm evaluates the authors' weights
 LAYOUTS = (
     Layout(title="this library's names", column=0),
-    Layout(title="the authors' layout", column=1, flax=True),
-    Layout(title="the authors' older layout", column=2, flax=True),
-    Layout(title="timm's layout", column=3, gelu="erf", preprocessing=IMAGENET),
+    Layout(title="the authors' layout", column=1, publisher="authors", flax=True),
+    Layout(title="the authors' older layout", column=2, publisher="authors", flax=True),
+    Layout(title="timm's layout", column=3, publisher="timm", gelu="erf", preprocessing=IMAGENET),
     Layout(title="lucidrains' layout", column=4, gelu="erf", norm_eps=1e-5),
 )
 OURS, AUTHORS, OLDER, TIMM, LUCIDRAINS = LAYOUTS
@@ -161,10 +162,13 @@ def image_of(tokens: int, patch: tuple[int, int], image_size: Size | None, what:
         if square is None:
             raise UserError(
                 f"{what}: {tokens} patches of {patch[0]}×{patch[1]} px are no square, and their shapes do not tell "
-                "height from width: give image_size=(height, width)"
+                "height from width: give image_size=(height, width) to load, or convert the file first (mixer convert "
+                "IN OUT --image-size HEIGHT WIDTH)"
             )
         return square
     height, width = as_pair(image_size)
+    if min(height, width) < 1:
+        raise UserError(f"{what}: image_size={image_size}: give a size in pixels, at least 1")
     if height % patch[0] or width % patch[1] or height // patch[0] * (width // patch[1]) != tokens:
         trained = f"trained at {square[0]}×{square[1]} px" if square else "trained at another size"
         raise UserError(
@@ -183,7 +187,8 @@ def flat_patch(width: int, in_channels: int | None, what: str) -> tuple[int, int
         guess = f"{', '.join(map(str, fits))} channels would fit" if fits else "no square patch fits"
         raise UserError(
             f"{what}: patches of {width} numbers, height × width × channels, of which {guess}"
-            f"{f' with in_channels={in_channels}' if in_channels else ''}: give in_channels="
+            f"{f' with in_channels={in_channels}' if in_channels else ''}: give in_channels= to load, "
+            "or mixer convert IN OUT --in-channels N"
         )
     side = math.isqrt(width // fits[0])
     return side, side, fits[0]

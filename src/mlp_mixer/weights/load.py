@@ -130,6 +130,8 @@ def unwrap(names: Iterable[str], what: str) -> dict[str, str]:
         numbers.setdefault(match[1], set()).add(int(match[2]))
 
     def renumbered(match: re.Match[str]) -> str:
+        if len(numbers[match[1]]) != 2:  # one is missing: which, its number says
+            return match[0]
         return f"{match[1]}{sorted(numbers[match[1]]).index(int(match[2]))}{match[3]}"
 
     return {pattern.sub(renumbered, name): stored for name, stored in full.items()}

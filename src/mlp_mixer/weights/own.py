@@ -47,6 +47,8 @@ def save(model: Mixer, path: str | Path, classes: Sequence[str] | None = None, *
     if not path.parent.is_dir():
         raise UserError(f"{path.parent} is no folder: make it first")
     names = tuple(classes) if classes is not None else model.card.classes
+    if names is not None and (isinstance(classes, str) or not all(isinstance(name, str) for name in names)):
+        raise UserError(f"classes {names[:5]}: give a list of texts, one name for each logit")
     if names is not None and len(names) != model.config["num_classes"]:
         raise UserError(f"{len(names)} class names for a head of {model.config['num_classes']}: give one for each")
     card = dataclasses.replace(model.card, classes=names, provenance=model.card.provenance | provenance)
@@ -81,7 +83,7 @@ def read(container: Container) -> Mixer:
     """
     path, metadata = container.name, container.metadata
     require_floats(container.infos, path)
-    if (version := metadata.get("version", "")) > VERSION and version.isdigit():
+    if (version := metadata.get("version", "")).isdigit() and int(version[:9]) > int(VERSION):
         raise UserError(f"{path} has format version {version}, this is {VERSION}: update mlp-mixer (or it is damaged)")
     tensors = verified(container, metadata)
     config, card = parse(metadata, path)
@@ -98,7 +100,7 @@ def read(container: Container) -> Mixer:
 
 def is_ours(metadata: Mapping[str, str]) -> bool:
     """Whether ``save`` wrote a file with this metadata, even if a byte of it has changed since."""
-    return metadata.get("format") == FORMAT or {"config", "card", "sha256"} & metadata.keys() != set()
+    return metadata.get("format") == FORMAT or len({"config", "card", "sha256"} & metadata.keys()) > 1
 
 
 def remembered(container: Container) -> tuple[dict[str, Any], Card] | None:

@@ -68,7 +68,7 @@ def model_card(model: Mixer, repo: str, license: str) -> str:
     data = told.get("data") or section(recipe, "data").get("data")
     scores = {part: told.get(f"{part}_top1") for part in ("val", "test")}
     scores = {part: float(score) for part, score in scores.items() if isinstance(score, int | float)}
-    results = [
+    results = data and [
         hub.EvalResult(
             task_type="image-classification",
             dataset_type=str(data),
@@ -128,7 +128,10 @@ def origin_rows(told: dict[str, Any]) -> list[str]:
     started = section(told, "started_from")
     source = section(started, "source") or section(told, "source")
     origin = ", ".join(f"{key} {value}" for key, value in source.items()) or started.get("weights")
-    return [f"Weights from: {plain(origin)}"] if origin else []
+    rows = [f"Weights from: {plain(origin)}"] if origin else []
+    if sizes := told.get("resized_from"):
+        rows.append(f"Resized from {plain(sizes)} px, and not evaluated since")
+    return rows
 
 
 def section(told: dict[str, Any], key: str) -> dict[str, Any]:

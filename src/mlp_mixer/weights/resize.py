@@ -63,8 +63,12 @@ def resize(model: Mixer, image_size: Size) -> Mixer:
         parameter.requires_grad_(before.requires_grad)
     resized.card = copy.deepcopy(model.card)
     if old != new:
-        sizes = resized.card.provenance.get("resized_from", [])
-        resized.card.provenance["resized_from"] = [*sizes, list(model.image_size)]
+        told = resized.card.provenance
+        scores = {key: told.pop(key) for key in ("val_top1", "test_top1") if key in told}
+        if any(score is not None for score in scores.values()):
+            told["before_resize"] = {"image_size": list(model.image_size), **scores}
+        sizes = told.get("resized_from", [])
+        told["resized_from"] = [*sizes, list(model.image_size)]
     return resized.train(model.training)
 
 
