@@ -387,7 +387,7 @@ def test_d_s_grows_by_the_parts_of_the_image_alone(old: Pair, new: Pair, times: 
         assert resized(images(resized)).shape == (2, 3)
 
 
-# /work/shared/paper/table1_computed.csv (each variant at 224 px and as Supplement C makes it for 448 px): parameters
+# ../shared/paper/table1_computed.csv (each variant at 224 px and as Supplement C makes it for 448 px): parameters
 # without the head in millions, GMAC an image
 AT_448 = {
     "S/32": (21.61, 5.241),
