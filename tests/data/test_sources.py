@@ -1,4 +1,4 @@
-"""SOURCEs: folders and zips in every usual form, the built-in names, and what is said of those that do not fit."""
+"""SOURCEs: folders and zips in every usual form, and what is said of those that do not fit."""
 
 import io
 import pickle
@@ -14,7 +14,7 @@ from PIL import Image
 from mlp_mixer.data.images import UnreadableImage
 from mlp_mixer.data.sources import Part, Source, load_source
 from mlp_mixer.data.stores import ArrayStore
-from mlp_mixer.errors import RunError, UserError
+from mlp_mixer.errors import UserError
 
 CLASSES = ("ant", "bee", "cat")
 
@@ -245,14 +245,19 @@ def test_a_class_that_test_lacks_shifts_no_label(tmp_path: Path) -> None:
     assert set(part.labels) == {1, 2}
 
 
-@pytest.mark.parametrize(("wrong", "near"), [("digit", "digits"), ("cifar-10", "cifar10"), ("cifar", "cifar10")])
+@pytest.mark.parametrize(
+    ("wrong", "near"), [("digit", "digits"), ("cifar-10", "cifar10 or cifar100"), ("flowers", "flowers102")]
+)
 def test_an_unknown_name_is_told_the_nearest(wrong: str, near: str) -> None:
     with pytest.raises(UserError, match=rf"no data at '{wrong}': did you mean {near}\? give a folder"):
         load_source(wrong)
 
 
 def test_an_unknown_name_with_nothing_near_is_told_all_names() -> None:
-    with pytest.raises(UserError, match=r"no data at '/no/where': give a folder .* or one of digits, cifar10"):
+    with pytest.raises(
+        UserError,
+        match=r"no data at '/no/where': give a folder .* or one of digits, cifar10, cifar100, pets, flowers102$",
+    ):
         load_source("/no/where")
 
 
@@ -390,102 +395,7 @@ def test_a_part_that_is_not_there_is_told_those_that_are(tmp_path: Path) -> None
         source.part("train")
 
 
-# Built-in names
-
-
-def test_digits_are_those_of_scikit_learn() -> None:
-    from sklearn.datasets import load_digits
-
-    expected = load_digits()
-    part = load_source("digits").part("all")
-    assert len(part) == 1797
-    assert part.classes == tuple("0123456789")
-    seen = set()
-    for i, name in enumerate(part.names):
-        index = int(name.split("/")[1].removesuffix(".png"))
-        seen.add(index)
-        assert part.labels[i] == expected.target[index]
-        pixels = np.asarray(part.image(i)).astype(float)
-        assert pixels.shape == (8, 8, 3)
-        assert np.abs(pixels - expected.images[index][..., None] * 255 / 16).max() <= 0.5
-    assert seen == set(range(1797))
-
-
-def test_digits_are_split_by_class() -> None:
-    source = load_source("digits")
-    assert list(source.parts) == ["train", "val", "test"]
-    for label in range(10):
-        counts = {name: int((part.labels == label).sum()) for name, part in source.parts.items()}
-        total = sum(counts.values())
-        assert 0.2 * total <= counts["test"] < 0.2 * total + 1
-        assert 0.1 * (total - counts["test"]) <= counts["val"] < 0.1 * (total - counts["test"]) + 1
-
-
-class FakeCifar:
-    """What of torchvision's CIFAR10 is used."""
-
-    asked: list[tuple[Path, bool, bool]]
-    classes = ("plane", "car")
-
-    def __init__(self, root: Path, train: bool, download: bool) -> None:
-        type(self).asked.append((Path(root), train, download))
-        n = 20 if train else 6
-        self.targets = [i % 2 for i in range(n)]
-        self.data = np.arange(n, dtype=np.uint8)[:, None, None, None] * np.ones((1, 32, 32, 3), np.uint8)
-        self.data += 0 if train else 100
-
-
-@pytest.fixture
-def cifar(monkeypatch: pytest.MonkeyPatch) -> type[FakeCifar]:
-    datasets = pytest.importorskip("torchvision.datasets")
-    FakeCifar.asked = []
-    monkeypatch.setattr(datasets, "CIFAR10", FakeCifar)
-    return FakeCifar
-
-
-def test_cifar10_by_name_is_downloaded_into_the_cache(cifar, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MLP_MIXER_DATA", str(tmp_path))
-    source = load_source("cifar10")
-    assert cifar.asked == [(tmp_path, True, True), (tmp_path, False, True)]
-    assert {name: len(part) for name, part in source.parts.items()} == {"train": 18, "val": 2, "test": 6}
-    assert source.classes == ("plane", "car")
-    assert np.asarray(source.part("test").image(3)).tolist() == np.full((32, 32, 3), 103).tolist()
-    assert source.part("test").labels.tolist() == [0, 1] * 3
-
-
-def test_a_folder_that_holds_cifar10s_batches_is_cifar10(cifar, tmp_path: Path) -> None:
-    (tmp_path / "cifar-10-batches-py").mkdir()
-    source = load_source(str(tmp_path))
-    assert cifar.asked == [(tmp_path, True, False), (tmp_path, False, False)]
-    assert source.classes == ("plane", "car")
-
-
-def test_all_of_cifar10_has_the_images_of_both_parts(cifar, tmp_path: Path) -> None:
-    (tmp_path / "cifar-10-batches-py").mkdir()
-    part = load_source(str(tmp_path)).part("all")
-    values = sorted(int(np.asarray(part.image(i)).max()) for i in range(len(part)))
-    assert values == [*range(20), *range(100, 106)]
-
-
-@pytest.mark.parametrize("error", [RuntimeError("not found\nor corrupted"), OSError("no network"), TimeoutError()])
-def test_cifar10_that_cannot_be_had_is_a_failed_run(
-    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*_args, **_options) -> None:
-        raise error
-
-    monkeypatch.setattr(pytest.importorskip("torchvision.datasets"), "CIFAR10", fail)
-    monkeypatch.setenv("MLP_MIXER_DATA", str(tmp_path))
-    with pytest.raises(RunError, match=r"CIFAR-10 could not be had \(.*\): check the network, or put its") as caught:
-        load_source("cifar10")
-    assert "\n" not in str(caught.value)
-    assert str(tmp_path) in str(caught.value)
-
-
-def test_cifar10_without_torchvision_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "torchvision.datasets", None)
-    with pytest.raises(UserError, match=r"needs torchvision: pip install 'mlp-mixer\[datasets\]'"):
-        load_source("cifar10")
+# Names that are easily overlooked
 
 
 @pytest.mark.parametrize("hidden", ["ant/._1.png", "ant/.ipynb_checkpoints/1.png", ".thumbs/1.png"])

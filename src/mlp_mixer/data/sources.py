@@ -5,74 +5,21 @@ themselves, which are then split (``data/split.py``). Validation is always cut f
 """
 
 import difflib
-import os
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 import numpy as np
-from PIL import Image
 
 from mlp_mixer.data.images import EXTENSIONS, MAX_PIXELS, is_hidden, is_image_name
+from mlp_mixer.data.named import BUILT_IN, DOWNLOADED, FOLDERS
+from mlp_mixer.data.parts import Part, Source
 from mlp_mixer.data.split import stratified
-from mlp_mixer.data.stores import ArrayStore, FolderStore, Store, ZipStore
-from mlp_mixer.errors import RunError, UserError
+from mlp_mixer.data.stores import FolderStore, Store, ZipStore
+from mlp_mixer.errors import UserError
 
 PART_NAMES = {"train": "train", "val": "val", "validation": "val", "test": "test"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Part:
-    """Labelled images: ``names[i]`` in ``store`` shows ``classes[labels[i]]``."""
-
-    store: Store
-    names: tuple[str, ...]
-    labels: np.ndarray  # (N,) int64
-    classes: tuple[str, ...]
-    max_pixels: int = MAX_PIXELS
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def image(self, index: int, enough: int | None = None) -> Image.Image:
-        """Upright RGB; a JPEG perhaps at a fraction of its size, its shorter side still of ``enough`` pixels."""
-        return self.store.open(self.names[index], self.max_pixels, enough)
-
-    def subset(self, indices: np.ndarray) -> "Part":
-        return replace(self, names=tuple(self.names[i] for i in indices), labels=self.labels[indices])
-
-    def relabelled(self, classes: Sequence[str]) -> "Part":
-        """The same images with labels by name in another list of classes (a model's), so a missing one shifts none."""
-        position = {name: i for i, name in enumerate(classes)}
-        unknown = [name for name in self.classes if name not in position]
-        if unknown:
-            raise UserError(
-                f"{len(unknown)} class(es) of the data are unknown to the model ({', '.join(map(repr, unknown[:5]))}); "
-                f"it knows {', '.join(map(repr, list(classes)[:10]))}{' …' if len(classes) > 10 else ''}: "
-                "rename the class folders, or train on them"
-            )
-        labels = np.array([position[name] for name in self.classes], dtype=np.int64)[self.labels]
-        return replace(self, classes=tuple(classes), labels=labels)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    """The parts that are there ("train", "val", "test"), and how they came about, in words for the user."""
-
-    parts: dict[str, Part]
-    classes: tuple[str, ...]
-    how: str
-    left_out: dict[str, int] = field(default_factory=dict)  # files that are no images, by ending
-
-    def part(self, name: str) -> Part:
-        if name == "all":
-            first = next(iter(self.parts.values()))
-            labels = np.concatenate([part.labels for part in self.parts.values()])
-            return replace(first, names=tuple(n for part in self.parts.values() for n in part.names), labels=labels)
-        if name not in self.parts:
-            raise UserError(f"there is no {name} part in this source: it has {', '.join(self.parts)}, or all")
-        return self.parts[name]
 
 
 def load_source(
@@ -86,7 +33,7 @@ def load_source(
     """Finds the labelled images of a SOURCE and splits them where they do not come split.
 
     Args:
-        source: "digits", "cifar10", a folder, or a .zip file.
+        source: "digits" or another built-in name (``data/named.py``), a folder, or a .zip file.
         val_fraction: of the training images, cut off where there is no validation part.
         test_fraction: of all images, cut off where there are no parts at all.
         split_seed: another one gives another split.
@@ -94,12 +41,18 @@ def load_source(
 
     Raises:
         UserError: no such source (with the nearest names), no images, an empty class, classes that do not match.
+        RunError: a built-in one that could not be downloaded, or whose copy is damaged.
     """
     path = Path(source)
     if source in BUILT_IN:
         parts, how, left_out = BUILT_IN[source](), f"{source}, built in", {}
-    elif path.is_dir() and (path / "cifar-10-batches-py").is_dir():
-        parts, how, left_out = cifar10(path), str(path), {}
+        how += f" (not the folder ./{source})" if path.is_dir() else ""
+    elif copies := [name for name, folder in FOLDERS.items() if (path / folder).is_dir()]:
+        if len(copies) > 1:
+            raise UserError(
+                f"{source} holds {' and '.join(copies)}: give the name of one, with MLP_MIXER_DATA={source}"
+            )
+        parts, how, left_out = DOWNLOADED[copies[0]](path), f"{copies[0]} in {source}", {}
     elif path.is_dir():
         parts, left_out = read_tree(FolderStore(path), source)
         how = f"the folder {source}"
@@ -209,46 +162,3 @@ def kind_of(name: str) -> str:
 
 def count_loose(left_out: Counter[str], loose: Sequence[str]) -> dict[str, int]:
     return dict(left_out) | ({"images outside the class folders": len(loose)} if loose else {})
-
-
-def digits() -> dict[str, Part]:
-    """The 1,797 handwritten digits of 8×8 pixels inside scikit-learn (Alpaydin & Kaynak 1998): no download."""
-    from sklearn.datasets import load_digits
-
-    values, labels = load_digits(return_X_y=True)  # (1797, 64) from 0 to 16
-    grey = np.rint(values.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
-    names = tuple(f"{label}/{i:04d}.png" for i, label in enumerate(labels))
-    store = ArrayStore(np.repeat(grey[..., None], 3, axis=-1), names)
-    classes = tuple(str(i) for i in range(10))
-    return {"all": Part(store=store, names=names, labels=labels.astype(np.int64), classes=classes)}
-
-
-def cifar10(root: Path | None = None) -> dict[str, Part]:
-    """CIFAR-10 (Krizhevsky 2009) by torchvision: an existing copy in root, else downloaded into the cache folder."""
-    try:
-        from torchvision.datasets import CIFAR10
-    except ImportError:
-        raise UserError("cifar10 by name needs torchvision: pip install 'mlp-mixer[datasets]'") from None
-    folder = root or Path(os.environ.get("MLP_MIXER_DATA", Path.home() / ".cache" / "mlp-mixer"))
-    try:
-        data = {name: CIFAR10(folder, train=name == "train", download=root is None) for name in ("train", "test")}
-    except (OSError, RuntimeError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise RunError(
-            f"CIFAR-10 could not be had ({reason}): check the network, or put its cifar-10-batches-py folder into "
-            f"{folder} (MLP_MIXER_DATA names another place)"
-        ) from None
-    classes = tuple(data["train"].classes)
-    names = {
-        name: tuple(f"{name}/{classes[label]}/{i:05d}.png" for i, label in enumerate(part.targets))
-        for name, part in data.items()
-    }
-    pixels = np.concatenate([part.data for part in data.values()])
-    store = ArrayStore(pixels, names["train"] + names["test"])
-    return {
-        name: Part(store=store, names=names[name], labels=np.array(part.targets, dtype=np.int64), classes=classes)
-        for name, part in data.items()
-    }
-
-
-BUILT_IN: dict[str, Callable[[], dict[str, Part]]] = {"digits": digits, "cifar10": cifar10}
