@@ -29,8 +29,10 @@ from mlp_mixer.data.sources import Part, load_source
 from mlp_mixer.data.transforms import normalise
 from mlp_mixer.model import Mixer
 from mlp_mixer.training.loop import train_steps
+from mlp_mixer.training.losses import softmax
 from mlp_mixer.training.optimizer import adamw, sgd
 from mlp_mixer.training.schedules import learning_rate
+from mlp_mixer.training.update import Update
 from mlp_mixer.variants import create
 from mlp_mixer.weights.load import load
 from mlp_mixer.weights.own import save
@@ -142,13 +144,12 @@ def train(model: Mixer, data: tuple[Tensor, Tensor], epochs: int, optimizer: tor
         model,
         model,
         batches(*data, steps, seed),
-        optimizer,
+        Update(optimizer, clip_norm=1.0),
         schedule,
+        softmax,
         device=torch.device("cpu"),
         precision=torch.float32,
         preprocessing=Preprocessing(),
-        clip_norm=1.0,
-        label_smoothing=0.0,
         seed=seed,
     )
     for _ in done:

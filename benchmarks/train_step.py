@@ -33,8 +33,10 @@ from mlp_mixer.device import autocast, select_device, select_precision
 from mlp_mixer.recipes import get_recipe
 from mlp_mixer.training.compilation import compiled
 from mlp_mixer.training.loop import train_steps
+from mlp_mixer.training.losses import softmax
 from mlp_mixer.training.memory import keep_freed_memory
 from mlp_mixer.training.optimizer import adamw
+from mlp_mixer.training.update import Update
 from mlp_mixer.variants import VARIANTS
 
 BATCHES = {"cifar10": (10, 128, 4), "B/16": (1000, 32, 1)}  # classes, batch, steps a round (GPU: 25 times as many)
@@ -65,13 +67,12 @@ def ours(sizes: dict[str, int], classes: int, batch: int, device: torch.device, 
         model,
         forward,
         random_batches(batch, sizes["image_size"], classes),
-        adamw(model, weight_decay=0.1, beta1=0.9, beta2=0.999),
+        Update(adamw(model, weight_decay=0.1, beta1=0.9, beta2=0.999), clip_norm=1.0),
         lambda step: 1e-3,
+        softmax,
         device=device,
         precision=precision,
         preprocessing=VIEW,
-        clip_norm=1.0,
-        label_smoothing=0.0,
         seed=0,
     )
     return functools.partial(next, steps)

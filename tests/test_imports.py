@@ -15,7 +15,7 @@ import pytest
 ROOT = "mlp_mixer"
 SOURCES = Path(__file__).resolve().parents[1] / "src" / ROOT
 
-FOUNDATION = ("errors", "card", "device", "files")
+FOUNDATION = ("errors", "card", "device", "files", "masks")
 CHAIN = ("model", "variants", "cost", "weights", "data", "training", "evaluation")
 
 MAY_IMPORT: dict[str, tuple[str, ...]] = {

@@ -7,7 +7,7 @@ import torch
 
 from mlp_mixer.errors import UserError
 
-Precision = Literal["auto", "float32", "bfloat16"]
+Precision = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 def select_device(name: str) -> torch.device:
@@ -36,7 +36,7 @@ def select_precision(name: Precision, device: torch.device) -> torch.dtype:
     """ "auto" is bfloat16 where the hardware multiplies it (AVX512-BF16, AMX, recent GPUs), else float32."""
     if name == "auto":
         return torch.bfloat16 if multiplies_bfloat16(device) else torch.float32
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:

@@ -12,9 +12,11 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mlp_mixer.card import Card
 from mlp_mixer.errors import UserError
+from mlp_mixer.masks import uniform
 
 Gelu = Literal["tanh", "erf"]
 Size = int | tuple[int, int]
@@ -32,16 +34,27 @@ def gelu(x: Tensor, form: Gelu) -> Tensor:
 class MlpBlock(nn.Module):
     """Two dense layers with a GELU between them, over the last axis: (…, dim) → (…, dim)."""
 
-    def __init__(self, dim: int, hidden_dim: int, form: Gelu, dropout: float) -> None:
+    def __init__(self, dim: int, hidden_dim: int, form: Gelu, dropout: float = 0.0, place: int = 0) -> None:
         super().__init__()
         self.dense_0 = nn.Linear(dim, hidden_dim)
         self.dense_1 = nn.Linear(hidden_dim, dim)
         self.form: Gelu = form
-        self.dropout = dropout
+        self.dropout, self.place = dropout, place
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.dropout(gelu(self.dense_0(x), self.form), self.dropout, self.training)
-        return F.dropout(self.dense_1(x), self.dropout, self.training)
+    def forward(self, x: Tensor, keys: Tensor | None = None) -> Tensor:
+        hidden = self.dense_0(x)
+        if self.training and torch.compiler.is_compiling():  # the GELU again in the backward pass, where it is fused
+            return checkpoint(self.second, hidden, keys, use_reentrant=False, preserve_rng_state=False)  # and so free
+        return self.second(hidden, keys)
+
+    def second(self, hidden: Tensor, keys: Tensor | None) -> Tensor:
+        return self.drop(self.dense_1(self.drop(gelu(hidden, self.form), keys, 0)), keys, 1)
+
+    def drop(self, x: Tensor, keys: Tensor | None, which: int) -> Tensor:
+        if not self.training or self.dropout == 0:
+            return x
+        keep = uniform(keys, self.place + which, x) >= self.dropout
+        return torch.where(keep, x / (1 - self.dropout), 0.0)
 
 
 class MixerBlock(nn.Module):
@@ -58,23 +71,25 @@ class MixerBlock(nn.Module):
         dropout: float = 0.0,
         drop_path: float = 0.0,
         rescale: bool = False,
+        index: int = 0,
     ) -> None:
         super().__init__()
+        self.place = 6 * index  # of its six random masks
         self.norm1 = nn.LayerNorm(channels, eps=norm_eps)
-        self.token_mixing = MlpBlock(tokens, tokens_mlp_dim, form, dropout)
+        self.token_mixing = MlpBlock(tokens, tokens_mlp_dim, form, dropout, self.place + 2)
         self.norm2 = nn.LayerNorm(channels, eps=norm_eps)
-        self.channel_mixing = MlpBlock(channels, channels_mlp_dim, form, dropout)
+        self.channel_mixing = MlpBlock(channels, channels_mlp_dim, form, dropout, self.place + 4)
         self.drop_path, self.rescale = drop_path, rescale
 
-    def forward(self, x: Tensor) -> Tensor:  # (B, S, C)
-        x = x + self.survive(self.token_mixing(self.norm1(x).mT).mT)  # across patches, weights shared by all channels
-        return x + self.survive(self.channel_mixing(self.norm2(x)))  # across channels, weights shared by all patches
+    def forward(self, x: Tensor, keys: Tensor | None = None) -> Tensor:  # (B, S, C); S patches, C channels
+        x = x + self.survive(self.token_mixing(self.norm1(x).mT, keys).mT, keys, 0)  # across patches, for all channels
+        return x + self.survive(self.channel_mixing(self.norm2(x), keys), keys, 1)  # across channels, for all patches
 
-    def survive(self, branch: Tensor) -> Tensor:
+    def survive(self, branch: Tensor, keys: Tensor | None, which: int) -> Tensor:
         """Stochastic depth (Huang et al. 2016): training, an image loses this branch with probability drop_path."""
         if not self.training or self.drop_path == 0:
             return branch
-        keep = (torch.rand(len(branch), 1, 1, device=branch.device) >= self.drop_path).to(branch.dtype)
+        keep = (uniform(keys, self.place + which, branch[:, :1, :1]) >= self.drop_path).to(branch.dtype)
         return branch * (keep / (1 - self.drop_path) if self.rescale else keep)
 
 
@@ -140,6 +155,7 @@ class Mixer(nn.Module):
                     dropout,
                     stochastic_depth * i / max(num_blocks - 1, 1),
                     rescale,
+                    index=i,
                 )
                 for i in range(num_blocks)
             )
@@ -149,8 +165,12 @@ class Mixer(nn.Module):
             self.to_empty(device=where)
             initialise(self, int(torch.randint(2**62, (), device="cpu")) if seed is None else seed)
 
-    def tokens(self, images: Tensor) -> Tensor:
-        """(B, in_channels, H, W) → (B, S, C): the tokens that the last block leaves, row by row."""
+    def tokens(self, images: Tensor, keys: Tensor | None = None) -> Tensor:
+        """(B, in_channels, H, W) → (B, S, C): the tokens that the last block leaves, row by row.
+
+        ``keys``, (B,) int64, say which masks of dropout and stochastic depth each image gets in training (see
+        ``masks.sample_keys``); without them torch's generator draws the masks.
+        """
         if images.ndim != 4 or images.shape[2:] != self.image_size or images.shape[1] != self.stem.in_channels:
             raise UserError(
                 f"images of shape {tuple(images.shape)}: this model takes (batch, {self.stem.in_channels}, "
@@ -158,15 +178,15 @@ class Mixer(nn.Module):
             )
         x = self.stem(images.to(self.stem.weight.dtype)).flatten(2).mT
         for block in self.blocks:
-            x = block(x)
+            x = block(x, keys)
         return x
 
-    def features(self, images: Tensor) -> Tensor:
+    def features(self, images: Tensor, keys: Tensor | None = None) -> Tensor:
         """(B, in_channels, H, W) → (B, C): the pre-logits, the mean over patches of the normalised tokens."""
-        return self.pre_head_layer_norm(self.tokens(images)).mean(1)
+        return self.pre_head_layer_norm(self.tokens(images, keys)).mean(1)
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.features(images))
+    def forward(self, images: Tensor, keys: Tensor | None = None) -> Tensor:
+        return self.head(self.features(images, keys))
 
 
 def initialise(model: nn.Module, seed: int) -> None:

@@ -1,6 +1,11 @@
 """Batches: their order and pixels are functions of the seed, whoever makes them; unreadable images keep their place."""
 
+import hashlib
+import io
+import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from itertools import islice
 from pathlib import Path
 
@@ -21,10 +26,14 @@ from mlp_mixer.data.loading import (
     loader,
     training_batches,
 )
-from mlp_mixer.data.sources import Part
+from mlp_mixer.data.randaugment import RandAugment
+from mlp_mixer.data.sources import Part, load_source
 from mlp_mixer.data.stores import ArrayStore, FolderStore
 from mlp_mixer.data.transforms import EvaluationView, TrainingView
 from mlp_mixer.errors import UserError
+from mlp_mixer.evaluation.classification import classify
+from mlp_mixer.training.recipe import DataRecipe, ModelRecipe, OptimizationRecipe, Recipe, RunRecipe
+from mlp_mixer.training.run import train
 
 EXACT = Preprocessing(crop_ratio=1.0)
 EVALUATION = EvaluationView(image_size=(4, 4), preprocessing=EXACT)
@@ -231,35 +240,35 @@ def test_other_errors_are_not_hidden() -> None:
         list(evaluation_batches(broken, EVALUATION, batch_size=2, workers=0))
 
 
-def batch_with(*problems: int) -> Batch:
-    nothing = torch.zeros(0)
-    return Batch(nothing, nothing, nothing, nothing, [(i, f"{i}.png is broken") for i in problems])
+def problems_of(*indices: int) -> list[tuple[int, str]]:
+    """As a step tells them."""
+    return [(i, f"{i}.png is broken") for i in indices]
 
 
 def test_unreadable_images_count_once_each() -> None:
     unreadable = Unreadable(part_of(10), limit=0.3)
-    assert unreadable.add(batch_with(7, 2)) == ["7.png is broken", "2.png is broken"]
-    assert unreadable.add(batch_with(2)) == []
-    assert unreadable.add(batch_with(2, 5, 7)) == ["5.png is broken"]
+    assert unreadable.add(problems_of(7, 2)) == ["7.png is broken", "2.png is broken"]
+    assert unreadable.add(problems_of(2)) == []
+    assert unreadable.add(problems_of(2, 5, 7)) == ["5.png is broken"]
     assert unreadable.names == ["2.png", "5.png", "7.png"]
 
 
 def test_more_unreadable_images_than_allowed_stop_the_run() -> None:
     unreadable = Unreadable(part_of(10), limit=0.3)
-    unreadable.add(batch_with(0, 1, 2))
+    unreadable.add(problems_of(0, 1, 2))
     message = (
         r"4 of 10 images cannot be read, more than 0\.3 of them: mend them or raise "
         r"--max-unreadable-fraction; the last: 9\.png is broken"
     )
     with pytest.raises(UserError, match=message):
-        unreadable.add(batch_with(1, 9))
+        unreadable.add(problems_of(1, 9))
 
 
 def test_a_limit_of_zero_allows_none() -> None:
     unreadable = Unreadable(part_of(1000), limit=0)
-    assert unreadable.add(batch_with()) == []
+    assert unreadable.add(problems_of()) == []
     with pytest.raises(UserError, match="1 of 1000 images"):
-        unreadable.add(batch_with(3))
+        unreadable.add(problems_of(3))
 
 
 # Workers
@@ -285,3 +294,110 @@ def test_a_generator_for_each_sample_is_independent_of_the_order() -> None:
     backward = [views[(e, i)][0] for e in (1, 0) for i in reversed(range(5))]
     assert all(torch.equal(a, b) for a, b in zip(forward, reversed(backward), strict=True))
     assert len(list(islice(forward, 10))) == 10
+
+
+@pytest.fixture(scope="session")
+def jpegs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A zip of 30 JPEGs in two classes, noise upon gradients."""
+    path, rng = tmp_path_factory.mktemp("jpegs") / "images.zip", np.random.default_rng(0)
+    with zipfile.ZipFile(path, "w") as archive:
+        for i in range(30):
+            across = np.linspace(0, 200, 60)[None, :, None] * rng.random(3)
+            noisy = across + rng.integers(0, 50, (45, 60, 3))
+            file = io.BytesIO()
+            Image.fromarray(noisy.astype(np.uint8)).save(file, "JPEG")
+            archive.writestr(f"{'ab'[i % 2]}/{i:02d}.jpg", file.getvalue())
+    return path
+
+
+@pytest.fixture(scope="session")
+def samples(jpegs: Path) -> Callable[..., list[tuple[int, str]]]:
+    """The (index, hash of the pixels) of 60 samples, two epochs, with every augmentation there is."""
+    part = load_source(str(jpegs), val_fraction=0, test_fraction=0).parts["train"]
+    view = TrainingView(
+        image_size=(24, 32),
+        preprocessing=Preprocessing(),
+        crop="inception",
+        crop_padding=0,
+        flip=True,
+        randaugment=RandAugment(layers=2, magnitude=15),
+        color_jitter=0.4,
+    )
+
+    @cache
+    def made(workers: int = 0, batch_size: int = 12, seed: int = 1) -> list[tuple[int, str]]:
+        batches = training_batches(
+            part, view, batch_size=batch_size, steps=60 // batch_size, seed=seed, workers=workers
+        )
+        return [
+            (int(index), hashlib.sha256(image.numpy().tobytes()).hexdigest())
+            for batch in batches
+            for index, image in zip(batch.indices, batch.images, strict=True)
+        ]
+
+    return made
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes")  # on a machine of few cores
+@pytest.mark.parametrize(("workers", "batch_size"), [(2, 12), (4, 12), (2, 4)])
+def test_order_and_pixels_are_the_same_for_any_number_of_workers(
+    workers: int, batch_size: int, samples: Callable[..., list[tuple[int, str]]]
+) -> None:
+    assert samples(workers, batch_size) == samples(0, 12)
+
+
+def test_order_and_pixels_are_the_same_in_micro_batches(samples: Callable[..., list[tuple[int, str]]]) -> None:
+    """A step of 12 is three of 4, or twelve of 1."""
+    assert len(samples()) == 60
+    assert samples(0, 4) == samples(0, 1) == samples(0, 12)
+
+
+def test_order_and_pixels_are_another_seeds_own(samples: Callable[..., list[tuple[int, str]]]) -> None:
+    first, second = samples(seed=1), samples(seed=2)
+    assert [index for index, _ in first] != [index for index, _ in second]
+    assert len({pixels for _, pixels in first}) == 60  # each image otherwise in the second epoch
+    assert not {pixels for _, pixels in first} & {pixels for _, pixels in second}
+
+
+class Silence:
+    def update(self, done: int, total: int, text: str) -> None:
+        pass
+
+
+@pytest.fixture(scope="session")
+def trained(jpegs: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, bytes]]:
+    """The weights of a run of five steps with all that is random: augmentation, mixing, dropout, stochastic depth."""
+
+    def weights(workers: int = 0, seed: int = 1) -> dict[str, bytes]:
+        sizes = {"patch_size": 8, "num_blocks": 2, "hidden_dim": 8, "tokens_mlp_dim": 6, "channels_mlp_dim": 16}
+        recipe = Recipe(
+            model=ModelRecipe(image_size=16, dropout=0.1, stochastic_depth=0.2, **sizes),
+            data=DataRecipe(
+                data=str(jpegs),
+                val_fraction=0,
+                test_fraction=0,
+                randaugment=15,
+                color_jitter=0.4,
+                mixup=0.2,
+                cutmix=1.0,
+                mix_group_size=4,
+                workers=workers,
+            ),
+            optimization=OptimizationRecipe(steps=5, global_batch_size=12, micro_batch_size=4, warmup_steps=0),
+            run=RunRecipe(seed=seed, device="cpu", precision="float32", compile="off"),
+        )
+        model = train(recipe, tmp_path_factory.mktemp("run") / "run", classify, Silence()).model
+        return {name: tensor.detach().numpy().tobytes() for name, tensor in model.state_dict().items()}
+
+    return weights
+
+
+def test_a_training_run_is_a_function_of_its_seed_bit_for_bit(trained: Callable[..., dict[str, bytes]]) -> None:
+    first = trained(workers=0)
+    torch.manual_seed(5)
+    np.random.seed(5)  # noqa: NPY002
+    assert trained(workers=2) == first
+    assert trained(workers=0) == first
+    other = trained(workers=0, seed=2)
+    assert other.keys() == first.keys()
+    assert all(other[name] != first[name] for name in first)

@@ -1,12 +1,16 @@
 """Views of an image: sizes, crops, augmentation, and the input range."""
 
+from itertools import permutations
+
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageEnhance
+from scipy.stats import chisquare
 from torch import Tensor
 
 from mlp_mixer.card import Preprocessing
+from mlp_mixer.data.randaugment import RandAugment
 from mlp_mixer.data.transforms import EvaluationView, TrainingView, inception_box, normalise
 
 SIZES = [(1, 1), (1, 5000), (5000, 1), (8, 8), (640, 480), (480, 640), (333, 77), (255, 256), (224, 224), (3, 900)]
@@ -27,7 +31,13 @@ def evaluation(image_size: tuple[int, int], **options) -> EvaluationView:
 
 
 def training(
-    image_size: tuple[int, int], train_crop: str, padding: int = 0, flip: bool = False, **options
+    image_size: tuple[int, int],
+    train_crop: str,
+    padding: int = 0,
+    flip: bool = False,
+    randaugment: RandAugment | None = None,
+    color_jitter: float = 0.0,
+    **options,
 ) -> TrainingView:
     return TrainingView(
         image_size=image_size,
@@ -35,6 +45,8 @@ def training(
         crop=train_crop,  # pyright: ignore[reportArgumentType]
         crop_padding=padding,
         flip=flip,
+        randaugment=randaugment,
+        color_jitter=color_jitter,
     )
 
 
@@ -144,14 +156,14 @@ def test_pad_crop_of_an_image_smaller_than_its_border() -> None:
             assert {tuple(colour) for colour in view.reshape(-1, 3).tolist()} <= colours
 
 
-def test_about_half_of_the_images_are_mirrored() -> None:
-    image = photo(6, 4)
+def test_half_of_the_images_are_mirrored() -> None:
+    image, rng = photo(6, 4), generator(0)
     plain = np.asarray(image)
     view = training((4, 6), "none", flip=True, crop_ratio=1.0)
-    views = [pixels(view(image, generator(seed))) for seed in range(2000)]
-    mirrored = sum(np.array_equal(v, plain[:, ::-1]) for v in views)
-    assert mirrored + sum(np.array_equal(v, plain) for v in views) == 2000
-    assert abs(mirrored - 1000) < 5 * 500**0.5
+    views = [pixels(view(image, rng)).tobytes() for _ in range(20_000)]
+    mirrored = views.count(plain[:, ::-1].tobytes())
+    assert mirrored + views.count(plain.tobytes()) == 20_000
+    assert chisquare([mirrored, 20_000 - mirrored]).pvalue > 1e-3
 
 
 @pytest.mark.parametrize("crop", ["pad", "inception"])
@@ -186,14 +198,57 @@ def test_inception_box_stays_within_image_area_and_aspect(height: int, width: in
     assert len(np.unique(boxes, axis=0)) > (1500 if height > 100 else 50)
 
 
-def test_inception_box_draws_the_side_uniformly() -> None:
+def uniform(fractions: np.ndarray, bins: int = 20) -> float:
+    """p of a χ² test that they are uniform in [0, 1]; such as are outside by rounding count as at the ends."""
+    assert fractions.min() > -0.01
+    assert fractions.max() < 1.01
+    return chisquare(np.histogram(fractions.clip(0, 1), bins, (0, 1))[0]).pvalue
+
+
+def uniform_together(a: np.ndarray, b: np.ndarray) -> float:
+    """The same for pairs: both uniform, and independent of each other."""
+    cells, _, _ = np.histogram2d(a.clip(0, 1), b.clip(0, 1), bins=6, range=[(0, 1), (0, 1)])
+    return chisquare(cells.ravel()).pvalue
+
+
+# Large enough that rounding to pixels shows nowhere but in the last bins' last hundredth
+@pytest.mark.parametrize(("height", "width"), [(8000, 8000), (6000, 9000)])
+def test_inception_box_draws_aspect_then_side_then_place_uniformly(height: int, width: int) -> None:
     rng = generator(1)
-    boxes = np.array([inception_box(256, 256, rng) for _ in range(20_000)])
-    w, h = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
-    assert (w * h).mean() / 256**2 == pytest.approx(0.38, abs=0.01)  # torchvision, area uniform: 0.47
-    assert np.log(w / h).mean() == pytest.approx(0.02, abs=0.03)
-    for free, start in ((256 - w, boxes[:, 0]), (256 - h, boxes[:, 1])):  # every place alike
-        assert (start[free > 0] / free[free > 0]).mean() == pytest.approx(0.5, abs=0.015)
+    left, top, right, bottom = np.array([inception_box(height, width, rng) for _ in range(100_000)]).T
+    w, h = right - left, bottom - top
+    ratio = w / h
+    aspect = (ratio - 3 / 4) / (4 / 3 - 3 / 4)
+    assert uniform(aspect) > 1e-3
+    least = (0.05 * height * width / ratio) ** 0.5
+    most = np.minimum(np.minimum((height * width / ratio) ** 0.5, height), width / ratio)
+    side = (h - least) / (most - least)
+    assert uniform(side) > 1e-3
+    assert uniform_together(aspect, side) > 1e-3
+    area = w * h / (height * width)
+    assert area.min() >= 0.05
+    assert area.max() <= 1
+    roomy = (height - h > 800) & (width - w > 800)
+    down, across = top[roomy] / (height - h)[roomy], left[roomy] / (width - w)[roomy]
+    assert uniform(down) > 1e-3
+    assert uniform(across) > 1e-3
+    assert uniform_together(down, across) > 1e-3
+    assert uniform_together(down, side[roomy].argsort().argsort() / roomy.sum()) > 1e-3
+    wanted = ratio * (least**2 + least * most + most**2) / 3 / (height * width)  # h uniform: the mean of h² ratio
+    assert area.mean() == pytest.approx(wanted.mean(), abs=0.005)
+    if height == width:
+        assert area.mean() == pytest.approx(0.375, abs=0.004)  # torchvision, area uniform: 0.46
+
+
+def test_every_place_of_a_small_box_is_drawn_alike() -> None:
+    rng = generator(2)
+    boxes = [inception_box(6, 6, rng) for _ in range(20_000)]
+    for side in (2, 3, 4):
+        places = [(left, top) for left, top, right, bottom in boxes if right - left == bottom - top == side]
+        free = 6 - side + 1  # TensorFlow leaves out the last of them
+        counts = np.bincount([left * free + top for left, top in places], minlength=free * free)
+        assert len(counts) == free * free
+        assert chisquare(counts).pvalue > 1e-3
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 5000), (5000, 1), (2, 3), (1, 2)])
@@ -207,6 +262,98 @@ def test_inception_box_of_odd_images_is_never_empty(height: int, width: int) -> 
 
 def test_an_image_that_no_box_fits_is_taken_whole() -> None:
     assert inception_box(5000, 1, generator(0)) == (0, 0, 1, 5000)
+
+
+@pytest.mark.parametrize("crop", ["none", "pad", "inception"])
+def test_without_them_randaugment_and_colour_jitter_change_nothing_and_draw_nothing(crop: str) -> None:
+    image = photo(40, 30)
+    for seed in range(30):
+        rng, by_hand = generator(seed), generator(seed)
+        view = pixels(training((16, 24), crop, 3, True, None, 0.0)(image, rng))
+        if crop == "inception":
+            plain = np.asarray(image.resize((24, 16), Image.BILINEAR, inception_box(30, 40, by_hand)))
+        else:
+            plain = pixels(evaluation((16, 24))(image))
+        if crop == "pad":
+            down, right = by_hand.integers(-3, 4, 2)
+            plain = np.pad(plain, ((3, 3), (3, 3), (0, 0)), "reflect")[3 + down :, 3 + right :][:16, :24]
+        assert np.array_equal(view, plain[:, ::-1] if by_hand.random() < 0.5 else plain)
+        assert rng.random() == by_hand.random()
+
+
+@pytest.mark.parametrize("crop", ["none", "pad", "inception"])
+def test_randaugment_comes_after_crop_and_flip(crop: str) -> None:
+    image, randaugment = photo(40, 30), RandAugment(layers=2, magnitude=10)
+    for seed in range(30):
+        rng = generator(seed)
+        plain = Image.fromarray(pixels(training((16, 24), crop, 3, True)(image, rng)))
+        view = training((16, 24), crop, 3, True, randaugment)(image, generator(seed))
+        assert np.array_equal(pixels(view), np.asarray(randaugment(plain, rng)))
+
+
+# Colour jitter
+
+
+def test_a_grey_image_is_as_bright_as_its_factor() -> None:
+    grey, rng = Image.new("RGB", (2, 2), (100, 100, 100)), generator(0)
+    view = training((2, 2), "none", color_jitter=0.4, crop_ratio=1.0)
+    levels = [np.unique(pixels(view(grey, rng))) for _ in range(8000)]
+    assert {len(level) for level in levels} == {1}  # contrast and saturation leave it grey
+    counts = np.bincount([int(level[0]) for level in levels], minlength=256)
+    assert counts[:60].sum() == counts[140:].sum() == 0
+    assert chisquare(counts[60:140]).pvalue > 1e-3  # truncated: 60 is [0.6, 0.61)
+
+
+def test_brightness_contrast_and_saturation_vary_each_by_itself() -> None:
+    base, rng = np.array([[[140, 100, 100], [100, 60, 60]]], np.uint8), generator(0)
+    weights = np.array([0.299, 0.587, 0.114])
+
+    def measures(image: np.ndarray) -> tuple[float, float, float]:
+        """Mean light, its spread, and colour; they are multiplied by b, b · c and b · c · s, in any order."""
+        light = image.astype(float) @ weights
+        return light.mean(), light[0, 0] - light[0, 1], float(image[0, :, 0].mean() - image[0, :, 1].mean())
+
+    view = training((1, 2), "none", color_jitter=0.3, crop_ratio=1.0)
+    seen = np.array([measures(pixels(view(Image.fromarray(base), rng))) for _ in range(2000)]) / measures(base)
+    factors = np.stack([seen[:, 0], seen[:, 1] / seen[:, 0], seen[:, 2] / seen[:, 1]], axis=1)
+    assert factors.min() > 0.7 - 0.08  # levels are rounded
+    assert factors.max() < 1.3 + 0.08
+    assert factors.mean(axis=0) == pytest.approx([1, 1, 1], abs=0.03)
+    assert factors.std(axis=0) == pytest.approx([0.6 / 12**0.5] * 3, rel=0.1)
+    assert np.abs(np.corrcoef(factors.T) - np.eye(3)).max() < 0.15
+
+
+@pytest.mark.parametrize(("strength", "low", "high"), [(0.4, 0.6, 1.4), (1.5, 0.0, 2.5)])
+def test_jitters_are_in_random_order_each_by_a_factor_of_its_own(
+    strength: float, low: float, high: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[str, float]] = []
+
+    def spy(self: ImageEnhance._Enhance, factor: float) -> Image.Image:
+        seen.append((type(self).__name__, factor))
+        return self.image
+
+    monkeypatch.setattr(ImageEnhance._Enhance, "enhance", spy)
+    image, rng = photo(2, 2), generator(0)
+    view = training((2, 2), "none", color_jitter=strength, crop_ratio=1.0)
+    for _ in range(6000):
+        view(image, rng)
+    assert len(seen) == 3 * 6000
+    orders = [tuple(kind for kind, _ in seen[i : i + 3]) for i in range(0, len(seen), 3)]
+    counts = [orders.count(order) for order in permutations(("Brightness", "Contrast", "Color"))]
+    assert sum(counts) == 6000
+    assert chisquare(counts).pvalue > 1e-3
+    for name in ("Brightness", "Contrast", "Color"):
+        factors = np.array([factor for kind, factor in seen if kind == name])
+        assert uniform((factors - low) / (high - low)) > 1e-3
+    first, second = ((np.array([f for _, f in seen[i::3]]) - low) / (high - low) for i in (0, 1))
+    assert uniform_together(first, second) > 1e-3
+
+
+def test_a_jittered_view_is_a_function_of_its_generator() -> None:
+    image, view = photo(40, 30), training((16, 16), "inception", 0, True, RandAugment(), 0.4)
+    assert torch.equal(view(image, generator(3)), view(image, generator(3)))
+    assert len({view(image, generator(seed)).numpy().tobytes() for seed in range(20)}) > 18
 
 
 def test_normalise_maps_0_to_minus_1_and_255_to_1() -> None:

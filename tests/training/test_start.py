@@ -15,8 +15,8 @@ from reference import randomise
 from mlp_mixer.card import Card, Preprocessing
 from mlp_mixer.errors import UserError
 from mlp_mixer.model import Mixer
+from mlp_mixer.recipes import get_transfer
 from mlp_mixer.recipes.digits import digits
-from mlp_mixer.recipes.finetune import finetune
 from mlp_mixer.training.recipe import ModelRecipe, Recipe, RunRecipe, check, from_json, to_json_object
 from mlp_mixer.training.run import Run, train
 from mlp_mixer.training.start import prepare, view, with_zero_head
@@ -50,6 +50,11 @@ def weights(tmp_path: Path) -> str:
 
 def changed(recipe: Recipe, section: str, **fields: Any) -> Recipe:
     return dataclasses.replace(recipe, **{section: dataclasses.replace(getattr(recipe, section), **fields)})
+
+
+def finetune(weights: str, data: str) -> Recipe:
+    recipe = get_transfer("photos").recipe
+    return changed(changed(recipe, "model", weights=weights), "data", data=data)
 
 
 def started(recipe: Recipe, classes: tuple[str, ...] = DIGITS) -> Mixer:
@@ -138,6 +143,27 @@ def test_each_model_is_one_of_its_own(weights: str) -> None:
     assert_transferred(second, make(), 2)
     assert second.card.provenance["started_from"]["source"]["hub"] == "owner/name"
     assert_transferred(prepare(finetune(weights, "digits"))(DIGITS), make(), 10)
+
+
+def test_frozen_trains_the_head_alone(weights: str) -> None:
+    model = started(changed(finetune(weights, "digits"), "model", frozen=True))
+    assert_transferred(model, make(), 10)
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert trained == ["head.weight", "head.bias"]
+
+
+@pytest.mark.parametrize("bias", [-6.9, -10.0, 0.0])
+def test_the_bias_of_the_head_is_the_recipes(weights: str, bias: float) -> None:
+    """New or from weights; nothing else changes with it."""
+    for plain in (digits(), finetune(weights, "digits")):
+        model, without = started(changed(plain, "model", head_bias=bias)), started(plain)
+        assert torch.equal(model.get_parameter("head.bias"), torch.full((10,), bias))
+        assert not without.get_parameter("head.bias").any()
+        assert all(
+            torch.equal(parameter, without.get_parameter(name))
+            for name, parameter in model.named_parameters()
+            if name != "head.bias"
+        )
 
 
 def test_with_zero_head_leaves_the_trained_model() -> None:
@@ -291,7 +317,7 @@ def carried_out(recipe: Recipe, out: Path) -> Run:
 def short(weights: str, **run: Any) -> Recipe:
     """Two steps, so small that no weight moves."""
     recipe = changed(finetune(weights, "digits"), "optimization", epochs=0.1, learning_rate=1e-30)
-    recipe = changed(recipe, "data", train_crop="pad", crop_padding=1, flip=False, workers=0)
+    recipe = changed(recipe, "data", train_crop="pad", crop_padding=1, flip=False, workers=0, val_fraction=0.1)
     return dataclasses.replace(
         recipe, run=RunRecipe(device="cpu", precision="float32", compile="off", log_every_steps=1, **run)
     )
@@ -319,6 +345,23 @@ def test_what_a_run_saves(weights: str, tmp_path: Path) -> None:
     told = load(tmp_path / "run" / "model.safetensors").card.provenance
     assert (told["val_top1"], told["data"]) == (0.25, "digits")
     assert told["started_from"]["val_top1"] == 0.9
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"polyak": 0.5}, {"recompute": True}, {"micro_batch_size": 16}, {"optimizer": "adamw", "weight_decay": 0.5}],
+    ids=str,
+)
+def test_a_frozen_run_changes_the_head_and_not_a_bit_of_the_rest(
+    weights: str, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    recipe = changed(changed(short(weights), "model", frozen=True), "optimization", learning_rate=0.1, **options)
+    carried_out(recipe, tmp_path / "run")
+    for name in ("model.safetensors", "checkpoints/last.safetensors"):
+        tuned, before = load(tmp_path / "run" / name).state_dict(), make().state_dict()
+        assert torch.count_nonzero(tuned.pop("head.weight")) > 0
+        assert torch.count_nonzero(tuned.pop("head.bias")) > 0
+        assert all(torch.equal(tensor, before[key]) for key, tensor in tuned.items())
 
 
 def test_a_run_at_twice_the_size_and_one_from_that(weights: str, tmp_path: Path) -> None:

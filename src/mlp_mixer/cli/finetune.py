@@ -10,17 +10,31 @@ from pathlib import Path
 import tyro
 
 from mlp_mixer.cli.arguments import pair, parse
-from mlp_mixer.cli.train import carry_out, dashed, option
+from mlp_mixer.cli.train import announce, carry_out, dashed, option, train_and_report
 from mlp_mixer.errors import UserError
-from mlp_mixer.recipes.finetune import finetune
-from mlp_mixer.training.recipe import DataRecipe, ModelRecipe, OptimizationRecipe, RunRecipe
+from mlp_mixer.recipes import TRANSFERS, get_transfer, listed
+from mlp_mixer.training.recipe import (
+    DataRecipe,
+    OptimizationRecipe,
+    RunRecipe,
+    SearchRecipe,
+    Transfer,
+    check_transfer,
+)
 
 DESCRIPTION = """Trains weights further on your own classes: the head starts at zero, the rest as it was.
 
-example: mixer finetune Mixer-B_16.npz --data photos/ --image-size 448
+usage: mixer finetune WEIGHTS [RECIPE] [OPTIONS], where RECIPE is one of {recipes}; without one, that of a --data of the
+same name, else photos. Each has a reduced twin, RECIPE-small.
 
-At another image size token mixing is first resized (mixer resize --help says how). The run's folder is that of mixer
-train, and mixer train --recipe-file runs it again."""
+examples: mixer finetune Mixer-B_16.npz --data photos/ --image-size 448
+          mixer finetune Mixer-B_16.npz pets --micro-batch-size 32
+
+The learning rate is chosen among --learning-rates on held-out training images, never on test; then all are trained on,
+once for each of --seeds. One --learning-rate, and it is not searched. The same command with the same --out goes on
+where it was stopped. At another image size token mixing is first resized (mixer resize --help says how).
+
+The defaults below are those of the recipe {name}."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,17 +42,20 @@ class Arguments:
     weights: tyro.conf.Positional[str]
     """A file of ours, the authors' (.npz), timm's or lucidrains', or hf-hub:OWNER/NAME."""
     out: Path | None = None
-    """Folder of the run, which must not exist; by default runs/finetune-DATE-TIME."""
+    """Folder of the run; by default runs/RECIPE-DATE-TIME. One that was not finished is gone on with."""
     json: bool = False
     """Print the summary as one JSON object."""
     image_size: tuple[int, ...] = ()
     """In pixels, one number, or height and width; multiples of the patch size; by default that of the weights."""
+    frozen: bool = False
+    """Only the new head is trained."""
     dropout: float = 0.0
     """After each dense layer of an MLP block."""
     stochastic_depth: float = 0.0
     """Probability to drop the last block's branches; rises linearly from 0 at the first."""
     rescale: bool = False
     """Divide surviving branches by 1 − p (timm does, the authors' code does not)."""
+    search: SearchRecipe
     data: DataRecipe
     optimization: OptimizationRecipe
     run: RunRecipe
@@ -46,23 +63,34 @@ class Arguments:
 
 def run(args: Sequence[str]) -> None:
     args = [dashed(arg) for arg in args]
-    recipe = finetune(weights="", data=option(args, "--data") or "")
+    plan, words = base_transfer(args)
+    recipe, size = plan.recipe, plan.recipe.model.image_size
+    if option(args, "--learning-rate"):
+        plan = dataclasses.replace(plan, search=dataclasses.replace(plan.search, learning_rates=()))
     chosen = parse(
         Arguments,
-        args,
+        words,
         verb="finetune",
-        description=DESCRIPTION,
-        default=Arguments(weights="", data=recipe.data, optimization=recipe.optimization, run=recipe.run),
+        description=DESCRIPTION.format(recipes=listed(TRANSFERS), name=recipe.name),
+        default=Arguments(
+            weights="",
+            image_size=() if size is None else (size,),
+            search=plan.search,
+            data=recipe.data,
+            optimization=recipe.optimization,
+            run=recipe.run,
+        ),
     )
     if not chosen.weights:
         raise UserError("no weights: name a file, or hf-hub:OWNER/NAME (mixer finetune --help)")
     if not chosen.data.data:
         raise UserError("no --data: name the images to fine-tune on (digits, cifar10, a folder, or a .zip of one)")
-    settings = ("dropout", "stochastic_depth", "rescale")
+    settings = ("dropout", "stochastic_depth", "rescale", "frozen")
     height, width = pair(chosen.image_size) if chosen.image_size else (None, None)
     recipe = dataclasses.replace(
         recipe,
-        model=ModelRecipe(
+        model=dataclasses.replace(
+            recipe.model,
             weights=chosen.weights,
             image_size=height,
             image_width=None if width == height else width,
@@ -70,5 +98,25 @@ def run(args: Sequence[str]) -> None:
         ),
         **{name: getattr(chosen, name) for name in ("data", "optimization", "run")},
     )
+    plan = check_transfer(Transfer(recipe=recipe, search=chosen.search))
     out = chosen.out or Path("runs") / f"{recipe.name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
-    carry_out(recipe, out, chosen.json, f"mixer finetune {shlex.join(args)}")
+    command = f"mixer finetune {shlex.join(args)}"
+    if plan.search.learning_rates or plan.search.seeds > 1:
+        search_and_train(plan, out, chosen.json, command)
+    else:
+        carry_out(recipe, out, chosen.json, command)
+
+
+def base_transfer(args: Sequence[str]) -> tuple[Transfer, Sequence[str]]:
+    """The recipe named by the second word, or like the --data, else photos; and the words without its name."""
+    if len(args) > 1 and not args[0].startswith("-") and not args[1].startswith("-"):
+        return get_transfer(args[1]), [args[0], *args[2:]]
+    data = option(args, "--data")
+    return get_transfer(data if data in TRANSFERS else "photos"), args
+
+
+def search_and_train(plan: Transfer, out: Path, as_json: bool, command: str) -> None:
+    from mlp_mixer.training.transfer import transfer
+
+    summary = transfer(plan, out, lambda recipe, folder: train_and_report(recipe, folder, command))
+    announce(summary, out, as_json)

@@ -8,19 +8,21 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mlp_mixer.cli.arguments import parse
 from mlp_mixer.errors import UserError
 from mlp_mixer.files import to_json
-from mlp_mixer.recipes import RECIPES, get_recipe
+from mlp_mixer.recipes import RECIPES, get_recipe, listed
 from mlp_mixer.training.recipe import DataRecipe, ModelRecipe, OptimizationRecipe, Recipe, RunRecipe, from_json
 
 DESCRIPTION = """Trains a Mixer from scratch and writes a folder with its weights, metrics and report.html.
 
-usage: mixer train [RECIPE] [OPTIONS], where RECIPE is one of {recipes}, each field of which can be overridden; without
-one, digits for no --data, photos for a folder or zip.
+usage: mixer train [RECIPE] [OPTIONS], where RECIPE is one of {recipes}; without one, digits for no --data, photos for a
+folder or zip. The paper's have reduced twins, RECIPE-small. Every field can be overridden.
 
-example: mixer train photos --data flowers.zip --image-size 160 --epochs 50
+examples: mixer train photos --data flowers.zip --image-size 160 --epochs 50
+          mixer train imagenet-b16 --data imagenet/ --micro-batch-size 128
 
 The defaults below are those of the recipe {name}."""
 
@@ -53,7 +55,7 @@ def run(args: Sequence[str]) -> None:
         Arguments,
         words,
         verb="train",
-        description=DESCRIPTION.format(recipes=", ".join(RECIPES), name=recipe.name),
+        description=DESCRIPTION.format(recipes=listed(RECIPES), name=recipe.name),
         default=Arguments(**given),
     )
     recipe = dataclasses.replace(recipe, **{name: getattr(chosen, name) for name in given})
@@ -91,7 +93,12 @@ def option(args: Sequence[str], name: str) -> str | None:
 
 
 def carry_out(recipe: Recipe, out: Path, as_json: bool, command: str) -> None:
-    from mlp_mixer.cli.display import list_unreadable, progress_bar
+    announce(train_and_report(recipe, out, command), out, as_json)
+
+
+def train_and_report(recipe: Recipe, out: Path, command: str) -> dict[str, Any]:
+    """Trains, with a progress bar, writes the run's folder with its report, and returns the summary."""
+    from mlp_mixer.cli.display import progress_bar
     from mlp_mixer.evaluation.classification import classify
     from mlp_mixer.evaluation.showcase import report
     from mlp_mixer.training.run import train
@@ -99,13 +106,25 @@ def carry_out(recipe: Recipe, out: Path, as_json: bool, command: str) -> None:
     with progress_bar() as bar:
         done = train(recipe, out, classify, bar, command)
     report(done)
-    summary = done.summary
+    return done.summary
+
+
+def announce(summary: dict[str, Any], out: Path, as_json: bool) -> None:
+    """The scores, and what to do next; as JSON, all of the summary."""
+    from mlp_mixer.cli.display import list_unreadable
+
     if as_json:
         print(to_json({"out": str(out), **summary}))
     else:
         scores = {"validation": summary["val_top1"], "test": summary["test_top1"]}
         shown = ", ".join(f"{name} top-1 {score:.4f}" for name, score in scores.items() if score is not None)
         print(f"{shown or 'no held-out images'} after {summary['train_seconds']:.1f} s of training")
+        for rate, score in summary.get("search", {}).items():
+            mark = " (chosen)" if float(rate) == summary["learning_rate"] else ""
+            print(f"rate     {rate}: " + ("diverged" if score is None else f"held-out top-1 {score:.4f}{mark}"))
+        if summary.get("test_top1_std") is not None:
+            mean, deviation = summary["test_top1_mean"], summary["test_top1_std"]
+            print(f"test     top-1 {mean:.4f} ± {deviation:.4f} over {len(summary['seeds'])} seeds")
         print(f"weights  {out}/model.safetensors")
         print(f"report   {out}/report.html")
         if (out / "examples").is_dir():

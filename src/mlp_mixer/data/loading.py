@@ -146,9 +146,9 @@ class Unreadable:
         self.part, self.limit = part, limit
         self.problems: dict[int, str] = {}
 
-    def add(self, batch: Batch) -> list[str]:
-        """The problems of this batch that are new; a UserError once too many are known."""
-        new = {index: problem for index, problem in batch.problems if index not in self.problems}
+    def add(self, problems: list[tuple[int, str]]) -> list[str]:
+        """Those of a step's problems that are new; a UserError once too many are known."""
+        new = {index: problem for index, problem in problems if index not in self.problems}
         self.problems |= new
         if len(self.problems) > self.limit * len(self.part):
             raise UserError(

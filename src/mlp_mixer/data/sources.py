@@ -99,6 +99,20 @@ def cut(
     return Source(parts=ordered, classes=classes, how=how, left_out=left_out)
 
 
+def hold_out(source: Source, fraction: float, seed: int) -> Source:
+    """For choosing settings: train and val both cut from the source's train; its own val and test are left out."""
+    train = source.part("train")
+    kept, val = stratified(train.labels, train.names, fraction, seed)
+    if not len(val):
+        raise UserError(
+            f"--holdout {fraction} of {len(train)} images leaves none to choose by: each class has but one; give one "
+            "--learning-rate instead of choosing"
+        )
+    parts = {"train": train.subset(kept), "val": train.subset(val)}
+    how = f"{source.how}; {fraction:.0%} of each training class held out to choose by (split seed {seed})"
+    return replace(source, parts=parts, how=how)
+
+
 def read_tree(store: FolderStore | ZipStore, source: str) -> tuple[dict[str, Part], dict[str, int]]:
     """The parts of a folder or zip (or "all" of it, where it holds class folders), and how many files are no images."""
     files = list(store.names())

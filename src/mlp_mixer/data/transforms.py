@@ -9,10 +9,11 @@ from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageEnhance
 from torch import Tensor
 
 from mlp_mixer.card import Preprocessing
+from mlp_mixer.data.randaugment import RandAugment
 
 TrainCrop = Literal["none", "pad", "inception"]
 RESAMPLING = {
@@ -47,6 +48,9 @@ class TrainingView:
     - "none": the evaluation view;
     - "pad": the evaluation view, shifted by up to ``crop_padding`` pixels each way, the border reflected;
     - "inception": 5–100 % of the area at aspect 3/4–4/3, resized (the paper's, see ``inception_box``).
+
+    Then come the flip, RandAugment, and ``color_jitter``: brightness, contrast and saturation, in random order, each
+    times a factor that is uniform in 1 ± color_jitter (torchvision's and timm's).
     """
 
     image_size: tuple[int, int]
@@ -54,6 +58,8 @@ class TrainingView:
     crop: TrainCrop
     crop_padding: int
     flip: bool
+    randaugment: RandAugment | None = None
+    color_jitter: float = 0.0
 
     @property
     def enough(self) -> int:
@@ -69,13 +75,21 @@ class TrainingView:
             view = image.resize((width, height), RESAMPLING[self.preprocessing.interpolation], box)
         else:
             view = central(image, self.image_size, self.preprocessing)
-        pixels = np.asarray(view)
         if self.crop == "pad":
             down, right = rng.integers(-self.crop_padding, self.crop_padding + 1, 2)
-            pixels = pixels[reflected(height, down)[:, None], reflected(width, right)]
+            view = Image.fromarray(np.asarray(view)[reflected(height, down)[:, None], reflected(width, right)])
         if self.flip and rng.random() < 0.5:
-            pixels = pixels[:, ::-1]
-        return to_tensor(pixels)
+            view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        if self.randaugment is not None:
+            view = self.randaugment(view, rng)
+        return to_tensor(jittered(view, self.color_jitter, rng) if self.color_jitter else view)
+
+
+def jittered(image: Image.Image, strength: float, rng: np.random.Generator) -> Image.Image:
+    kinds = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
+    for i in rng.permutation(len(kinds)):
+        image = kinds[i](image).enhance(rng.uniform(max(1 - strength, 0), 1 + strength))
+    return image
 
 
 def reflected(size: int, shift: int) -> np.ndarray:
@@ -114,7 +128,7 @@ def inception_box(
     """Left, top, right, bottom of a random crop as TensorFlow's sample_distorted_bounding_box draws it.
 
     The aspect (width / height) is uniform, then the crop's height, between those that give the least and the greatest
-    area: the side is uniform, not the area (mean area 0.38 of a square image; torchvision's is 0.47). After 100 draws
+    area: the side is uniform, not the area (mean area 0.38 of a square image; torchvision's is 0.46). After 100 draws
     that do not fit, the whole image.
     """
     for _ in range(100):

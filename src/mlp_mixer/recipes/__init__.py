@@ -1,21 +1,51 @@
-"""What to train: one function a recipe, by name."""
+"""What to train: one function a recipe, by name; each of the paper's has a reduced twin, NAME-small."""
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 from mlp_mixer.errors import UserError
 from mlp_mixer.recipes.cifar10 import cifar10
 from mlp_mixer.recipes.digits import digits
+from mlp_mixer.recipes.finetune import FINETUNE
 from mlp_mixer.recipes.photos import photos
-from mlp_mixer.training.recipe import Recipe
+from mlp_mixer.recipes.pretrain import PRETRAIN
+from mlp_mixer.recipes.small import small, small_transfer
+from mlp_mixer.training.recipe import Recipe, Transfer
 
-RECIPES: dict[str, Callable[[], Recipe]] = {"digits": digits, "cifar10": cifar10, "photos": photos}
+T = TypeVar("T")
+
+RECIPES: dict[str, Callable[[], Recipe]] = {
+    "digits": digits,
+    "cifar10": cifar10,
+    "photos": photos,
+    **PRETRAIN,
+    **{f"{name}-small": lambda make=make: small(make()) for name, make in PRETRAIN.items()},
+}
+TRANSFERS: dict[str, Callable[[], Transfer]] = {
+    **FINETUNE,
+    **{f"{name}-small": lambda make=make: small_transfer(make()) for name, make in FINETUNE.items()},
+}
 
 
 def get_recipe(name: str) -> Recipe:
     """The recipe of that name; a UserError, with the nearest, for one that does not exist."""
-    if name not in RECIPES:
-        near = difflib.get_close_matches(name, RECIPES, 2)
+    return pick(RECIPES, name)()
+
+
+def get_transfer(name: str) -> Transfer:
+    """The fine-tuning recipe of that name; a UserError, with the nearest, for one that does not exist."""
+    return pick(TRANSFERS, name)()
+
+
+def pick(recipes: Mapping[str, T], name: str) -> T:
+    if name not in recipes:
+        near = difflib.get_close_matches(name, recipes, 2)
         hint = f"did you mean {' or '.join(near)}? " if near else ""
-        raise UserError(f"unknown recipe {name!r}: {hint}there are {', '.join(RECIPES)}")
-    return RECIPES[name]()
+        raise UserError(f"unknown recipe {name!r}: {hint}there are {listed(recipes)}")
+    return recipes[name]
+
+
+def listed(recipes: Mapping[str, object]) -> str:
+    """The names for a line of text; the twins are implied."""
+    return ", ".join(name for name in recipes if not name.endswith("-small"))

@@ -13,14 +13,16 @@ log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def run_folder(out: Path) -> Iterator[None]:
-    """Makes the folder; removes it, and those made on the way to it, where the run ends before its first checkpoint."""
+def run_folder(out: Path, worth_keeping: str = "checkpoints/*.safetensors") -> Iterator[None]:
+    """Makes the folder, if it is not there; removes it, and those made on the way to it, where the run ends on an error
+    before there is any file worth keeping (a pattern below the folder: its first checkpoint).
+    """
     made = [folder for folder in (out, *out.parents) if not folder.exists()]
     try:
-        (out / "checkpoints").mkdir(parents=True)
+        out.mkdir(parents=True, exist_ok=True)
         yield
     except BaseException as error:
-        if not any((out / "checkpoints").glob("*.safetensors")):
+        if made and not any(out.glob(worth_keeping)):
             shutil.rmtree(out, ignore_errors=True)
             for folder in made[1:]:
                 with contextlib.suppress(OSError):  # another run has come to live there

@@ -41,6 +41,10 @@ class ModelRecipe:
     """After each dense layer of an MLP block."""
     stochastic_depth: float = 0.0
     """Probability to drop the last block's branches; rises linearly from 0 at the first."""
+    head_bias: float = 0.0
+    """Of every class at the start; with --loss sigmoid, -6.9 for ImageNet, -10 for ImageNet-21k."""
+    frozen: bool = False
+    """With --weights: only the new head is trained."""
     rescale: bool = False
     """Divide surviving branches by 1 − p (timm does, the authors' code does not)."""
 
@@ -69,6 +73,20 @@ class DataRecipe:
     """Pixels of the border for --train-crop pad."""
     flip: bool = True
     """Training: mirror every second image."""
+    randaugment: float | None = None
+    """Training: magnitude of RandAugment, where 10 is strong; the paper's are 10, 15 and 20."""
+    randaugment_layers: int = 2
+    """Operations of RandAugment for each image."""
+    color_jitter: float = 0.0
+    """Training: brightness, contrast and saturation times a factor of 1 ± this."""
+    mixup: float | None = None
+    """Training: p of mixup's Beta(p, p); the paper's are 0.2 and 0.5."""
+    cutmix: float | None = None
+    """Training: p of CutMix's Beta(p, p), usually 1; with mixup too, each step does one of them."""
+    mix_group_size: int = 8
+    """Images, one after the other in a batch, that are mixed with each other."""
+    holdout: float = 0.0
+    """Of the training images, cut off in place of any val/ part, and no test: for choosing settings."""
     max_pixels: int = 64_000_000
     """Larger images are refused."""
     max_unreadable_fraction: float = 0.01
@@ -85,8 +103,16 @@ class OptimizationRecipe:
     """AdamW for training from scratch; SGD with momentum, without weight decay, for fine-tuning."""
     epochs: float = 300
     """Passes over the training images."""
+    steps: int | None = None
+    """Steps, instead of --epochs."""
     global_batch_size: int = 4096
     """Images per step."""
+    micro_batch_size: int | None = None
+    """Images at a time, whose gradients add up to a step's: less memory, the same result; None: all of a step."""
+    recompute: bool = False
+    """Compute each block again in the backward pass instead of keeping its activations: less memory, more time."""
+    loss: Literal["softmax", "sigmoid"] = "softmax"
+    """Cross-entropy over exclusive classes, or the authors' for pre-training: one for each class, summed."""
     learning_rate: float = 1e-3
     """At the end of the warm-up."""
     momentum: float = 0.9
@@ -105,6 +131,8 @@ class OptimizationRecipe:
     """Global norm of the gradient, None: not clipped."""
     label_smoothing: float = 0.0
     """Share of the target that is spread over all classes."""
+    polyak: float | None = None
+    """Polyak averaging: what is evaluated and saved is avg = polyak · avg + (1 − polyak) · weights, as of each step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,12 +143,16 @@ class RunRecipe:
     """Of weights, order and augmentation."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of matrix products; auto: bfloat16 where the hardware has it."""
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of matrix products; auto: bfloat16 where the hardware has it; float16: with gradients scaled."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile for the training step; auto: where the run is long enough to win back the compiler's time."""
     evaluate_every_epochs: float = 1.0
     """Epochs between evaluations on the validation part (and saved checkpoints)."""
+    keep: Literal["last", "best"] = "last"
+    """Which weights are the result: those at the end, or those with the best validation accuracy (early stopping)."""
+    patience: int | None = None
+    """Evaluations without a better validation accuracy after which the run ends; None: it goes on to the end."""
     log_every_steps: int = 10
     """Steps between lines of metrics.jsonl."""
 
@@ -136,6 +168,46 @@ class Recipe:
     run: RunRecipe = field(default_factory=RunRecipe)
 
 
+@dataclass(frozen=True, kw_only=True)
+class SearchRecipe:
+    """How a transfer finds its learning rate, and how often it is repeated."""
+
+    learning_rates: tuple[float, ...] = ()
+    """Each is tried on held-out training images, and the best then used on all; none: --learning-rate is used."""
+    search_fraction: float = 0.1
+    """Of the training images, held out while the rates are tried; the test images are never looked at for it."""
+    seeds: int = 1
+    """Runs with the chosen rate, from --seed on, of which mean and standard deviation are told."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transfer:
+    """Weights moved to a data set: the recipe of each run, and the search around it."""
+
+    recipe: Recipe
+    search: SearchRecipe = field(default_factory=SearchRecipe)
+
+
+def check_transfer(transfer: Transfer) -> Transfer:
+    """The transfer itself; a UserError that names a field out of range, its value and its limits."""
+    check(transfer.recipe)
+    rates, fraction, seeds = (
+        transfer.search.learning_rates,
+        transfer.search.search_fraction,
+        transfer.search.seeds,
+    )
+    for rate in rates:
+        if not 0 < rate < float("inf"):
+            raise UserError(f"--learning-rates {' '.join(map(str, rates))}: each must be above 0")
+    if len(set(rates)) < len(rates):
+        raise UserError(f"--learning-rates {' '.join(map(str, rates))}: one of them is there twice")
+    if not 0 < fraction < 1:
+        raise UserError(f"--search-fraction {fraction}: must be above 0 and below 1")
+    if seeds < 1 or transfer.recipe.run.seed + seeds > 2**31:
+        raise UserError(f"--seeds {seeds}: at least 1, and --seed {transfer.recipe.run.seed} plus it at most {2**31}")
+    return transfer
+
+
 def check(recipe: Recipe) -> Recipe:
     """The recipe itself; a UserError that names a field out of range, its value and its limits."""
     fractions = {
@@ -147,14 +219,23 @@ def check(recipe: Recipe) -> Recipe:
         "beta1": recipe.optimization.beta1,
         "beta2": recipe.optimization.beta2,
         "momentum": recipe.optimization.momentum,
+        "polyak": recipe.optimization.polyak,
+        "holdout": recipe.data.holdout,
     }
     for name, value in fractions.items():
-        if not 0 <= value < 1:
+        if value is not None and not 0 <= value < 1:
             raise UserError(f"{flag(name)} {value}: must be at least 0 and below 1")
     above = {
         "image_size": recipe.model.image_size,
         "image_width": recipe.model.image_width,
         "epochs": recipe.optimization.epochs,
+        "steps": recipe.optimization.steps,
+        "micro_batch_size": recipe.optimization.micro_batch_size,
+        "mixup": recipe.data.mixup,
+        "cutmix": recipe.data.cutmix,
+        "mix_group_size": recipe.data.mix_group_size,
+        "randaugment_layers": recipe.data.randaugment_layers,
+        "patience": recipe.run.patience,
         "global_batch_size": recipe.optimization.global_batch_size,
         "learning_rate": recipe.optimization.learning_rate,
         "clip_norm": recipe.optimization.clip_norm,
@@ -172,6 +253,7 @@ def check(recipe: Recipe) -> Recipe:
         "workers": recipe.data.workers,
         "seed": recipe.run.seed,
         "max_unreadable_fraction": recipe.data.max_unreadable_fraction,
+        "color_jitter": recipe.data.color_jitter,
     }
     for name, value in least.items():
         if value is not None and not 0 <= value < float("inf"):
@@ -180,6 +262,15 @@ def check(recipe: Recipe) -> Recipe:
         raise UserError(f"recipe name {recipe.name!r}: letters, digits, '-', '_' and '.' alone, for it names a folder")
     if recipe.run.seed >= 2**31:
         raise UserError(f"--seed {recipe.run.seed}: must be below {2**31}")
+    if not abs(recipe.model.head_bias) < float("inf"):
+        raise UserError(f"--head-bias {recipe.model.head_bias}: must be a finite number")
+    if recipe.model.frozen and recipe.model.weights is None:
+        raise UserError("--frozen without --weights: a new network has nothing worth freezing")
+    if recipe.optimization.learning_rate > 1e30:
+        raise UserError(f"--learning-rate {recipe.optimization.learning_rate}: at most 1e30 (1e-3 is usual)")
+    if recipe.data.randaugment is not None and not 0 <= recipe.data.randaugment <= 100:
+        raise UserError(f"--randaugment {recipe.data.randaugment}: must be at least 0 and at most 100; 10 is strong")
+    check_micro_batches(recipe)
     own_sizes = ("model", "patch_size", "num_blocks", "hidden_dim", "tokens_mlp_dim", "channels_mlp_dim", "gelu")
     given = [name for name in own_sizes if getattr(recipe.model, name) is not None]
     if recipe.model.weights is not None and given:
@@ -187,6 +278,23 @@ def check(recipe: Recipe) -> Recipe:
     if recipe.data.crop_ratio is not None and not 0 < recipe.data.crop_ratio <= 1:
         raise UserError(f"{flag('crop_ratio')} {recipe.data.crop_ratio}: must be above 0 and at most 1")
     return recipe
+
+
+def check_micro_batches(recipe: Recipe) -> None:
+    whole, part, group = (
+        recipe.optimization.global_batch_size,
+        recipe.optimization.micro_batch_size,
+        recipe.data.mix_group_size,
+    )
+    if part is None or part == whole:
+        return
+    mixes = recipe.data.mixup is not None or recipe.data.cutmix is not None
+    fit = [size for size in range(1, whole + 1) if whole % size == 0 and (size % group == 0 or not mixes)]
+    if part not in fit:
+        near = ", ".join(map(str, sorted(sorted(fit, key=lambda size: abs(size - part))[:3]))) or str(whole)
+        groups = f" and hold whole groups of {group} that mix (--mix-group-size)" if mixes else ""
+        limits = f"must divide --global-batch-size {whole}{groups}"
+        raise UserError(f"--micro-batch-size {part}: {limits}; the nearest: {near}")
 
 
 def flag(name: str) -> str:

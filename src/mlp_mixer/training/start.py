@@ -38,11 +38,13 @@ def prepare(recipe: Recipe) -> Start:
 
 def new(recipe: Recipe, classes: tuple[str, ...]) -> Mixer:
     """The recipe's Mixer with the authors' initial weights."""
-    sizes = {key: value for key, value in asdict(recipe.model).items() if key not in ("weights", "image_width")}
+    others = ("weights", "image_width", "head_bias", "frozen")
+    sizes = {key: value for key, value in asdict(recipe.model).items() if key not in others}
     sizes["image_size"] = size(recipe)
     if sizes["image_size"] is None:
         raise UserError("no --image-size: give one, or --weights, whose size is then taken")
     model = create(sizes.pop("model"), num_classes=len(classes), seed=recipe.run.seed, **sizes)
+    torch.nn.init.constant_(model.get_parameter("head.bias"), recipe.model.head_bias)
     model.card = Card(classes=classes, preprocessing=view(recipe.data), provenance={"recipe": to_json_object(recipe)})
     return model
 
@@ -63,6 +65,10 @@ def transferred(trained: Mixer, recipe: Recipe, classes: tuple[str, ...]) -> Mix
         stochastic_depth=settings.stochastic_depth,
         rescale=settings.rescale,
     )
+    if settings.frozen:
+        model.requires_grad_(False)
+        model.head.requires_grad_(True)
+    torch.nn.init.constant_(model.get_parameter("head.bias"), settings.head_bias)
     before = copy.deepcopy(trained.card.provenance)
     before.pop("recipe", None)
     model.card = Card(

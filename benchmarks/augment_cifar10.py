@@ -1,0 +1,189 @@
+"""CIFAR-10 in ten epochs on two cores: our recipe plain, ours with mixup and RandAugment, and timm's model and helpers.
+
+    python benchmarks/augment_cifar10.py --data cifar10/   # CIFAR-10 as image files in train/ and test/; an hour
+
+All: one Mixer of the same sizes (tanh GELU), AdamW at one rate, batch size and weight decay, one epoch of warm-up and a
+cosine, bfloat16 where the CPU has it, torch.compile, two loader processes, all 50,000 images ten times, one evaluation
+at the end. Ours is what `mixer train` runs. timm's is a loop around its create_loader, Mixup, create_optimizer_v2 and
+create_scheduler_v2; --choose shows how its augmentation was chosen, by 5,000 held-out training images. The contestants
+alternate, seed after seed, each in a process of its own; seconds are of the training with its data, and the compiler's.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from common import machine, print_table, write_results
+
+SIZES = {"image_size": 32, "patch_size": 4, "num_blocks": 4, "hidden_dim": 64, "tokens_mlp_dim": 32}
+SIZES |= {"channels_mlp_dim": 256}
+EPOCHS, BATCH, RATE, DECAY, WORKERS = 10, 128, 2e-3, 0.1, 2
+OURS = {"ours, plain": {}, "ours, mixup and RandAugment": {"mixup": 0.2, "randaugment": 10.0, "randaugment_layers": 1}}
+TIMMS = {  # crop's least area, automatic augmentation, mixup
+    "default": (0.08, "rand-m9-inc1", 0.2),
+    "mild": (0.5, "rand-m9-n1-inc1", 0.2),
+    "crop and flip": (0.5, None, 0.0),
+}
+CHOSEN = "crop and flip"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="CIFAR-10 as a folder of image files with train/ and test/")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--epochs", type=int, default=EPOCHS, help="fewer, to try the script")
+    parser.add_argument("--choose", action="store_true", help="only timm's settings, on held-out training images")
+    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        name, seed = options.one
+        run = ours if name in OURS else timms
+        print(json.dumps(run(name, int(seed), options.data, options.epochs, options.choose)))
+        return
+    names = [f"timm, {setting}" for setting in TIMMS] if options.choose else [*OURS, f"timm, {CHOSEN}"]
+    runs = []
+    for seed in options.seeds:
+        for name in names:
+            words = ["--data", options.data, "--epochs", str(options.epochs), "--one", name, str(seed)]
+            words += ["--choose"] * options.choose
+            answer = subprocess.run([sys.executable, __file__, *words], check=True, stdout=subprocess.PIPE, text=True)
+            runs.append({"name": name, "seed": seed, **json.loads(answer.stdout.splitlines()[-1])})
+            print(" ".join(f"{key} {value}" for key, value in runs[-1].items()), flush=True)
+    import torch
+
+    result = {"machine": machine(torch.device("cpu")), "epochs": options.epochs, "sizes": SIZES, "runs": runs}
+    write_results("augment_cifar10_choice" if options.choose else "augment_cifar10", result)
+    rows = []
+    for name in names:
+        of = [run for run in runs if run["name"] == name]
+        top1, seconds = [run["top1"] for run in of], [run["seconds"] for run in of]
+        spread = statistics.stdev(top1) if len(top1) > 1 else 0.0
+        rows.append([name, f"{statistics.mean(top1):.4f} ± {spread:.4f}", f"{statistics.median(seconds):.0f} s"])
+    print_table(["contestant", "top-1", "median wall time"], rows)
+
+
+def ours(name: str, seed: int, data: str, epochs: int, choose: bool) -> dict[str, float]:
+    from mlp_mixer.evaluation.classification import classify
+    from mlp_mixer.training.recipe import DataRecipe, ModelRecipe, OptimizationRecipe, Recipe, RunRecipe
+    from mlp_mixer.training.run import train
+
+    recipe = Recipe(
+        name="augment",
+        model=ModelRecipe(**SIZES),
+        data=DataRecipe(
+            data=data, val_fraction=0.0, crop_ratio=1.0, train_crop="pad", workers=WORKERS,
+            holdout=0.1 if choose else 0.0, **OURS[name],
+        ),
+        optimization=OptimizationRecipe(
+            epochs=epochs, global_batch_size=BATCH, learning_rate=RATE, weight_decay=DECAY,
+            warmup_steps=50_000 // BATCH, decay="cosine",
+        ),
+        run=RunRecipe(seed=seed, compile="on", evaluate_every_epochs=epochs, log_every_steps=100),
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        done = train(recipe, Path(folder) / "run", classify, Silent())
+    top1 = done.summary["val_top1" if choose else "test_top1"]
+    return {"top1": top1, "seconds": done.summary["train_seconds"], "steps": done.summary["steps"]}
+
+
+class Silent:
+    def update(self, done: int, total: int, text: str) -> None:
+        pass
+
+
+def timms(name: str, seed: int, data: str, epochs: int, choose: bool) -> dict[str, float]:
+    import functools
+
+    import torch
+    from timm.data import Mixup, create_dataset, create_loader
+    from timm.loss import SoftTargetCrossEntropy
+    from timm.models.mlp_mixer import MlpMixer
+    from timm.optim import create_optimizer_v2
+    from timm.scheduler import create_scheduler_v2
+    from timm.utils import random_seed
+    from torch import nn
+
+    from mlp_mixer.data.split import stratified
+    from mlp_mixer.device import autocast, select_precision
+    from mlp_mixer.training.memory import keep_freed_memory
+
+    keep_freed_memory()
+    device = torch.device("cpu")
+    precision = select_precision("auto", device)
+    least, augment, mixup = TIMMS[name.removeprefix("timm, ")]
+    random_seed(seed)
+    dim = SIZES["hidden_dim"]
+    model = MlpMixer(
+        num_classes=10,
+        img_size=32,
+        patch_size=SIZES["patch_size"],
+        num_blocks=SIZES["num_blocks"],
+        embed_dim=dim,
+        mlp_ratio=(SIZES["tokens_mlp_dim"] / dim, SIZES["channels_mlp_dim"] / dim),
+        act_layer=functools.partial(nn.GELU, approximate="tanh"),
+    )
+    train_set = create_dataset("", root=str(Path(data) / "train"))
+    test_set = create_dataset("", root=str(Path(data) / "test"))
+    if choose:
+        labels, names = zip(*((label, str(file)) for file, label in train_set.reader.samples), strict=True)
+        import numpy as np
+
+        kept, held = stratified(np.array(labels), names, 0.1, 0)
+        test_set = create_dataset("", root=str(Path(data) / "train"))
+        test_set.reader.samples = [test_set.reader.samples[i] for i in held]
+        train_set.reader.samples = [train_set.reader.samples[i] for i in kept]
+    common = {"input_size": (3, 32, 32), "use_prefetcher": False, "num_workers": WORKERS, "device": device}
+    common |= {"mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bilinear"}
+    loader = create_loader(
+        train_set,
+        batch_size=BATCH,
+        is_training=True,
+        scale=(least, 1.0),
+        auto_augment=augment,
+        color_jitter=0.0,
+        **common,
+    )
+    mixer = Mixup(mixup_alpha=mixup, label_smoothing=0.0, num_classes=10) if mixup else None
+    loss_of = SoftTargetCrossEntropy() if mixer else nn.CrossEntropyLoss()
+    optimizer = create_optimizer_v2(model, opt="adamw", lr=RATE, weight_decay=DECAY)
+    per_epoch = len(loader)
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        sched="cosine",
+        num_epochs=epochs,
+        warmup_epochs=1,
+        warmup_lr=1e-6,
+        step_on_epochs=False,
+        updates_per_epoch=per_epoch,
+    )
+    begin, step = time.perf_counter(), 0
+    forward = torch.compile(model)
+    for _ in range(epochs):
+        model.train()
+        for images, labels in loader:
+            if mixer:
+                images, labels = mixer(images, labels)
+            with autocast(device, precision):
+                logits = forward(images)
+            loss_of(logits.float(), labels).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            step += 1
+            scheduler.step_update(num_updates=step)
+    seconds = time.perf_counter() - begin
+    model.eval()
+    right = 0
+    with torch.inference_mode(), autocast(device, precision):
+        for images, labels in create_loader(test_set, batch_size=500, crop_pct=1.0, **common):
+            right += int((model(images).argmax(1) == labels).sum())
+    return {"top1": right / len(test_set), "seconds": seconds, "steps": step}
+
+
+if __name__ == "__main__":
+    main()

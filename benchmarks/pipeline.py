@@ -1,0 +1,243 @@
+"""The training pipeline, images a second on one core: file to augmented uint8, ours and timm's; and the loader's share.
+
+    python benchmarks/pipeline.py --cifar10 cifar10/ --photos photos/          # about five minutes
+
+Both decode the same JPEG files and apply the same crop box, flip and two layers of RandAugment at magnitude 10. Ours
+draws them by (seed, epoch, index), as it does in training. timm's create_transform makes its own draws, by its own code
+and as often, but then applies ours, so that the work on pixels is the same; "handed" is timm without its drawing. timm
+has no cutout: there it calls ours. Passes alternate; a figure is the median, a ratio the median of the ratios within a
+pass. The loader's overhead is what batches from worker processes cost beyond the same images made in as many processes
+without a loader.
+"""
+
+import argparse
+import multiprocessing
+import os
+import random
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from common import machine, print_table, write_results
+from PIL import Image
+from timm.data import auto_augment, create_transform
+from torchvision.transforms import functional as TF
+
+from mlp_mixer.card import Preprocessing
+from mlp_mixer.data import randaugment, transforms
+from mlp_mixer.data.loading import sample_generator, training_batches
+from mlp_mixer.data.randaugment import FILL, SIDE, RandAugment, apply
+from mlp_mixer.data.sources import Part, load_source
+from mlp_mixer.data.transforms import TrainingView
+
+MAGNITUDE = 10
+
+
+def make_view(size: int) -> TrainingView:
+    return TrainingView(
+        image_size=(size, size),
+        preprocessing=Preprocessing(),
+        crop="inception",
+        crop_padding=0,
+        flip=True,
+        randaugment=RandAugment(layers=2, magnitude=MAGNITUDE),
+    )
+
+
+class Draws:
+    """What ours drew for one image, for timm's functions."""
+
+    def __init__(self) -> None:
+        self.box, self.scale, self.flip = (0, 0, 0, 0), 1.0, False
+        self.operations: list[tuple[str, float, tuple[float, float]]] = []
+
+
+def record(part: Part, view: TrainingView, index: int) -> Draws:
+    """Runs ours once and writes down its draws."""
+    draws, box_of, apply_one = Draws(), transforms.inception_box, randaugment.apply
+
+    def see_box(height: int, width: int, rng: object) -> tuple[int, int, int, int]:
+        draws.box = box_of(height, width, rng)
+        draws.scale = width
+        return draws.box
+
+    def see_operation(image: Image.Image, name: str, strength: float, centre: tuple[float, float]) -> Image.Image:
+        draws.operations.append((name, strength, centre))
+        return apply_one(image, name, strength, centre)
+
+    transforms.inception_box, randaugment.apply = see_box, see_operation
+    try:
+        rng = sample_generator(0, 0, index)
+        image = part.image(index, view.enough)
+        probe = sample_generator(0, 0, index)
+        box_of(image.height, image.width, probe)
+        draws.flip = bool(probe.random() < 0.5)
+        view(image, rng)
+    finally:
+        transforms.inception_box, randaugment.apply = box_of, apply_one
+    return draws
+
+
+PIXELS: dict[str, Callable] = {
+    "autocontrast": lambda image, strength, **fill: auto_augment.auto_contrast(image, **fill),
+    "equalize": lambda image, strength, **fill: auto_augment.equalize(image, **fill),
+    "invert": lambda image, strength, **fill: auto_augment.invert(image, **fill),
+    "rotate": auto_augment.rotate,
+    "posterize": auto_augment.posterize,
+    "solarize": auto_augment.solarize,
+    "color": auto_augment.color,
+    "contrast": auto_augment.contrast,
+    "brightness": auto_augment.brightness,
+    "sharpness": auto_augment.sharpness,
+    "shear_x": auto_augment.shear_x,
+    "shear_y": auto_augment.shear_y,
+    "solarize_add": auto_augment.solarize_add,
+}
+
+
+def draw_only(operation: auto_augment.AugmentOp) -> None:
+    """What an AugmentOp of timm does before it calls its pixel function."""
+    if operation.prob < 1.0 and random.random() > operation.prob:
+        return
+    strength = max(0.0, min(10.0, operation.magnitude))
+    if operation.level_fn is not None:
+        operation.level_fn(strength, operation.hparams)
+
+
+class Timms:
+    """timm's training transform for images whose draws are known."""
+
+    def __init__(self, size: int) -> None:
+        self.transform = create_transform(
+            size, is_training=True, auto_augment=f"rand-m{MAGNITUDE}-n2", color_jitter=0.0
+        )
+        self.transform = create_transform(
+            size, is_training=True, auto_augment=f"rand-m{MAGNITUDE}-n2", use_prefetcher=True, color_jitter=0.0
+        )
+        crop, self.flip, self.augment, *rest = self.transform.transforms
+        assert [type(t).__name__ for t in rest] == ["MaybePILToTensor"], self.transform
+        self.draws, self.size, self.draws_too, self.get_params = Draws(), size, draws_too, crop.get_params
+        crop.get_params = self.box
+        crop.interpolation = TF.InterpolationMode.BILINEAR
+        self.transform.transforms = [crop, self.maybe_flip, self.randaugment, *rest]
+
+    def box(self, image: Image.Image, *ranges: object) -> tuple[int, int, int, int]:
+        """top, left, height, width; the box was drawn on an image perhaps decoded at a smaller scale."""
+        if self.draws_too:
+            self.get_params(image, *ranges)
+        scale = image.width / self.draws.scale
+        left, top, right, bottom = (round(scale * edge) for edge in self.draws.box)
+        return top, left, bottom - top, right - left
+
+    def maybe_flip(self, image: Image.Image) -> Image.Image:
+        if self.draws_too:
+            torch.rand(1)
+        return TF.hflip(image) if self.draws.flip else image
+
+    def randaugment(self, image: Image.Image) -> Image.Image:
+        if self.draws_too:
+            for operation in np.random.choice(self.augment.ops, self.augment.num_layers):  # noqa: NPY002 (timm's)
+                draw_only(operation)
+        fill = {"fillcolor": FILL, "resample": Image.Resampling.NEAREST}
+        for name, strength, centre in self.draws.operations:
+            if name == "cutout":
+                image = apply(image, name, strength, centre)
+            elif name.startswith("translate"):
+                move = auto_augment.translate_x_abs if name.endswith("x") else auto_augment.translate_y_abs
+                image = move(image, strength * self.size / SIDE, **fill)
+            else:
+                image = PIXELS[name](image, strength, **fill)
+        return image
+
+    def __call__(self, path: Path, draws: Draws) -> object:
+        self.draws = draws
+        with path.open("rb") as file:
+            return self.transform(Image.open(file).convert("RGB"))
+
+
+def compare(folder: str, size: int, images: int, passes: int) -> dict[str, float]:
+    """Images a second of both, passes alternating, on one core."""
+    torch.set_num_threads(1)
+    part = load_source(folder, val_fraction=0.0, test_fraction=0.0).parts["train"]
+    chosen = range(0, len(part), max(len(part) // images, 1))
+    root, view = part.store.root, make_view(size)
+    draws = {i: record(part, view, i) for i in chosen}
+    drawing, handed = Timms(size, draws_too=True), Timms(size, draws_too=False)
+    makers: dict[str, Callable[[int], object]] = {
+        "ours": lambda i: view(part.image(i, view.enough), sample_generator(0, 0, i)),
+        "timm": lambda i: drawing(root / part.names[i], draws[i]),
+        "handed": lambda i: handed(root / part.names[i], draws[i]),
+    }
+    rates: dict[str, list[float]] = {name: [] for name in makers}
+    for _ in range(passes):
+        for name, make in makers.items():
+            begin = time.perf_counter()
+            for i in chosen:
+                make(i)
+            rates[name].append(len(chosen) / (time.perf_counter() - begin))
+    found = {name: statistics.median(rate) for name, rate in rates.items()}
+    for name in ("timm", "handed"):
+        ratios = [a / b for a, b in zip(rates["ours"], rates[name], strict=True)]
+        found[f"ratio_{name}"] = statistics.median(ratios)
+    return found
+
+
+def bare(folder: str, size: int, indices: list[int]) -> float:
+    """Seconds to make these images' views in this process, nothing else."""
+    torch.set_num_threads(1)
+    part = load_source(folder, val_fraction=0.0, test_fraction=0.0).parts["train"]
+    view = make_view(size)
+    begin = time.perf_counter()
+    for i in indices:
+        view(part.image(i, view.enough), sample_generator(0, 0, i))
+    return time.perf_counter() - begin
+
+
+def overhead(folder: str, size: int, batch_size: int, passes: int) -> dict[str, float]:
+    """The loader's images a second with a worker for each core, and those of bare processes."""
+    part = load_source(folder, val_fraction=0.0, test_fraction=0.0).parts["train"]
+    cores, steps = os.cpu_count() or 1, max(len(part) // batch_size, 4)
+    rates: dict[str, list[float]] = {"loader": [], "bare": []}
+    for _ in range(passes):
+        batches = iter(
+            training_batches(part, make_view(size), batch_size=batch_size, steps=steps, seed=0, workers=cores)
+        )
+        next(batches)  # the workers have started
+        begin = time.perf_counter()
+        seen = sum(len(batch.labels) for batch in batches)
+        rates["loader"].append(seen / (time.perf_counter() - begin))
+        shares = [list(range(i, len(part), cores)) for i in range(cores)]
+        with multiprocessing.get_context("spawn").Pool(cores) as pool:
+            seconds = max(pool.map(partial(bare, folder, size), shares, chunksize=1))
+        rates["bare"].append(len(part) / seconds)
+    ratio = statistics.median(b / a for a, b in zip(*rates.values(), strict=True))
+    return {name: statistics.median(found) for name, found in rates.items()} | {"overhead": ratio - 1}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cifar10", required=True, help="CIFAR-10 as a folder of JPEG files")
+    parser.add_argument("--photos", required=True, help="a folder of photographs, one folder a class")
+    parser.add_argument("--passes", type=int, default=7)
+    options = parser.parse_args()
+    results, rows = {"machine": machine(torch.device("cpu"))}, []
+    for name, folder, size, images, batch in (
+        ("cifar10", options.cifar10, 32, 5000, 128),
+        ("photos", options.photos, 224, 500, 32),
+    ):
+        found = compare(folder, size, images, options.passes)
+        loader = overhead(folder, size, batch, 3)
+        results[name] = found | loader
+        shown = [f"{found[who]:,.0f}" for who in ("ours", "timm", "handed")]
+        ratios = [f"{found[f'ratio_{who}']:.2f} ×" for who in ("timm", "handed")]
+        rows.append([f"{name}, {size} px", *shown, *ratios, f"{loader['overhead']:.1%}"])
+    write_results("pipeline", results)
+    print_table(["images", "ours", "timm", "timm, handed", "ratio", "ratio, handed", "loader's overhead"], rows)
+
+
+if __name__ == "__main__":
+    main()

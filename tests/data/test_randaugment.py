@@ -1,0 +1,420 @@
+"""RandAugment: every operation against the reference's formulas (TensorFlow's tpu/efficientnet/autoaugment.py), written
+again in NumPy and whole numbers, and 100,000 draws against the distributions that they should have."""
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy.stats import chi2_contingency, chisquare
+
+from mlp_mixer.data import randaugment
+from mlp_mixer.data.randaugment import OPERATIONS, SIGNED, STRENGTHS, RandAugment, apply
+
+Array = np.ndarray
+
+# The reference's level_to_arg at magnitude 10, 15 and 20, worked out by hand
+BY_HAND = {
+    "autocontrast": (0, 0, 0),
+    "equalize": (0, 0, 0),
+    "invert": (0, 0, 0),
+    "rotate": (30, 45, 60),
+    "posterize": (4, 6, 8),
+    "solarize": (256, 384, 512),
+    "color": (1.9, 2.8, 3.7),
+    "contrast": (1.9, 2.8, 3.7),
+    "brightness": (1.9, 2.8, 3.7),
+    "sharpness": (1.9, 2.8, 3.7),
+    "shear_x": (0.3, 0.45, 0.6),
+    "shear_y": (0.3, 0.45, 0.6),
+    "translate_x": (100, 150, 200),
+    "translate_y": (100, 150, 200),
+    "cutout": (40, 60, 80),
+    "solarize_add": (110, 165, 220),
+}
+MOST = {"solarize": 256, "posterize": 8}  # where nothing changes, and nothing more does beyond
+BOTH_WAYS = {"rotate", "shear_x", "shear_y", "translate_x", "translate_y"}
+
+
+class Expected(NamedTuple):
+    """What the reference makes of an image, and what else is as good."""
+
+    pixels: Array  # (H, W, 3)
+    below: Array | int = 0  # by how many levels less
+    above: Array | int = 0  # by how many levels more
+
+
+# The reference
+
+
+def blend(degenerate: Array, image: Array, tenths: int) -> Expected:
+    """degenerate + f (image − degenerate), clipped, then truncated, in hundredths: f = 1.8 · m / 10 + 0.1.
+
+    Truncation is by floor division, hence exact. Where the quotient is whole, floating point may fall just short of it:
+    one level less, as in TensorFlow's float32 (for m = 15, 7 of 256 levels of contrast, though not the same ones).
+    """
+    hundredths = 18 * tenths + 10
+    value = 100 * degenerate + hundredths * (image - degenerate)
+    return Expected(np.clip(value, 0, 25500) // 100, below=(value % 100 == 0) & (value > 0) & (value <= 25500))
+
+
+def grey(image: Array) -> Array:
+    """tf.image.rgb_to_grayscale of uint8: to [0, 1], weighed, times 255.5, truncated."""
+    weighed = (image / np.float32(255)).astype(np.float32) @ np.array([0.2989, 0.5870, 0.1140], np.float32)
+    return np.repeat((weighed * np.float32(255.5)).astype(np.int64)[..., None], 3, axis=2)
+
+
+def smoothed(image: Array) -> Array:
+    """3 × 3, the centre 5-fold, in 13ths, truncated; the border as it was."""
+    smooth, (height, width) = image.copy(), image.shape[:2]
+    if min(height, width) >= 3:
+        around = sum(image[i : height - 2 + i, j : width - 2 + j] for i in range(3) for j in range(3))
+        smooth[1:-1, 1:-1] = (around + 4 * image[1:-1, 1:-1]) // 13
+    return smooth
+
+
+def autocontrast(image: Array) -> Expected:
+    """Each channel from its least and greatest level to 0 and 255; whole quotients may fall short, as in ``blend``."""
+    low, high = image.min(axis=(0, 1)), image.max(axis=(0, 1))
+    spread = np.where(high > low, high - low, 1)
+    scaled = 255 * (image - low)
+    flat = high <= low
+    whole = (scaled % spread == 0) & (scaled > 0) & ~flat
+    return Expected(np.where(flat, image, scaled // spread), below=whole)
+
+
+def equalize(image: Array) -> Array:
+    """By the cumulative histogram, in integers."""
+    new = image.copy()
+    for channel in range(3):
+        histogram = np.bincount(image[..., channel].ravel(), minlength=256)
+        step = (histogram.sum() - histogram[histogram > 0][-1]) // 255
+        if step:
+            table = np.concatenate([[0], ((histogram.cumsum() + step // 2) // step)[:-1]])
+            new[..., channel] = np.clip(table, 0, 255)[image[..., channel]]
+    return new
+
+
+def taken_from(image: Array, x: Array, y: Array) -> Array:
+    """The pixels at whole positions, grey outside."""
+    height, width = image.shape[:2]
+    inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
+    new = np.full_like(image, 128)
+    new[inside] = image[y[inside], x[inside]]
+    return new
+
+
+def sources(name: str, strength: float, height: int, width: int) -> tuple[Array, Array]:
+    """Where the pixel at each (x, y) comes from, counted from the middle of the first pixel."""
+    y, x = np.mgrid[:height, :width].astype(np.float64)
+    if name == "shear_x":
+        return x + strength * y, y
+    if name == "shear_y":
+        return x, y + strength * x
+    if name == "translate_x":
+        return x + strength * width / 224, y
+    if name == "translate_y":
+        return x, y + strength * height / 224
+    cos, sin = math.cos(math.radians(strength)), math.sin(math.radians(strength))
+    x, y = x - (width - 1) / 2, y - (height - 1) / 2
+    return cos * x - sin * y + (width - 1) / 2, sin * x + cos * y + (height - 1) / 2
+
+
+def cutout(image: Array, strength: float, down: float, right: float) -> Array:
+    height, width = image.shape[:2]
+    y, x = np.mgrid[:height, :width]
+    from_row, from_column = y - int(down * height), x - int(right * width)
+    half_height, half_width = round(strength * height / 224), round(strength * width / 224)
+    hidden = (-half_height <= from_row) & (from_row < half_height)
+    hidden &= (-half_width <= from_column) & (from_column < half_width)
+    return np.where(hidden[..., None], 128, image)
+
+
+def expected(name: str, image: Array, magnitude: int, centre: tuple[float, float] = (0.5, 0.5)) -> Expected:
+    """For the operations that look at levels, and cutout."""
+    image = image.astype(np.int64)
+    match name:
+        case "autocontrast":
+            return autocontrast(image)
+        case "equalize":
+            return Expected(equalize(image))
+        case "invert":
+            return Expected(255 - image)
+        case "posterize":
+            kept = 2 ** (8 - min(magnitude * 4 // 10, 8))
+            return Expected(image // kept * kept)
+        case "solarize":
+            return Expected(np.where(image < magnitude * 256 // 10, image, 255 - image))
+        case "solarize_add":
+            return Expected(np.where(image < 128, np.minimum(image + magnitude * 110 // 10, 255), image))
+        case "brightness":
+            return blend(np.zeros_like(image), image, magnitude)
+        case "contrast":  # with the pixels of a 224 image / 256
+            return blend(np.full_like(image, 196), image, magnitude)
+        case "sharpness":
+            return blend(smoothed(image), image, magnitude)
+        case "color":  # Pillow rounds a grey that TensorFlow truncates (of 255.5ths): up to a level, which is weighed
+            plain = blend(grey(image), image, magnitude)
+            slack = math.ceil(abs(1 - STRENGTHS["color"](magnitude)) - 1e-9)
+            return plain._replace(below=slack, above=slack)
+        case "cutout":
+            return Expected(cutout(image, magnitude * 40 // 10, *centre))
+    raise AssertionError(name)
+
+
+# Images to try them on
+
+
+def pictures(height: int, width: int) -> Iterator[tuple[str, Array]]:
+    rng = np.random.default_rng(height * width)
+    y, x = np.mgrid[:height, :width] / max(height, width)
+    yield "noise", rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+    yield "dull noise", rng.integers(61, 187, (height, width, 3), dtype=np.uint8)
+    photograph = np.stack([120 + 90 * np.sin(5 * x + 3 * y), 40 + 190 * x, 250 * y**2], axis=2)
+    yield "photograph", (photograph + rng.normal(0, 3, photograph.shape)).clip(0, 255).astype(np.uint8)
+    yield "constant", np.broadcast_to(np.array([200, 13, 127], np.uint8), (height, width, 3)).copy()
+    yield "white", np.full((height, width, 3), 255, np.uint8)
+
+
+SIZES = [(224, 224), (37, 53), (96, 65), (32, 32), (3, 4), (2, 7), (1, 1)]
+MAGNITUDES = (5, 10, 15, 20)
+
+
+def applied(name: str, image: Array, strength: float, centre: tuple[float, float] = (0.5, 0.5)) -> Array:
+    new = apply(Image.fromarray(image), name, strength, centre)
+    assert new.mode == "RGB"
+    assert new.size == (image.shape[1], image.shape[0])
+    return np.asarray(new).astype(np.int64)
+
+
+def test_the_operations_are_the_references() -> None:
+    assert set(OPERATIONS) == set(BY_HAND)
+    assert len(OPERATIONS) == 16
+    assert SIGNED == BOTH_WAYS
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_strengths_are_those_worked_out_by_hand(name: str) -> None:
+    for magnitude, strength in zip((10, 15, 20), BY_HAND[name], strict=True):
+        assert STRENGTHS[name](magnitude) == pytest.approx(min(strength, MOST.get(name, math.inf)), abs=1e-12)
+
+
+@pytest.mark.parametrize("name", sorted(set(BY_HAND) - BOTH_WAYS))
+def test_levels_are_the_references(name: str) -> None:
+    """Exact, except that where a quotient is whole one level less will do, and for what color's grey is rounded by."""
+    for size in SIZES:
+        for kind, image in pictures(*size):
+            for magnitude in MAGNITUDES:
+                found = applied(name, image, STRENGTHS[name](magnitude), (0.3, 0.9))
+                want = expected(name, image, magnitude, (0.3, 0.9))
+                wrong = (found < want.pixels - want.below) | (found > want.pixels + want.above)
+                assert not wrong.any(), f"{kind} {size}, m = {magnitude}: {wrong.sum()} of {wrong.size} values"
+
+
+@pytest.mark.parametrize(
+    ("name", "most"), [("rotate", 0.02), ("shear_x", 0.1), ("shear_y", 0.1), ("translate_x", 0), ("translate_y", 0)]
+)
+def test_positions_are_the_references(name: str, most: float) -> None:
+    """Exact wherever a position is further than 0.01 from halfway between two pixels, for Pillow works in 65,536ths.
+
+    At halfway, either neighbour will do; but no more than ``most`` of the pixels may then be another than the one that
+    the reference takes, which rounds away from zero (a shear of 0.3 has a tenth of its rows at halfway).
+    """
+    for size in SIZES[:4]:
+        for kind, image in pictures(*size):
+            if kind not in ("noise", "photograph", "constant"):
+                continue
+            for magnitude in (*MAGNITUDES, 13):
+                for sign in (1, -1):
+                    strength = sign * STRENGTHS[name](magnitude)
+                    found = applied(name, image, strength)
+                    x, y = sources(name, strength, *size)
+                    as_good = np.zeros(size, bool)
+                    for nudge_x in (-0.01, 0.01):
+                        for nudge_y in (-0.01, 0.01):
+                            at = (np.floor(u + nudge + 0.5).astype(int) for u, nudge in ((x, nudge_x), (y, nudge_y)))
+                            as_good |= (taken_from(image, *at) == found).all(axis=2)
+                    assert as_good.all(), f"{kind} {size}, strength {strength}: {(~as_good).sum()} pixels"
+                    away = (np.copysign(np.floor(np.abs(u).round(6) + 0.5), u).astype(int) for u in (x, y))
+                    other = (taken_from(image, *away) != found).any(axis=2).mean()
+                    assert other <= most, f"{kind} {size}, strength {strength}: {other:.2%} of the pixels"
+
+
+def test_a_shear_moves_rows_by_hand() -> None:
+    image = np.arange(5 * 6 * 3, dtype=np.uint8).reshape(5, 6, 3)
+    found = applied("shear_x", image, 0.45)  # row y from 0.45 y to the right: 0, 0.45, 0.9, 1.35, 1.8
+    for row, moved in enumerate((0, 0, 1, 1, 2)):
+        assert np.array_equal(found[row, : 6 - moved], image[row, moved:])
+        assert (found[row, 6 - moved :] == 128).all()
+    assert np.array_equal(applied("shear_y", image.swapaxes(0, 1).copy(), 0.45), found.swapaxes(0, 1))
+
+
+@pytest.mark.parametrize(("magnitude", "name"), [(20, "posterize"), (25, "posterize"), (10, "solarize")])
+def test_posterize_and_solarize_that_change_nothing(magnitude: float, name: str) -> None:
+    for _, image in pictures(32, 32):
+        assert np.array_equal(applied(name, image, STRENGTHS[name](magnitude)), image)
+    for stronger in (magnitude + 5, 100):
+        assert STRENGTHS[name](stronger) == STRENGTHS[name](magnitude)
+
+
+def test_a_factor_of_one_changes_nothing() -> None:
+    for name in ("color", "contrast", "brightness", "sharpness"):
+        assert STRENGTHS[name](5) == 1
+        for _, image in pictures(32, 33):
+            assert np.array_equal(applied(name, image, 1.0), image)
+
+
+def test_a_grey_image_has_no_colour_to_strengthen() -> None:
+    image = np.repeat(np.arange(256, dtype=np.uint8).reshape(16, 16, 1), 3, axis=2)
+    for magnitude in MAGNITUDES:
+        assert np.array_equal(applied("color", image, STRENGTHS["color"](magnitude)), image)
+
+
+@pytest.mark.parametrize("side", [32, 448])
+def test_strengths_in_pixels_grow_with_the_image(side: int) -> None:
+    image = np.zeros((side, side, 3), np.uint8)
+    moved, half = {32: (14, 6), 448: (200, 80)}[side]  # 100 and 40 of 224, rounded
+    for name, axis in (("translate_x", 1), ("translate_y", 0)):
+        for sign in (1, -1):
+            filled = (applied(name, image, sign * 100) == 128).all(axis=(1 - axis, 2))
+            assert np.array_equal(np.flatnonzero(filled), np.arange(side)[-moved:] if sign > 0 else np.arange(moved))
+    hidden = (applied("cutout", image, 40) == 128).all(axis=2)
+    assert hidden[side // 2 - half : side // 2 + half, side // 2 - half : side // 2 + half].all()
+    assert hidden.sum() == (2 * half) ** 2
+
+
+def test_each_side_has_its_own_scale() -> None:
+    image = np.zeros((224, 448, 3), np.uint8)
+    assert ((applied("translate_x", image, 100) == 128).sum(axis=1) == 200).all()
+    assert ((applied("translate_y", image, 100) == 128).sum(axis=0) == 100).all()
+    assert (applied("cutout", image, 40) == 128).all(axis=2).sum() == 80 * 160
+
+
+@pytest.mark.parametrize(("down", "right"), [(0.0, 0.0), (0.9999, 0.9999), (0.0, 0.5), (0.999, 0.01)])
+def test_cutout_at_the_border_is_cut_off(down: float, right: float) -> None:
+    image = np.zeros((50, 70, 3), np.uint8)
+    hidden = (applied("cutout", image, 40, (down, right)) == 128).all(axis=2)
+    rows, columns = np.flatnonzero(hidden.any(axis=1)), np.flatnonzero(hidden.any(axis=0))
+    assert [rows[0], rows[-1] + 1] == [max(int(50 * down) - 9, 0), min(int(50 * down) + 9, 50)]
+    assert [columns[0], columns[-1] + 1] == [max(int(70 * right) - 12, 0), min(int(70 * right) + 12, 70)]
+    assert hidden.sum() == len(rows) * len(columns)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 9), (9, 1), (2, 2)])
+@pytest.mark.parametrize("magnitude", [0, 0.1, 2.5, 30, 100])
+def test_images_and_magnitudes_out_of_the_ordinary(size: tuple[int, int], magnitude: float) -> None:
+    for _, image in pictures(*size):
+        for name in OPERATIONS:
+            for sign in (1, -1) if name in SIGNED else (1,):
+                applied(name, image, sign * STRENGTHS[name](magnitude), (0.999, 0.0))
+
+
+def test_the_given_image_is_left_alone() -> None:
+    for _, image in pictures(37, 53):
+        given = Image.fromarray(image.copy())
+        for name in OPERATIONS:
+            apply(given, name, STRENGTHS[name](15))
+            assert np.array_equal(np.asarray(given), image), name
+
+
+# Draws
+
+
+class Drawn(NamedTuple):
+    name: str
+    strength: float
+    centre: tuple[float, float]
+
+
+def draws(monkeypatch: pytest.MonkeyPatch, augment: RandAugment, images: int, seed: int) -> list[Drawn]:
+    """The operations of so many images, without the pixels."""
+    seen: list[Drawn] = []
+
+    def spy(image: Image.Image, name: str, strength: float, centre: tuple[float, float] = (0.5, 0.5)) -> Image.Image:
+        seen.append(Drawn(name, strength, centre))
+        return image
+
+    monkeypatch.setattr(randaugment, "apply", spy)
+    rng, image = np.random.default_rng(seed), Image.new("RGB", (2, 2))
+    for _ in range(images):
+        augment(image, rng)
+    monkeypatch.undo()
+    return seen
+
+
+def bins(fractions: list[float], number: int) -> Array:
+    return np.bincount((np.array(fractions) * number).astype(int), minlength=number)
+
+
+@pytest.mark.parametrize("magnitude", [10, 15, 20])
+def test_every_operation_has_the_strength_of_the_magnitude(monkeypatch: pytest.MonkeyPatch, magnitude: int) -> None:
+    seen = draws(monkeypatch, RandAugment(layers=3, magnitude=magnitude), 300, seed=0)
+    assert len(seen) == 900
+    found = {name: {drawn.strength for drawn in seen if drawn.name == name} for name in OPERATIONS}
+    for name, row in BY_HAND.items():
+        strength = min(row[magnitude // 5 - 2], MOST.get(name, math.inf))
+        signed = (-strength, strength) if name in BOTH_WAYS else (strength,)
+        assert sorted(found[name]) == pytest.approx(signed, abs=1e-12), name
+
+
+def test_operations_are_uniform_with_replacement_and_layers_independent(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = draws(monkeypatch, RandAugment(), 100_000, seed=1)
+    assert len(seen) == 200_000  # each always applied
+    place = {name: i for i, name in enumerate(BY_HAND)}
+    first, second = (np.array([place[drawn.name] for drawn in seen[layer::2]]) for layer in (0, 1))
+    pairs = np.zeros((16, 16), int)
+    np.add.at(pairs, (first, second), 1)
+    assert chisquare(pairs.sum(axis=1)).pvalue > 1e-3
+    assert chisquare(pairs.sum(axis=0)).pvalue > 1e-3
+    assert chisquare(pairs.ravel()).pvalue > 1e-3
+    assert chi2_contingency(pairs).pvalue > 1e-3
+
+
+def test_geometric_operations_go_either_way_the_others_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = draws(monkeypatch, RandAugment(layers=1), 100_000, seed=2)
+    positive = Counter(drawn.name for drawn in seen if drawn.strength > 0)
+    negative = Counter(drawn.name for drawn in seen if drawn.strength < 0)
+    assert set(negative) == BOTH_WAYS
+    for name in BOTH_WAYS:
+        assert chisquare([positive[name], negative[name]]).pvalue > 1e-3, name
+
+
+def test_cutouts_centres_are_uniform(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = draws(monkeypatch, RandAugment(layers=100), 4000, seed=3)
+    centres = [drawn.centre for drawn in seen if drawn.name == "cutout"]
+    assert len(centres) > 24_000
+    down, right = ([centre[axis] for centre in centres] for axis in (0, 1))
+    assert min(down + right) >= 0
+    assert max(down + right) < 1
+    assert chisquare(bins(down, 224)).pvalue > 1e-3
+    assert chisquare(bins(right, 224)).pvalue > 1e-3
+    cells, _, _ = np.histogram2d(down, right, bins=8, range=[(0, 1), (0, 1)])
+    assert chisquare(cells.ravel()).pvalue > 1e-3
+
+
+def test_the_same_generator_gives_the_same_pixels_another_others() -> None:
+    image = Image.fromarray(next(pictures(37, 53))[1])
+
+    def made(seed: int) -> bytes:
+        rng = np.random.default_rng(seed)
+        return b"".join(RandAugment()(image, rng).tobytes() for _ in range(20))
+
+    first = [made(seed) for seed in range(5)]
+    np.random.seed(7)  # noqa: NPY002
+    assert [made(seed) for seed in range(5)] == first
+    assert len(set(first)) == 5
+
+
+def test_layers_are_applied_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    image = Image.fromarray(next(pictures(37, 53))[1])
+    for seed in range(30):
+        seen = draws(monkeypatch, RandAugment(layers=3, magnitude=10), 1, seed)
+        by_hand = image
+        for drawn in seen:
+            by_hand = apply(by_hand, *drawn)
+        augmented = RandAugment(layers=3, magnitude=10)(image, np.random.default_rng(seed))
+        assert augmented.tobytes() == by_hand.tobytes()
+    assert RandAugment(layers=0)(image, np.random.default_rng(0)).tobytes() == image.tobytes()

@@ -1,0 +1,384 @@
+"""The run's steps from a recipe: averaging, keeping the best, stopping early, and what a failure leaves."""
+
+import dataclasses
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from mlp_mixer.data.parts import Part, Source
+from mlp_mixer.data.stores import ArrayStore
+from mlp_mixer.errors import RunError
+from mlp_mixer.evaluation.classification import classify
+from mlp_mixer.model import Mixer
+from mlp_mixer.training import run
+from mlp_mixer.training.fit import Fitted, fit, lengths
+from mlp_mixer.training.recipe import (
+    DataRecipe,
+    ModelRecipe,
+    OptimizationRecipe,
+    Recipe,
+    RunRecipe,
+    check,
+)
+from mlp_mixer.training.start import prepare
+from mlp_mixer.weights.load import load
+from mlp_mixer.weights.own import save
+
+CLASSES = ("a", "b", "c")
+CPU = torch.device("cpu")
+
+
+def part(images: int, seed: int) -> Part:
+    """Noisy images, brighter by class."""
+    labels = np.arange(images) % 3
+    noise = np.random.default_rng(seed).integers(0, 120, (images, 8, 8, 3))
+    pixels = (noise + 60 * labels[:, None, None, None]).astype(np.uint8)
+    names = tuple(f"{i:03d}" for i in range(images))
+    return Part(store=ArrayStore(pixels, names), names=names, labels=labels, classes=CLASSES)
+
+
+def source(**parts: int) -> Source:
+    counts = parts or {"train": 24, "val": 6}
+    return Source(parts={name: part(n, i) for i, (name, n) in enumerate(counts.items())}, classes=CLASSES, how="made")
+
+
+def recipe(**changes: Any) -> Recipe:
+    """A run of six steps, two for each of three epochs; ``changes`` go to the section that has such a field."""
+    sections: dict[str, Any] = {
+        "model": ModelRecipe(
+            image_size=8, patch_size=4, num_blocks=2, hidden_dim=8, tokens_mlp_dim=6, channels_mlp_dim=16
+        ),
+        "data": DataRecipe(data="unused", crop_ratio=1.0, train_crop="none", flip=True, workers=0),
+        "optimization": OptimizationRecipe(epochs=3, global_batch_size=12, learning_rate=0.01, warmup_steps=1),
+        "run": RunRecipe(device="cpu", precision="float32", compile="off", log_every_steps=1),
+    }
+    for name, value in changes.items():
+        (section,) = [key for key, held in sections.items() if name in {f.name for f in dataclasses.fields(held)}]
+        sections[section] = dataclasses.replace(sections[section], **{name: value})
+    return check(Recipe(**sections))
+
+
+def state(model: Mixer) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+class Watched:
+    """A fit, with the trained weights after each step and those that were shown to each evaluation."""
+
+    def __init__(
+        self, out: Path, settings: Recipe, top1: list[float] | None = None, data: Source | None = None
+    ) -> None:
+        self.steps: list[dict[str, Tensor]] = []
+        self.shown: list[dict[str, Tensor]] = []
+        self.parts: list[str] = []
+        self.messages: list[tuple[int, int]] = []
+        self.scores = top1
+        (out / "checkpoints").mkdir(parents=True)
+        self.out, self.settings, self.data = out, settings, data or source()
+        self.model = prepare(settings)(CLASSES)
+        self.start = state(self.model)
+
+    def update(self, done: int, total: int, text: str) -> None:
+        self.steps.append(state(self.model))
+        self.messages.append((done, total))
+
+    def examine(self, model: Mixer, name: str) -> Any:
+        self.shown.append(state(model))
+        self.parts.append(name)
+        if self.scores is None:
+            return classify(model, self.data.parts[name], device=CPU, precision=torch.float32)
+        return SimpleNamespace(top1=self.scores[len(self.shown) - 1], loss=1.0, unreadable={})
+
+    def fit(self) -> Fitted[Any]:
+        precision = {"float16": torch.float16}.get(self.settings.run.precision, torch.float32)
+        return fit(self.settings, self.out, self.data, self.model, CPU, precision, self.examine, self)
+
+
+def watched(out: Path, top1: list[float] | None = None, **changes: Any) -> tuple[Watched, Fitted[Any]]:
+    seen = Watched(out, recipe(**changes), top1)
+    return seen, seen.fit()
+
+
+def test_a_plain_run_ends_with_the_last_weights(tmp_path: Path) -> None:
+    seen, fitted = watched(tmp_path / "run")
+    assert (fitted.steps, fitted.kept_step, fitted.warmup_steps, fitted.compiled) == (6, 6, 1, False)
+    assert seen.messages == [(i, 6) for i in range(1, 7)]
+    assert seen.parts == ["val"] * 3
+    assert fitted.model is seen.model
+    assert same(state(fitted.model), seen.steps[-1])
+    assert same(state(load(tmp_path / "run/checkpoints/last.safetensors")), seen.steps[-1])
+    assert all(same(shown, seen.steps[i]) for shown, i in zip(seen.shown, (1, 3, 5), strict=True))
+    assert fitted.val is not None
+    assert fitted.val.top1 > 0.5
+    logged = [line for line in fitted.metrics if "loss" in line]
+    assert [line["step"] for line in logged] == list(range(1, 7))
+    for before, after, line in zip([seen.start, *seen.steps], seen.steps, logged, strict=False):
+        change = torch.cat([(after[n] - before[n]).flatten() for n in after]).norm()
+        assert line["update_norm"] == pytest.approx(float(change), rel=1e-4)
+
+
+@pytest.mark.parametrize("decay", [0.5, 0.9, 0.0])
+def test_the_polyak_average_is_the_one_by_hand(decay: float, tmp_path: Path) -> None:
+    seen, fitted = watched(tmp_path / "run", polyak=decay)
+    plain, _ = watched(tmp_path / "plain")
+    assert all(same(a, b) for a, b in zip(seen.steps, plain.steps, strict=True))  # it has no part in the training
+    average = {name: w.double() for name, w in seen.steps[0].items()}  # it starts at the first step's weights
+    by_step = [average]
+    for weights in seen.steps[1:]:
+        average = {name: decay * average[name] + (1 - decay) * w.double() for name, w in weights.items()}
+        by_step.append(average)
+    last = state(load(tmp_path / "run/checkpoints/last.safetensors"))
+    shown = [*zip(seen.shown, (1, 3, 5), strict=True), (state(fitted.model), 5), (last, 5)]
+    for found, step in shown:
+        for name, expected in by_step[step].items():
+            assert (found[name] - expected).abs().max() < 1e-6, (step, name)
+    assert decay == 0 or not same(state(fitted.model), seen.steps[-1])
+
+
+@pytest.mark.parametrize("polyak", [None, 0.5])
+def test_the_best_is_kept(polyak: float | None, tmp_path: Path) -> None:
+    seen, fitted = watched(tmp_path / "run", [0.2, 0.7, 0.7], keep="best", polyak=polyak)
+    assert (fitted.steps, fitted.kept_step) == (6, 4)  # the first of equals
+    assert fitted.val is not None
+    assert fitted.val.top1 == 0.7
+    assert same(state(fitted.model), seen.shown[1])
+    assert not same(seen.shown[1], seen.shown[2])
+    assert same(state(load(tmp_path / "run/checkpoints/best.safetensors")), seen.shown[1])
+    assert same(state(load(tmp_path / "run/checkpoints/last.safetensors")), seen.shown[2])
+
+
+def test_the_last_is_kept_where_the_best_is_not_asked_for(tmp_path: Path) -> None:
+    seen, fitted = watched(tmp_path / "run", [0.9, 0.7, 0.1], keep="last")
+    assert fitted.kept_step == 6
+    assert fitted.val is not None
+    assert fitted.val.top1 == 0.1
+    assert same(state(fitted.model), seen.shown[2])
+
+
+@pytest.mark.parametrize(
+    ("scores", "patience", "steps"),
+    [
+        ([0.5, 0.5, 0.4, 0.9], 2, 6),
+        ([0.5, 0.4, 0.6, 0.6, 0.6], 2, 10),
+        ([0.5, 0.4, 0.6, 0.6, 0.7], 2, 10),
+        ([0.5, 0.4], 1, 4),
+        ([0.1, 0.2, 0.3, 0.4, 0.5], 1, 10),
+    ],
+)
+def test_patience_ends_the_run_early(scores: list[float], patience: int, steps: int, tmp_path: Path) -> None:
+    seen, fitted = watched(tmp_path / "run", scores, patience=patience, keep="best", epochs=5)
+    assert fitted.steps == steps == 2 * len(seen.shown)
+    best = 1 + int(np.argmax(scores[: steps // 2]))
+    assert fitted.kept_step == 2 * best
+    assert same(state(fitted.model), seen.shown[best - 1])
+
+
+def test_steps_override_epochs(tmp_path: Path) -> None:
+    seen, fitted = watched(tmp_path / "run", steps=3, epochs=100)
+    assert fitted.steps == 3
+    assert len(seen.steps) == 3
+    assert seen.parts == ["val"] * 2  # after an epoch, and at the end
+    rates = [line["learning_rate"] for line in fitted.metrics if "learning_rate" in line]
+    assert rates == pytest.approx([0.01, 0.01 * 2 / 3, 0.01 / 3])  # the schedule has their length
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"steps": 100, "warmup_steps": 7}, (100, 7)),
+        ({"steps": 20, "warmup_steps": 7}, (20, 4)),
+        ({"steps": None, "epochs": 2.5, "warmup_steps": 0}, (5, 0)),
+        ({"steps": None, "epochs": 0.01}, (1, 0)),
+    ],
+)
+def test_lengths_of_run_and_warm_up(changes: dict[str, Any], expected: tuple[int, int]) -> None:
+    assert lengths(recipe(**changes).optimization, 24) == expected
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_a_frozen_body_stays_bit_for_bit(optimizer: str, tmp_path: Path) -> None:
+    trained, _ = watched(tmp_path / "first")
+    save(trained.model, tmp_path / "weights.safetensors")
+    sizes = ("patch_size", "num_blocks", "hidden_dim", "tokens_mlp_dim", "channels_mlp_dim")
+    changes: dict[str, Any] = dict.fromkeys(sizes) | {"weights": str(tmp_path / "weights.safetensors"), "frozen": True}
+    options = {"dropout": 0.2, "stochastic_depth": 0.2, "polyak": 0.9, "recompute": True, "optimizer": optimizer}
+    _, fitted = watched(tmp_path / "run", **changes | options)
+    before, after = state(trained.model), state(fitted.model)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"head.weight", "head.bias"}
+    assert (after["head.weight"] != 0).any()
+
+
+NOISY = {"dropout": 0.2, "stochastic_depth": 0.4, "mixup": 0.5, "cutmix": 1.0, "mix_group_size": 3}
+
+
+def far(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    return max(float((a[name] - b[name]).abs().max()) for name in a)
+
+
+@pytest.mark.parametrize("changes", [{}, NOISY, NOISY | {"loss": "sigmoid", "head_bias": -2.0, "label_smoothing": 0.1}])
+def test_micro_batches_and_recomputation_give_the_same_result(changes: dict[str, Any], tmp_path: Path) -> None:
+    settings = changes | {"optimizer": "sgd", "learning_rate": 0.1}
+    found = {
+        name: watched(tmp_path / name, **settings | more)[0]
+        for name, more in {
+            "whole": {},
+            "parts": {"micro_batch_size": 3},
+            "recomputed": {"micro_batch_size": 6, "recompute": True},
+            "seed": {"seed": 1},
+        }.items()
+    }
+    whole = found["whole"].steps[-1]
+    for name in ("parts", "recomputed"):
+        assert far(found[name].steps[-1], whole) < 1e-5, name
+        assert len(found[name].steps) == 6
+    assert far(found["seed"].steps[-1], whole) > 1e-2
+
+
+@pytest.mark.parametrize(("recompute", "times"), [(False, 1), (True, 2)])
+def test_blocks_are_computed_again_where_the_recipe_says_so(recompute: bool, times: int, tmp_path: Path) -> None:
+    seen = Watched(tmp_path / "run", recipe(recompute=recompute, polyak=0.5))
+    calls = []
+    for block in seen.model.blocks:
+        block.get_submodule("norm2").register_forward_hook(lambda *words: calls.append(1))
+    seen.fit()
+    evaluations = 3  # of the average, a copy that has the hooks too and recomputes nothing
+    assert len(calls) == (6 * times + evaluations) * len(seen.model.blocks)
+
+
+def test_float16_is_trained_with_scaled_gradients(tmp_path: Path) -> None:
+    _, fitted = watched(tmp_path / "run", precision="float16", epochs=20)
+    assert fitted.val is not None
+    assert fitted.val.top1 > 0.5
+
+
+# What goes wrong
+
+
+@pytest.mark.parametrize("polyak", [None, 0.9])
+def test_a_diverging_run_says_so_and_leaves_the_last_good_weights(polyak: float | None, tmp_path: Path) -> None:
+    seen = Watched(tmp_path / "run", recipe(learning_rate=1e30, warmup_steps=0, polyak=polyak))
+    with pytest.raises(RunError) as caught:
+        seen.fit()
+    path = tmp_path / "run/checkpoints/last.safetensors"
+    good = len(seen.steps)  # the steps before the one that failed
+    assert 1 <= good < 6
+    pattern = (
+        rf"step {good + 1}: loss \S+, gradient norm \S+: training has diverged; lower --learning-rate or "
+        rf"lengthen --warmup-steps; the weights of step {good}, the last good one, are in {re.escape(str(path))}"
+    )
+    assert re.fullmatch(pattern, str(caught.value))
+    left = load(path)
+    assert all(p.isfinite().all() for p in left.parameters())
+    assert left.card.provenance["step"] == good
+    if polyak is None:
+        assert same(state(left), seen.steps[-1])
+        assert same(state(seen.model), seen.steps[-1])
+
+
+def test_the_folder_of_a_diverged_run_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "load_source", lambda *words, **options: source(train=24, val=6, test=6))
+    with pytest.raises(RunError, match="training has diverged"):
+        run.train(recipe(learning_rate=1e30, warmup_steps=0), tmp_path / "run", classify, Silent())
+    assert {"recipe.json", "metrics.jsonl"} <= {path.name for path in (tmp_path / "run").iterdir()}
+    load(tmp_path / "run/checkpoints/last.safetensors")
+
+
+class Silent:
+    def update(self, done: int, total: int, text: str) -> None:
+        pass
+
+
+def test_a_whole_run_of_everything_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "load_source", lambda *words, **options: source(train=24, val=6, test=6))
+    settings = recipe(
+        **NOISY, micro_batch_size=6, recompute=True, polyak=0.5, keep="best", patience=2, randaugment=10.0, steps=9
+    )
+    done = run.train(settings, tmp_path / "run", classify, Silent())
+    assert done.results.keys() == {"val", "test"}
+    assert done.summary["kept_step"] <= done.summary["steps"] <= 9
+    assert done.summary["val_top1"] == done.results["val"].top1
+    assert same(state(load(tmp_path / "run/model.safetensors")), state(done.model))
+    again = classify(
+        load(tmp_path / "run/model.safetensors"), done.source.parts["val"], device=CPU, precision=torch.float32
+    )
+    assert again.top1 == done.summary["val_top1"]
+
+
+REMEDY = (
+    "6 images at a time do not fit the memory: give --micro-batch-size 3 or less (gradients add up over a step, to "
+    "the same result), or --recompute"
+)
+
+
+def raising(error: Exception) -> Callable[[Tensor, Tensor], Tensor]:
+    def forward(images: Tensor, keys: Tensor) -> Tensor:
+        raise error
+
+    return forward
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        MemoryError(),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to"),
+    ],
+    ids=["cuda", "python", "cpu"],
+)
+def test_a_batch_that_does_not_fit_the_memory_is_told_what_to_do(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = Watched(tmp_path / "run", recipe(micro_batch_size=6))
+    monkeypatch.setattr(seen.model, "forward", raising(error))
+    with pytest.raises(RunError) as caught:
+        seen.fit()
+    assert str(caught.value) == REMEDY
+    assert caught.value.__cause__ is error
+
+
+def test_another_error_of_the_model_is_left_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = Watched(tmp_path / "run", recipe())
+    monkeypatch.setattr(seen.model, "forward", raising(RuntimeError("mat1 and mat2 shapes cannot be multiplied")))
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied") as caught:
+        seen.fit()
+    assert type(caught.value) is RuntimeError
+
+
+PROGRAM = """
+import pathlib, resource, sys
+import torch.utils.tensorboard
+sys.path.insert(0, {folder!r})
+from test_fit import Watched, recipe
+from mlp_mixer.errors import RunError
+sizes = dict(global_batch_size=1024, hidden_dim=1024, channels_mlp_dim=4096, patch_size=2, num_blocks=1, steps=2)
+seen = Watched(pathlib.Path({out!r}), recipe(**sizes))
+used = int(pathlib.Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + {megabytes} * 2**20,) * 2)
+try:
+    seen.fit()
+except RunError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's")
+def test_a_batch_that_really_does_not_fit_is_told_what_to_do(tmp_path: Path) -> None:
+    program = PROGRAM.format(folder=str(Path(__file__).parent), out=str(tmp_path / "run"), megabytes=400)
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    told = "1024 images at a time do not fit the memory: give --micro-batch-size 512 or less"
+    assert ended.stdout.startswith(told), ended.stderr[-2000:]
