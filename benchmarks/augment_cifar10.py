@@ -5,7 +5,7 @@
 All: one Mixer of the same sizes (tanh GELU), AdamW at one rate, batch size and weight decay, one epoch of warm-up and a
 cosine, bfloat16 where the CPU has it, torch.compile, two loader processes, all 50,000 images ten times, one evaluation
 at the end. Ours is what `mixer train` runs. timm's is a loop around its create_loader, Mixup, create_optimizer_v2 and
-create_scheduler_v2; --choose shows how its augmentation was chosen, by 5,000 held-out training images. The contestants
+create_scheduler_v2; --choose compares settings of its augmentation on held-out training images. The contestants
 alternate, seed after seed, each in a process of its own; seconds are of the training with its data, and the compiler's.
 """
 
@@ -20,7 +20,7 @@ from pathlib import Path
 
 from common import machine, print_table, write_results
 
-SIZES = {"image_size": 32, "patch_size": 4, "num_blocks": 4, "hidden_dim": 64, "tokens_mlp_dim": 32}
+SIZES = {"image_size": 32, "patch_size": 4, "num_blocks": 3, "hidden_dim": 64, "tokens_mlp_dim": 32}
 SIZES |= {"channels_mlp_dim": 256}
 EPOCHS, BATCH, RATE, DECAY, WORKERS = 10, 128, 2e-3, 0.1, 2
 OURS = {"ours, plain": {}, "ours, mixup and RandAugment": {"mixup": 0.2, "randaugment": 10.0, "randaugment_layers": 1}}

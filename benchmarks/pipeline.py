@@ -109,14 +109,16 @@ def draw_only(operation: auto_augment.AugmentOp) -> None:
 
 
 class Timms:
-    """timm's training transform for images whose draws are known."""
+    """timm's training transform for images whose draws are known; ``draws_too``: it makes its own as well."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, draws_too: bool) -> None:
         self.transform = create_transform(
-            size, is_training=True, auto_augment=f"rand-m{MAGNITUDE}-n2", color_jitter=0.0
-        )
-        self.transform = create_transform(
-            size, is_training=True, auto_augment=f"rand-m{MAGNITUDE}-n2", use_prefetcher=True, color_jitter=0.0
+            size,
+            is_training=True,
+            scale=(0.05, 1.0),
+            auto_augment=f"rand-m{MAGNITUDE}-n2-p1.0",
+            use_prefetcher=True,
+            color_jitter=0.0,
         )
         crop, self.flip, self.augment, *rest = self.transform.transforms
         assert [type(t).__name__ for t in rest] == ["MaybePILToTensor"], self.transform
