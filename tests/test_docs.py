@@ -1,7 +1,9 @@
-"""What the documents say of published files is what the code says."""
+"""What the documents say of published files and recipes is what the code says."""
 
 from pathlib import Path
 
+from mlp_mixer.recipes.finetune import FINETUNE
+from mlp_mixer.recipes.pretrain import PRETRAIN
 from mlp_mixer.weights.known import CHECKPOINTS
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -15,3 +17,46 @@ def test_every_published_file_is_in_the_table() -> None:
         assert row == (
             f"| {known.file} | Mixer-{known.variant} | {known.data} | {known.classes:,} | {top1} | {known.source} |"
         )
+
+
+def table(file: str) -> dict[str, list[str]]:
+    """The rows of all tables of a document by their first cell."""
+    lines = (DOCS / file).read_text(encoding="utf-8").splitlines()
+    cells = [[cell.strip() for cell in line.strip("| ").split("|")] for line in lines if line.startswith("| ")]
+    return {row[0]: row[1:] for row in cells}
+
+
+def shown(value: float | None) -> str:
+    return "–" if value is None else f"{value:,g}"
+
+
+def test_the_pretraining_recipes_are_in_the_table() -> None:
+    rows = table("training.md")
+    for name, make in PRETRAIN.items():
+        recipe = make()
+        values = (
+            recipe.optimization.epochs,
+            recipe.optimization.learning_rate,
+            recipe.optimization.weight_decay,
+            recipe.data.randaugment,
+            recipe.data.mixup,
+            recipe.model.stochastic_depth,
+            recipe.model.head_bias,
+        )
+        assert rows[name] == [shown(value) for value in values]
+
+
+def test_the_fine_tuning_recipes_are_in_the_table() -> None:
+    rows = table("training.md")
+    for name, make in FINETUNE.items():
+        transfer = make()
+        optimization = transfer.recipe.optimization
+        steps = f"{optimization.steps:,}" if optimization.steps else f"{optimization.epochs:g} epochs"
+        rates = ", ".join(map(str, transfer.search.learning_rates))
+        row = rows["vtab-… (19 tasks)" if name.startswith("vtab-") else name]
+        assert row == [
+            steps,
+            f"{optimization.warmup_steps:,}",
+            rates,
+            f"{transfer.search.search_fraction:.0%}".replace("%", " %"),
+        ]
