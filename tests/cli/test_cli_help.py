@@ -1,5 +1,6 @@
 """The command answers at once, explains itself, and needs no torch for either."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -21,7 +22,9 @@ def command() -> list[str]:
     return [found] if (found := shutil.which("mixer")) else [sys.executable, "-c", RUN]
 
 
-@pytest.mark.parametrize(("words", "limit"), [(["--help"], 0.3), ([], 0.3), (["train", "--help"], 0.6)])
+@pytest.mark.parametrize(
+    ("words", "limit"), [(["--help"], 0.3), ([], 0.3), (["train", "--help"], 0.6), (["finetune", "--help"], 0.6)]
+)
 def test_help_is_there_at_once(words: list[str], limit: float) -> None:
     seconds = []
     for _ in range(3):
@@ -60,17 +63,58 @@ def test_each_verb_explains_itself_with_an_example(mixer, verb: str) -> None:
     answer = mixer(verb, "--help")
     assert answer.status == 0
     assert answer.err == ""
-    assert f"example: mixer {verb} " in answer.out
+    assert re.search(rf"examples?: mixer {verb} ", answer.out)
     assert "--json" in answer.out
 
 
-@pytest.mark.parametrize("recipe", ["digits", "cifar10", "photos"])
+def default_of(option: str, text: str) -> str:
+    """What the help says of an option's default, as typed."""
+    found = re.search(rf"{option} .*?\(default: ([^)]*)\)", " ".join(text.split()))
+    assert found, option
+    return found[1]
+
+
+@pytest.mark.parametrize(
+    "recipe", ["digits", "cifar10", "photos", "imagenet-b16", "imagenet-b16-small", "jft-h14", "imagenet21k-l16"]
+)
 def test_help_of_a_recipe_shows_its_defaults(mixer, recipe: str) -> None:
     from mlp_mixer.recipes import get_recipe
 
-    answer = mixer("train", recipe, "--help")
+    answer, expected = mixer("train", recipe, "--help"), get_recipe(recipe)
     assert f"those of the recipe {recipe}." in " ".join(answer.out.split())
-    assert f"(default: {get_recipe(recipe).model.image_size})" in answer.out
+    assert f"(default: {expected.model.image_size})" in answer.out
+    assert default_of("--randaugment", answer.out) == str(expected.data.randaugment)
+    assert default_of("--mixup", answer.out) == str(expected.data.mixup)
+    assert default_of("--loss", answer.out) == expected.optimization.loss
+    assert default_of("--keep", answer.out) == expected.run.keep
+
+
+def test_help_of_a_fine_tuning_recipe_shows_its_defaults(mixer) -> None:
+    from mlp_mixer.recipes import get_transfer
+
+    for words, recipe in (
+        (["w.npz", "pets"], "pets"),
+        (["w.npz", "vtab-svhn"], "vtab-svhn"),
+        (["w.npz", "--data", "flowers102"], "flowers102"),
+        (["w.npz", "--data=photos/"], "photos"),
+        ([], "photos"),
+    ):
+        answer, expected = mixer("finetune", *words, "--help"), get_transfer(recipe)
+        assert f"those of the recipe finetune-{recipe}." in " ".join(answer.out.split())
+        assert default_of("--learning-rates", answer.out) == " ".join(map(str, expected.search.learning_rates))
+        assert default_of("--search-fraction", answer.out) == str(expected.search.search_fraction)
+        assert default_of("--seeds", answer.out) == str(expected.search.seeds)
+        assert default_of("--steps", answer.out) == str(expected.recipe.optimization.steps)
+
+
+def test_help_names_every_recipe(mixer) -> None:
+    from mlp_mixer.recipes import RECIPES, TRANSFERS
+
+    for verb, recipes in (("train", RECIPES), ("finetune", TRANSFERS)):
+        listed = re.search(r"RECIPE is one of (.*?); without one", " ".join(mixer(verb, "--help").out.split()))
+        assert listed
+        assert set(listed[1].split(", ")) >= {name for name in recipes if not name.endswith("-small")}
+        assert "-small" in mixer(verb, "--help").out  # the twins are there too
 
 
 def test_the_package_imports_nothing_heavy() -> None:

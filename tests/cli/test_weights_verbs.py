@@ -10,6 +10,7 @@ from reference import randomise
 from safetensors.torch import load_file
 
 import mlp_mixer
+from mlp_mixer.training.start import with_zero_head
 from mlp_mixer.weights.known import synset_names
 from mlp_mixer.weights.resize import resize
 
@@ -217,7 +218,8 @@ def test_info_of_a_file_has_its_own_head(mixer, colour_weights) -> None:
 
 def test_finetune_to_a_rectangle(mixer, colour_weights, pictures, tmp_path) -> None:
     data = pictures(tmp_path / "data", {"red": 6, "blue": 6})
-    words = ("--epochs", 1, "--global-batch-size", 4, "--compile", "off", "--out", tmp_path / "run")
+    words = ("--steps", 2, "--global-batch-size", 4, "--compile", "off", "--out", tmp_path / "run")
+    words += ("--learning-rate", 0.01)
     assert_done(mixer("finetune", colour_weights, "--data", data, "--image-size", 16, 24, *words))
     assert mlp_mixer.load(tmp_path / "run" / "model.safetensors").image_size == (16, 24)
 
@@ -233,6 +235,20 @@ def tuned(mixer, colour_weights, pictures, tmp_path_factory):
     )
     assert_done(answer)
     return folder, answer
+
+
+def test_one_learning_rate_is_one_plain_run(tuned) -> None:
+    folder, answer = tuned
+    summary = json.loads(answer.out)
+    assert {path.name for path in (folder / "run").iterdir()} == {
+        *("recipe.json", "metrics.jsonl", "tensorboard", "checkpoints", "model.safetensors"),
+        *("report.html", "examples", "summary.json"),
+    }
+    assert not {"search", "learning_rate", "test_top1s"} & summary.keys()
+    recipe = json.loads((folder / "run" / "recipe.json").read_text())
+    assert recipe["name"] == "finetune-photos"
+    assert recipe["optimization"]["learning_rate"] == 0.1
+    assert "held-out" not in answer.err
 
 
 def test_finetune_learns_other_classes_at_another_size(tuned) -> None:
@@ -269,3 +285,162 @@ def test_finetune_mistakes_leave_nothing(mixer, colour_weights, pictures, tmp_pa
     assert_mistake(mixer("train", "--weights", colour_weights, "--data", data, "--num-blocks", 2), "--num-blocks")
     assert_mistake(mixer("finetune", colour_weights, "--data", data, "--optimizer", "adam"), "adam", "sgd")
     assert [path.name for path in Path().iterdir()] == ["data"]
+
+
+# finetune: the search, and the paper's recipes
+
+QUICK = ("--compile", "off", "--precision", "float32", "--device", "cpu", "--workers", 0)
+
+
+@pytest.fixture(scope="module")
+def photographs(pictures, tmp_path_factory) -> Path:
+    return pictures(tmp_path_factory.mktemp("photographs") / "data", {"red": 12, "noise": 12})
+
+
+@pytest.fixture(scope="module")
+def searched(mixer, colour_weights, photographs, tmp_path_factory):
+    """Colour weights on two other classes, by the rates of ``photos``."""
+    out = tmp_path_factory.mktemp("searched") / "run"
+    words = ("finetune", colour_weights, "--data", photographs, "--steps", 3, "--global-batch-size", 8, *QUICK)
+    words += ("--out", out)
+    return out, words, mixer(*words)
+
+
+def test_finetune_searches_the_rate_and_prints_the_rates(searched) -> None:
+    out, _, answer = searched
+    assert_done(answer)
+    lines = [line.split() for line in answer.out.splitlines() if line.startswith("rate ")]
+    assert [line[1] for line in lines] == ["0.003:", "0.01:", "0.03:", "0.06:"]
+    (chosen,) = (line[1].rstrip(":") for line in lines if "(chosen)" in line)
+    summary = json.loads((out / "summary.json").read_text())
+    assert float(chosen) == summary["learning_rate"]
+    assert [float(line[4]) for line in lines] == [pytest.approx(top1, abs=5e-5) for top1 in summary["search"].values()]
+    assert {path.name for path in (out / "search").iterdir()} == {f"rate-{rate}" for rate in summary["search"]}
+    assert f"weights  {out}/model.safetensors" in answer.out
+    assert f"report   {out}/report.html" in answer.out
+    assert "±" not in answer.out  # of one seed
+    assert same_tensors(out / "model.safetensors", out / "seed-0" / "model.safetensors")
+
+
+def test_the_same_command_prints_the_same_and_trains_no_more(mixer, searched) -> None:
+    out, words, first = searched
+    answer = mixer(*words, "--json")
+    assert_done(answer)
+    assert "going on with the transfer" in answer.err
+    assert "warm-up" not in answer.err  # of any run
+    summary = json.loads(answer.out)
+    assert summary == {"out": str(out)} | json.loads((out / "summary.json").read_text())
+    assert mixer(*words).out == first.out
+    rates = [0.003, 0.01, 0.03, 0.06]
+    assert list(summary["search"]) == [str(rate) for rate in rates]
+    best = max(summary["search"].values())
+    assert summary["learning_rate"] == min(rate for rate in rates if summary["search"][str(rate)] == best)
+    assert (summary["seeds"], summary["test_top1s"]) == ([0], [summary["test_top1"]])
+    assert (summary["test_top1_mean"], summary["test_top1_std"]) == (summary["test_top1"], None)
+    assert summary["images"] == {"train": 18, "test": 6}  # the held-out ones are trained on too, in the end
+    assert summary["total_train_seconds"] > summary["train_seconds"]
+
+
+def test_another_transfer_in_the_folder_is_refused(mixer, searched) -> None:
+    out, words, _ = searched
+    before = (out / "summary.json").read_bytes()
+    assert_mistake(mixer(*words, "--learning-rates", 0.1, 0.2), str(out), "learning_rates differ", "--out")
+    assert_mistake(mixer(*words, "--learning-rate", 0.1), str(out), "exists", "--out")
+    assert (out / "summary.json").read_bytes() == before
+
+
+def test_a_twin_of_a_fine_tuning_recipe(mixer, colour_weights, photographs, tmp_path) -> None:
+    """All of it: four rates, three seeds."""
+    words = ("--data", photographs, "--steps", 1, *QUICK, "--out", tmp_path / "run")
+    answer = mixer("finetune", colour_weights, "pets-small", *words)
+    assert_done(answer)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert len(summary["search"]) == 4
+    assert summary["seeds"] == [0, 1, 2]
+    mean, deviation = summary["test_top1_mean"], summary["test_top1_std"]
+    assert f"test     top-1 {mean:.4f} ± {deviation:.4f} over 3 seeds" in answer.out
+    recipe = json.loads((tmp_path / "run" / "recipe.json").read_text())
+    assert (recipe["name"], recipe["optimization"]["global_batch_size"]) == ("finetune-pets-small", 16)
+    assert recipe["data"]["train_crop"] == "inception"
+
+
+def test_frozen_leaves_all_but_the_head(mixer, colour_weights, photographs, tmp_path) -> None:
+    """Bit for bit, at the size of the weights and at twice that; the head starts at zero, and is trained."""
+    words = ("--data", photographs, "--frozen", "--learning-rate", 0.1, "--steps", 3, "--global-batch-size", 8, *QUICK)
+    for size in (16, 32):
+        out = tmp_path / str(size)
+        assert_done(mixer("finetune", colour_weights, *words, "--image-size", size, "--out", out))
+        tuned = mlp_mixer.load(out / "model.safetensors").state_dict()
+        start = with_zero_head(resize(mlp_mixer.load(colour_weights), size), 2).state_dict()
+        assert tuned.keys() == start.keys()
+        changed = {name for name, tensor in tuned.items() if not torch.equal(tensor, start[name])}
+        assert changed == {"head.weight", "head.bias"}
+        assert not start["head.weight"].any()
+
+
+def test_frozen_goes_through_the_search_too(mixer, colour_weights, photographs, tmp_path) -> None:
+    words = ("--data", photographs, "--frozen", "--learning-rates", 0.1, 0.2, "--steps", 2, *QUICK)
+    assert_done(mixer("finetune", colour_weights, *words, "--global-batch-size", 8, "--out", tmp_path / "run"))
+    start = with_zero_head(mlp_mixer.load(colour_weights), 2).state_dict()
+    for run in ("", "search/rate-0.1", "search/rate-0.2", "seed-0"):
+        tuned = mlp_mixer.load(tmp_path / "run" / run / "model.safetensors").state_dict()
+        changed = {name for name, tensor in tuned.items() if not torch.equal(tensor, start[name])}
+        assert changed == {"head.weight", "head.bias"}
+
+
+def test_mistakes_in_a_search_leave_nothing(mixer, colour_weights, photographs, tmp_path) -> None:
+    out = ("--out", tmp_path / "new" / "run")
+    here = ("finetune", colour_weights)
+    known = (*here, "--data", photographs)
+    assert_mistake(mixer(*here, "pet", "--data", photographs, *out), "unknown recipe 'pet'", "did you mean pets")
+    assert_mistake(mixer(*here, "vtab-svnh", *out), "did you mean vtab-svhn")
+    assert_mistake(mixer(*here, "vtab-svhn", *out), "no --data")
+    assert_mistake(mixer(*here, "imagenet", *out), "no --data")
+    assert_mistake(mixer(*here, "pets-small", "--data", tmp_path / "gone", *out), "gone", "give a folder")
+    assert_mistake(mixer(*known, "--learning-rates", 0.1, 0.1, *out), "--learning-rates 0.1 0.1", "twice")
+    assert_mistake(mixer(*known, "--learning-rates", 0.1, "nan", *out), "--learning-rates 0.1 nan", "above 0")
+    assert_mistake(mixer(*known, "--search-fraction", 1, *out), "--search-fraction 1", "below 1")
+    assert_mistake(mixer(*known, "--seeds", 0, *out), "--seeds 0", "at least 1")
+    assert_mistake(mixer(*known, "--image-size", 20, *out), "20×20", "patch size")
+    assert_mistake(mixer(*known, "--micro-batch-size", 5, *out), "--micro-batch-size 5", "--global-batch-size 64")
+    assert_mistake(mixer(*known, "--learning-rat", 5, *out), "--learning-rat", "did you mean --learning-rate")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_classes_of_one_image_leave_none_to_choose_by(mixer, colour_weights, pictures, tmp_path) -> None:
+    data = pictures(tmp_path / "data", {"train/red": 1, "train/blue": 1, "test/red": 1, "test/blue": 1})
+    words = ("finetune", colour_weights, "--data", data, "--steps", 1, "--global-batch-size", 2, *QUICK)
+    answer = mixer(*words, "--out", tmp_path / "run")
+    assert_mistake(answer, "of 2 images leaves none to choose by", "give one --learning-rate")
+    assert not (tmp_path / "run").exists()
+    assert_done(mixer(*words, "--learning-rate", 0.1, "--out", tmp_path / "run"))
+
+
+# train: the paper's recipes
+
+
+def test_a_twin_of_a_pretraining_recipe_trains(mixer, tmp_path) -> None:
+    answer = mixer("train", "imagenet-b16-small", "--steps", 2, *QUICK, "--out", tmp_path / "run", "--json")
+    assert_done(answer)
+    summary = json.loads(answer.out)
+    assert (summary["data"], summary["steps"]) == ("digits", 2)
+    recipe = json.loads((tmp_path / "run" / "recipe.json").read_text())
+    assert recipe["name"] == "imagenet-b16-small"
+    assert (recipe["data"]["randaugment"], recipe["data"]["mixup"], recipe["optimization"]["loss"]) == (
+        *(15, 0.5, "sigmoid"),
+    )
+
+
+@pytest.mark.parametrize("recipe", ["imagenet-b16", "imagenet21k-l16", "jft-h14"])
+def test_pretraining_without_data_says_what_to_do(mixer, recipe, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)  # where there is no folder of that name
+    answer = mixer("train", recipe)
+    assert_mistake(answer, "no data at", f"'{recipe.split('-')[0]}'", "give a folder of images")
+    assert len(answer.err.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_pretraining_recipe_of_no_such_name(mixer) -> None:
+    assert_mistake(mixer("train", "imagenet-b61"), "'imagenet-b61'", "did you mean imagenet-", "jft-h14")
+    assert_mistake(mixer("train", "imagenet"), "'imagenet'", "did you mean imagenet-")
+    assert_mistake(mixer("train", "pets"), "'pets'", "there are digits")  # that is one of finetune's

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from mlp_mixer.data.images import UnreadableImage
-from mlp_mixer.data.sources import Part, Source, load_source
+from mlp_mixer.data.sources import Part, Source, hold_out, load_source
 from mlp_mixer.data.stores import ArrayStore
 from mlp_mixer.errors import UserError
 
@@ -416,3 +416,49 @@ def test_a_link_to_a_folder_above_is_not_followed_for_ever(tmp_path: Path) -> No
     folder = make_folder(tmp_path / "f", names_in(""))
     (folder / CLASSES[0] / "again").symlink_to(folder)
     assert sum(len(part) for part in load_source(str(folder)).parts.values()) == 30
+
+
+# Held out to choose by
+
+
+def counts(part: Part) -> list[int]:
+    return np.bincount(part.labels, minlength=len(part.classes)).tolist()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("fraction", "each"), [(0.1, 1), (0.2, 2), (0.25, 3), (0.01, 1), (0.99, 9)])
+def test_held_out_images_come_from_training_ones_alone(tmp_path: Path, layout: str, fraction: float, each: int) -> None:
+    """At least that share of each class, but never its last image; the source's own val and test are left out."""
+    source = load_source(str(make_folder(tmp_path, LAYOUTS[layout])), val_fraction=0, test_fraction=0)
+    held = hold_out(source, fraction, 0)
+    assert list(held.parts) == ["train", "val"]
+    train, val = (set(part.names) for part in held.parts.values())
+    assert train | val == set(source.part("train").names)
+    assert not train & val
+    assert counts(held.part("val")) == [each] * 3
+    assert held.classes == source.classes == held.part("val").classes
+    labels = dict(zip(source.part("train").names, source.part("train").labels, strict=True))
+    for part in held.parts.values():
+        assert all(labels[name] == label for name, label in zip(part.names, part.labels, strict=True))
+    assert held.how == f"{source.how}; {fraction:.0%} of each training class held out to choose by (split seed 0)"
+    assert "held out" not in source.how
+    assert list(source.parts)[0] == "train"
+    assert len(source.part("train")) == 30
+
+
+def test_held_out_images_are_a_function_of_the_seed(tmp_path: Path) -> None:
+    source = load_source(str(make_folder(tmp_path, LAYOUTS["train, test"])), val_fraction=0)
+    first, again, other = (content(hold_out(source, 0.2, seed)) for seed in (0, 0, 1))
+    assert first == again != other
+
+
+def test_nothing_to_hold_out_is_said_with_a_way_out(tmp_path: Path) -> None:
+    source = load_source(str(make_folder(tmp_path, names_in("train/", 1) + names_in("test/", 2))), val_fraction=0)
+    with pytest.raises(UserError, match=r"--holdout 0\.5 of 3 images leaves none to choose by.* one --learning-rate"):
+        hold_out(source, 0.5, 0)
+
+
+def test_without_training_images_nothing_is_held_out(tmp_path: Path) -> None:
+    source = load_source(str(make_folder(tmp_path, names_in("test/", 2))))
+    with pytest.raises(UserError, match="there is no train part in this source: it has test"):
+        hold_out(source, 0.5, 0)

@@ -13,6 +13,7 @@ from mlp_mixer.training.recipe import (
     ModelRecipe,
     OptimizationRecipe,
     Recipe,
+    RunRecipe,
     SearchRecipe,
     Transfer,
 )  # fmt: skip
@@ -51,6 +52,7 @@ def published(data: str, steps: int, search_fraction: float) -> Transfer:
                 data=source, crop=None, crop_ratio=None, interpolation=None, val_fraction=0.0
             ),
             optimization=sgd(steps=steps, batch=512, warmup_steps=100 if steps == 500 else 500),
+            run=RunRecipe(evaluate_every_steps=steps // 5),
         ),
         search=SearchRecipe(learning_rates=RATES, search_fraction=search_fraction, seeds=3),
     )  # fmt: skip
@@ -105,6 +107,7 @@ def vtab(task: str, steps: int = 2500) -> Transfer:
                 train_crop="none", flip=group != "structured",
             ),
             optimization=sgd(steps=steps, batch=512, warmup_steps=100 if steps == 500 else 500),
+            run=RunRecipe(evaluate_every_steps=steps // 5),
         ),
         search=SearchRecipe(learning_rates=(0.003, 0.01, 0.03), search_fraction=0.2, seeds=3),
     )  # fmt: skip

@@ -34,5 +34,6 @@ def small_transfer(transfer: Transfer) -> Transfer:
         model=replace(recipe.model, image_size=None),
         data=replace(recipe.data, data="digits"),
         optimization=replace(recipe.optimization, steps=20, global_batch_size=16),
+        run=replace(recipe.run, evaluate_every_steps=10),
     )
     return replace(transfer, recipe=reduced, search=replace(transfer.search, search_fraction=0.2))

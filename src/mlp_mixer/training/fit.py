@@ -96,7 +96,8 @@ def fit(
     steps, warmup_steps = lengths(settings, images)
     batch_size = settings.global_batch_size
     micro_batch_size = settings.micro_batch_size or batch_size
-    evaluate_every = max(round(recipe.run.evaluate_every_epochs * images / batch_size), 1)
+    by_epochs = max(round(recipe.run.evaluate_every_epochs * images / batch_size), 1)
+    evaluate_every = recipe.run.evaluate_every_steps or by_epochs
     average = averaged(model, settings.polyak)
     shown = model if average is None else cast(Mixer, average.module)
     if settings.recompute:

@@ -149,6 +149,8 @@ class RunRecipe:
     """torch.compile for the training step; auto: where the run is long enough to win back the compiler's time."""
     evaluate_every_epochs: float = 1.0
     """Epochs between evaluations on the validation part (and saved checkpoints)."""
+    evaluate_every_steps: int | None = None
+    """Steps between them, instead of epochs."""
     keep: Literal["last", "best"] = "last"
     """Which weights are the result: those at the end, or those with the best validation accuracy (early stopping)."""
     patience: int | None = None
@@ -241,6 +243,7 @@ def check(recipe: Recipe) -> Recipe:
         "clip_norm": recipe.optimization.clip_norm,
         "max_pixels": recipe.data.max_pixels,
         "evaluate_every_epochs": recipe.run.evaluate_every_epochs,
+        "evaluate_every_steps": recipe.run.evaluate_every_steps,
         "log_every_steps": recipe.run.log_every_steps,
     }
     for name, value in above.items():
