@@ -20,8 +20,8 @@ from pathlib import Path
 
 from common import machine, print_table, write_results
 
-SIZES = {"image_size": 32, "patch_size": 4, "num_blocks": 3, "hidden_dim": 64, "tokens_mlp_dim": 32}
-SIZES |= {"channels_mlp_dim": 256}
+SIZES = {"image_size": 32, "patch_size": 8, "num_blocks": 3, "hidden_dim": 96, "tokens_mlp_dim": 48}
+SIZES |= {"channels_mlp_dim": 384}
 EPOCHS, BATCH, RATE, DECAY, WORKERS = 10, 128, 2e-3, 0.1, 2
 OURS = {"ours, plain": {}, "ours, mixup and RandAugment": {"mixup": 0.2, "randaugment": 10.0, "randaugment_layers": 1}}
 TIMMS = {  # crop's least area, automatic augmentation, mixup

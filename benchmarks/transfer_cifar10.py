@@ -28,8 +28,8 @@ from mlp_mixer.training.transfer import transfer
 
 FIRST = ("airplane", "automobile", "bird", "cat", "deer")
 OTHER = ("dog", "frog", "horse", "ship", "truck")
-SIZES = {"image_size": 32, "patch_size": 4, "num_blocks": 4, "hidden_dim": 64, "tokens_mlp_dim": 32}
-SIZES |= {"channels_mlp_dim": 256}
+SIZES = {"image_size": 32, "patch_size": 8, "num_blocks": 3, "hidden_dim": 96, "tokens_mlp_dim": 48}
+SIZES |= {"channels_mlp_dim": 384}
 EPOCHS, STEPS, BATCH, IMAGES = 8, 200, 50, 50
 SCRATCH_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 VIEW = {"crop_ratio": 1.0, "train_crop": "pad", "val_fraction": 0.0}

@@ -69,7 +69,7 @@ def test_each_verb_explains_itself_with_an_example(mixer, verb: str) -> None:
 
 def default_of(option: str, text: str) -> str:
     """What the help says of an option's default, as typed."""
-    found = re.search(rf"{option} .*?\(default: ([^)]*)\)", " ".join(text.split()))
+    found = re.search(rf"{option} [A-Z{{\[].*?\(default: ([^)]*)\)", " ".join(text.split()))
     assert found, option
     return found[1]
 

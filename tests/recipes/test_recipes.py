@@ -209,6 +209,7 @@ def test_fine_tuning_is_the_papers(name: str) -> None:
     assert plan.recipe.model.image_size == 224
     assert (plan.recipe.data.train_crop, plan.recipe.data.flip) == ("inception", True)
     assert plan.recipe.data.data == ("" if name == "imagenet" else name)
+    assert plan.recipe.run.evaluate_every_steps == FINE_TUNING[name][0] // 5  # not at each of a small set's passes
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -267,7 +268,7 @@ SIZES = {
     },
     "data": {"data", "val_fraction"},
     "optimization": {"epochs", "steps", "global_batch_size"},
-    "run": {"evaluate_every_epochs"},
+    "run": {"evaluate_every_epochs", "evaluate_every_steps"},
 }
 
 

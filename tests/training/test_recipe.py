@@ -74,7 +74,7 @@ def test_what_is_not_asked_for_is_off() -> None:
     data, run = Recipe().data, Recipe().run
     assert (data.randaugment, data.randaugment_layers, data.color_jitter) == (None, 2, 0.0)
     assert (data.mixup, data.cutmix, data.mix_group_size, data.holdout) == (None, None, 8, 0.0)
-    assert (run.keep, run.patience) == ("last", None)
+    assert (run.keep, run.patience, run.evaluate_every_steps) == ("last", None, None)
     assert (Recipe().model.head_bias, Recipe().model.frozen) == (0.0, False)
     assert (SearchRecipe().learning_rates, SearchRecipe().seeds) == ((), 1)
 
@@ -123,7 +123,7 @@ NEW = {  # fields that the first version's recipe.json does not have, none of th
         "steps": 7, "global_batch_size": 32, "micro_batch_size": 8, "recompute": True, "loss": "sigmoid",
         "polyak": 0.999,
     },
-    "run": {"keep": "best", "patience": 3, "precision": "float16"},
+    "run": {"keep": "best", "patience": 3, "precision": "float16", "evaluate_every_steps": 50},
 }  # fmt: skip
 
 
@@ -260,7 +260,7 @@ BELOW_ONE = [
 ABOVE_ZERO = ["epochs", "learning_rate", "clip_norm", "evaluate_every_epochs", "mixup", "cutmix"]
 COUNTS_FROM_ONE = [
     *("image_size", "image_width", "global_batch_size", "max_pixels", "log_every_steps", "steps", "micro_batch_size"),
-    *("mix_group_size", "randaugment_layers", "patience"),
+    *("mix_group_size", "randaugment_layers", "patience", "evaluate_every_steps"),
 ]
 FROM_ZERO = ["weight_decay", "max_unreadable_fraction", "color_jitter"]
 COUNTS_FROM_ZERO = ["warmup_steps", "crop_padding", "workers", "seed"]
@@ -280,12 +280,13 @@ def section_of(name: str) -> str:
     + [(name, value) for name in COUNTS_FROM_ZERO for value in (-1,)]
     + [("crop_ratio", value) for value in (0.0, -0.5, 1.01, NAN)]
     + [("randaugment", value) for value in (-0.1, 100.5, NAN, INF)]
+    + [("learning_rate", 1e31)]
     + [("head_bias", value) for value in (NAN, INF, -INF)]
     + [("seed", 2**32)],
 )
 def test_a_value_out_of_range_names_flag_and_value(name: str, value: float, tmp_path: Path) -> None:
     recipe = changed(section_of(name), **{name: value})
-    message = re.escape(f"--{name.replace('_', '-')} {value}: must be ")
+    message = re.escape(f"--{name.replace('_', '-')} {value}: ") + "(must be|at most) "
     with pytest.raises(UserError, match=message):
         check(recipe)
     with pytest.raises(UserError, match=message):
@@ -300,7 +301,7 @@ def test_a_value_out_of_range_names_flag_and_value(name: str, value: float, tmp_
     + [(name, 0.0) for name in FROM_ZERO]
     + [(name, 0) for name in COUNTS_FROM_ZERO]
     + [("crop_ratio", 1.0), ("clip_norm", None), ("workers", None), ("seed", 2**31 - 1)]
-    + [("randaugment", 0.0), ("randaugment", 100.0), ("head_bias", -10.0)]
+    + [("randaugment", 0.0), ("randaugment", 100.0), ("head_bias", -10.0), ("learning_rate", 1e30)]
     + [(name, None) for name in ("randaugment", "mixup", "cutmix", "steps", "micro_batch_size", "polyak", "patience")],
 )
 def test_values_at_the_limits_are_allowed(name: str, value: float | None) -> None:
