@@ -43,8 +43,8 @@ class MlpBlock(nn.Module):
 
     def forward(self, x: Tensor, keys: Tensor | None = None) -> Tensor:
         hidden = self.dense_0(x)
-        if self.training and torch.compiler.is_compiling():  # the GELU again in the backward pass, where it is fused
-            return checkpoint(self.second, hidden, keys, use_reentrant=False, preserve_rng_state=False)  # and so free
+        if self.training and torch.compiler.is_compiling():  # there, the GELU is cheaper computed twice than kept
+            return checkpoint(self.second, hidden, keys, use_reentrant=False, preserve_rng_state=keys is None)
         return self.second(hidden, keys)
 
     def second(self, hidden: Tensor, keys: Tensor | None) -> Tensor:

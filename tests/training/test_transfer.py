@@ -17,7 +17,7 @@ from mlp_mixer.data.stores import FolderStore
 from mlp_mixer.errors import RunError, UserError
 from mlp_mixer.evaluation.classification import classify
 from mlp_mixer.evaluation.showcase import report
-from mlp_mixer.files import to_json, write_text
+from mlp_mixer.files import to_json
 from mlp_mixer.training.fit import Diverged
 from mlp_mixer.training.folder import run_folder
 from mlp_mixer.training.recipe import (
@@ -90,16 +90,16 @@ class Runs:
             known = self.held_out.get(rate) if searches else 0.0 if self.test is None else self.test.get(seed)
             if known is None:
                 raise Diverged(f"step 2: loss nan: diverged at {rate:g}")
-            write_text(folder / "recipe.json", to_json(to_json_object(recipe)))
-            write_text(folder / "model.safetensors", f"weights of {folder.name} by {rate:g}")
+            (folder / "recipe.json").write_text(to_json(to_json_object(recipe)))
+            (folder / "model.safetensors").write_text(f"weights of {folder.name} by {rate:g}")
             scores = {"val_top1": known, "test_top1": None}
             if not searches:
                 scores = {"val_top1": None, "test_top1": None if self.test is None else known}
             summary = scores | {"seed": seed, "train_seconds": 2.0, "data": recipe.data.data, "steps": 9}
-            write_text(folder / "summary.json", to_json(summary))
+            (folder / "summary.json").write_text(to_json(summary))
             (folder / "examples").mkdir()
             (folder / "examples" / "0-a.png").write_text(folder.name)
-            write_text(folder / "report.html", f"<html>{folder.name}</html>")
+            (folder / "report.html").write_text(f"<html>{folder.name}</html>")
         return summary
 
 

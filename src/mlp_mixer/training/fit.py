@@ -1,4 +1,4 @@
-"""The training itself: the loop's steps, watched, evaluated and saved on the recipe's cadences."""
+"""The training itself: the loop set up as the recipe says, run, and guarded."""
 
 import contextlib
 import logging
@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Generic, Protocol, TypeVar, cast
+from typing import Generic, cast
 
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
 from mlp_mixer.cost import cost
-from mlp_mixer.data.loading import Unreadable, training_batches
+from mlp_mixer.data.loading import training_batches
 from mlp_mixer.data.mixing import Mixing
 from mlp_mixer.data.parts import Source
 from mlp_mixer.data.randaugment import RandAugment
@@ -23,37 +23,17 @@ from mlp_mixer.errors import RunError
 from mlp_mixer.model import Mixer
 from mlp_mixer.training.compilation import compiled
 from mlp_mixer.training.folder import metrics_files
-from mlp_mixer.training.loop import Step, train_steps
+from mlp_mixer.training.loop import train_steps
 from mlp_mixer.training.losses import LOSSES
 from mlp_mixer.training.optimizer import adamw, sgd
 from mlp_mixer.training.recipe import DataRecipe, OptimizationRecipe, Recipe
 from mlp_mixer.training.recompute import recompute_blocks
 from mlp_mixer.training.schedules import learning_rate
 from mlp_mixer.training.update import Update
-from mlp_mixer.weights.load import load
+from mlp_mixer.training.watch import Progress, R, Watch
 from mlp_mixer.weights.own import save
 
 log = logging.getLogger(__name__)
-
-
-class Result(Protocol):
-    """What a run needs to know of an evaluation."""
-
-    @property
-    def top1(self) -> float: ...
-    @property
-    def loss(self) -> float: ...
-    @property
-    def unreadable(self) -> dict[str, str]: ...
-
-
-class Progress(Protocol):
-    """Told how far the run is; the command line draws it."""
-
-    def update(self, done: int, total: int, text: str) -> None: ...
-
-
-R = TypeVar("R", bound=Result)
 
 
 class Diverged(RunError):
@@ -96,8 +76,6 @@ def fit(
     steps, warmup_steps = lengths(settings, images)
     batch_size = settings.global_batch_size
     micro_batch_size = settings.micro_batch_size or batch_size
-    by_epochs = max(round(recipe.run.evaluate_every_epochs * images / batch_size), 1)
-    evaluate_every = recipe.run.evaluate_every_steps or by_epochs
     average = averaged(model, settings.polyak)
     shown = model if average is None else cast(Mixer, average.module)
     if settings.recompute:
@@ -115,23 +93,17 @@ def fit(
         )
     compile_seconds = time.perf_counter() - begin
     update = Update(make_optimizer(settings, model), settings.clip_norm, half=precision == torch.float16)
-    unreadable = Unreadable(source.parts["train"], recipe.data.max_unreadable_fraction)
-    best = Best(out / "checkpoints" / "best.safetensors")
-    val, step_seconds, text, since, step = None, 0.0, "starting", 0, None
-
-    def logged(step: int) -> bool:
-        return step % recipe.run.log_every_steps == 0 or step % evaluate_every == 0 or step == steps
-
+    schedule = partial(
+        learning_rate, peak=settings.learning_rate, warmup_steps=warmup_steps, steps=steps, decay=settings.decay
+    )
     with metrics_files(out) as (metrics, write), memory_errors(settings):
-        clock = Clock()
+        watch = Watch(recipe, out, source, shown, examine, progress, write, steps)
         for step in train_steps(
             model,
             forward,
             make_batches(recipe, source, model, steps),
             update,
-            partial(
-                learning_rate, peak=settings.learning_rate, warmup_steps=warmup_steps, steps=steps, decay=settings.decay
-            ),
+            schedule,
             partial(LOSSES[settings.loss], smoothing=settings.label_smoothing),
             device=device,
             precision=precision,
@@ -139,47 +111,26 @@ def fit(
             seed=recipe.run.seed,
             mixing=make_mixing(recipe.data),
             accumulate=batch_size // micro_batch_size,
-            measure=logged,
+            measure=watch.logs,
         ):
-            for problem in unreadable.add(step.problems):
-                log.warning("%s (its place stays empty)", problem)
-            if device.type == "cpu" or logged(step.step):  # elsewhere, to look is to wait
+            if device.type == "cpu" or watch.logs(step.step):  # elsewhere, to look is to wait
                 stop_if_failed(update, shown, out)
             if average is not None:
                 average.update_parameters(model)
-            epoch = step.step * batch_size / images
-            if logged(step.step):
-                record = read_step(step, epoch, clock.rate(step.step * batch_size))
-                write(record)
-                text = describe(record, steps * batch_size / images)
-            progress.update(step.step, steps, text)
-            if step.step % evaluate_every == 0 or step.step == steps:
-                step_seconds += clock.stop()
-                if "val" in source.parts:
-                    val = examine(shown, "val")
-                    write({"step": step.step, "epoch": epoch, "val_top1": val.top1, "val_loss": val.loss})
-                    log.info("epoch %.4g: loss %.4f, val top-1 %.4f", epoch, float(step.loss), val.top1)
-                    since = 0 if best.see(shown, val, step.step, epoch) else since + 1
-                save(shown, out / "checkpoints" / "last.safetensors", step=step.step, epoch=epoch)
-                if recipe.run.patience is not None and since >= recipe.run.patience:
-                    log.info("stopped early: no better validation accuracy in %d evaluations", since)
-                    break
-                clock = Clock()
-    assert step is not None
-    kept_step = step.step
-    if recipe.run.keep == "best" and best.result is not None:
-        kept_step, val = best.step, best.result
-        shown.load_state_dict(load(best.path).state_dict())
+            watch.see(step)
+            if watch.impatient:
+                break
+    kept_step, val = watch.keep(recipe.run.keep)
     return Fitted(
         model=shown,
-        steps=step.step,
+        steps=watch.step,
         kept_step=kept_step,
         warmup_steps=warmup_steps,
         compile_seconds=compile_seconds,
-        step_seconds=step_seconds,
+        step_seconds=watch.step_seconds,
         compiled=forward is not model,
         metrics=metrics,
-        unreadable=unreadable.names,
+        unreadable=watch.unreadable.names,
         val=val,
     )
 
@@ -196,22 +147,6 @@ def lengths(settings: OptimizationRecipe, images: int) -> tuple[int, int]:
     if warmup_steps < settings.warmup_steps:
         log.info("warm-up of %d steps cut to %d, a fifth of this run's %d", settings.warmup_steps, warmup_steps, steps)
     return steps, warmup_steps
-
-
-class Best(Generic[R]):
-    """The weights with the best validation accuracy so far, and the file that holds them."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.step = path, 0
-        self.result: R | None = None
-
-    def see(self, model: Mixer, result: R, step: int, epoch: float) -> bool:
-        """Whether this is better than all before; if so, it is saved."""
-        if self.result is not None and result.top1 <= self.result.top1:
-            return False
-        self.result, self.step = result, step
-        save(model, self.path, step=step, epoch=epoch, val_top1=result.top1)
-        return True
 
 
 def make_optimizer(settings: OptimizationRecipe, model: Mixer) -> torch.optim.Optimizer:
@@ -278,39 +213,3 @@ def stop_if_failed(update: Update, model: Mixer, out: Path) -> None:
             f"step {step:.0f}: loss {loss:g}, gradient norm {norm:g}: training has diverged; lower --learning-rate or "
             f"lengthen --warmup-steps; the weights of step {step - 1:.0f}, the last good one, are in {path}"
         )
-
-
-class Clock:
-    """Seconds since it was made, and images per second between two readings."""
-
-    def __init__(self) -> None:
-        self.start = self.last = time.perf_counter()
-        self.images: int | None = None
-
-    def rate(self, images: int) -> float | None:
-        """Images per second since the last call; None at the first, which has the start-up in it."""
-        now, before = time.perf_counter(), self.images
-        rate = None if before is None else (images - before) / (now - self.last)
-        self.last, self.images = now, images
-        return rate
-
-    def stop(self) -> float:
-        return time.perf_counter() - self.start
-
-
-def read_step(step: Step, epoch: float, images_per_second: float | None) -> dict[str, float]:
-    """A line of metrics.jsonl."""
-    record = {
-        "step": step.step,
-        "epoch": epoch,
-        "loss": float(step.loss),
-        "learning_rate": step.learning_rate,
-        "gradient_norm": float(step.gradient_norm),
-        "update_norm": float(step.update_norm),
-    }
-    return record if images_per_second is None else record | {"images_per_second": images_per_second}
-
-
-def describe(record: dict[str, float], epochs: float) -> str:
-    rate = f", {record['images_per_second']:,.0f} images/s" if "images_per_second" in record else ""
-    return f"epoch {record['epoch']:.1f} of {epochs:.4g}, loss {record['loss']:.3f}{rate}"

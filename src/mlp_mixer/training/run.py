@@ -13,12 +13,13 @@ from mlp_mixer.device import select_device, select_precision
 from mlp_mixer.errors import UserError
 from mlp_mixer.files import to_json, write_text
 from mlp_mixer.model import Mixer
-from mlp_mixer.training.fit import Progress, R, fit
+from mlp_mixer.training.fit import fit
 from mlp_mixer.training.folder import run_folder
 from mlp_mixer.training.memory import keep_freed_memory
 from mlp_mixer.training.provenance import current_commit, describe_device, peak_memory, versions
 from mlp_mixer.training.recipe import Recipe, check, to_json_object
 from mlp_mixer.training.start import prepare
+from mlp_mixer.training.watch import Progress, R
 from mlp_mixer.weights.known import variant_of
 from mlp_mixer.weights.own import save
 
