@@ -3,10 +3,11 @@
     python benchmarks/augment_cifar10.py --data cifar10/   # CIFAR-10 as image files in train/ and test/; 40 minutes
 
 All: one Mixer of the same sizes (tanh GELU), AdamW at one rate, batch size and weight decay, one epoch of warm-up and a
-cosine, bfloat16 where the CPU has it, torch.compile, one core for the loader and one for the rest, all 50,000 images ten
-times, one evaluation at the end. Ours is what `mixer train` runs. timm's is a loop around its create_loader, Mixup, create_optimizer_v2 and
-create_scheduler_v2; --choose compares settings of its augmentation on held-out training images. The contestants
-alternate, seed after seed, each in a process of its own; seconds are of the training with its data, and the compiler's.
+cosine, bfloat16 where the CPU has it, torch.compile, one core for the loader and one for the rest, all 50,000 images
+ten times, one evaluation at the end. Ours is what `mixer train` runs. timm's is a loop around its create_loader, Mixup,
+create_optimizer_v2 and create_scheduler_v2; --choose compares settings of its augmentation on held-out training images.
+The contestants alternate, seed after seed, each in a process of its own; seconds are of the training with its data, and
+the compiler's.
 """
 
 import argparse

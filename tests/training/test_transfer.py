@@ -31,7 +31,7 @@ from mlp_mixer.training.recipe import (
     from_json,
     to_json_object,
 )
-from mlp_mixer.training.run import train
+from mlp_mixer.training.run import read_source, train
 from mlp_mixer.training.transfer import spread, transfer
 from mlp_mixer.weights.load import load
 
@@ -485,6 +485,16 @@ def test_the_search_sees_no_test_image_and_the_last_runs_all_training_images(
         assert opened[run] >= set(given.part("test").names)
     assert summary["images"] == {"train": 20, "val": 4, "test": 6}
     assert len(summary["test_top1s"]) == 2
+
+
+@pytest.mark.parametrize("val_fraction", [0.0, 0.2])
+def test_images_are_held_out_in_place_of_validation_not_beside_it(val_fraction: float) -> None:
+    """Whatever --val-fraction says of the runs after the search."""
+    whole = read_source(Recipe(data=DataRecipe(data="digits", val_fraction=0.0)))
+    held = read_source(Recipe(data=DataRecipe(data="digits", val_fraction=val_fraction, holdout=0.3)))
+    assert set(held.parts) == {"train", "val"}
+    assert {*held.part("train").names, *held.part("val").names} == set(whole.part("train").names)
+    assert len(held.part("val")) == pytest.approx(0.3 * len(whole.part("train")), abs=10)
 
 
 def test_interrupted_amid_training_it_ends_with_the_same_weights(
