@@ -27,7 +27,7 @@ class Arguments:
     weights: tyro.conf.Positional[str]
     """A file of ours, the authors' (.npz), timm's or lucidrains', or hf-hub:OWNER/NAME."""
     data: str
-    """SOURCE: digits, cifar10, a folder of images, or a .zip of one."""
+    """SOURCE: digits, cifar10, cifar100, pets, flowers102, a folder of images, or a .zip of one."""
     image_size: tuple[int, ...] = ()
     """Resize the weights to this size in pixels, one number, or height and width; by default as they are."""
     part: Literal["test", "val", "train", "all"] = "test"

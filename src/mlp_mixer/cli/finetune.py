@@ -84,7 +84,7 @@ def run(args: Sequence[str]) -> None:
     if not chosen.weights:
         raise UserError("no weights: name a file, or hf-hub:OWNER/NAME (mixer finetune --help)")
     if not chosen.data.data:
-        raise UserError("no --data: name the images to fine-tune on (digits, cifar10, a folder, or a .zip of one)")
+        raise UserError("no --data: name the images to fine-tune on (cifar10, pets, …, a folder, or a .zip of one)")
     settings = ("dropout", "stochastic_depth", "rescale", "frozen")
     height, width = pair(chosen.image_size) if chosen.image_size else (None, None)
     recipe = dataclasses.replace(

@@ -54,7 +54,7 @@ class DataRecipe:
     """The images, and how they are seen."""
 
     data: str = "digits"
-    """SOURCE: digits, cifar10, a folder of images, or a .zip of one."""
+    """SOURCE: digits, cifar10, cifar100, pets, flowers102, a folder of images, or a .zip of one."""
     val_fraction: float = 0.1
     """Of the training images, cut off for validation where there is no val/ part."""
     test_fraction: float = 0.2
