@@ -95,7 +95,7 @@ def test_help_of_a_fine_tuning_recipe_shows_its_defaults(mixer) -> None:
     for words, recipe in (
         (["w.npz", "pets"], "pets"),
         (["w.npz", "vtab-svhn"], "vtab-svhn"),
-        (["w.npz", "--data", "flowers102"], "flowers102"),
+        (["w.npz", "--data", "flowers102"], "photos"),
         (["w.npz", "--data=photos/"], "photos"),
         ([], "photos"),
     ):

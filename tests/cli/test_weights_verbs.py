@@ -279,6 +279,8 @@ def test_finetune_mistakes_leave_nothing(mixer, colour_weights, pictures, tmp_pa
     monkeypatch.chdir(tmp_path)
     assert_mistake(mixer("finetune"), "no weights")
     assert_mistake(mixer("finetune", colour_weights), "no --data")
+    rates = ("--learning-rate", 0.1, "--learning-rates", 0.1, 0.2)
+    assert_mistake(mixer("finetune", colour_weights, "--data", data, *rates), "both --learning-rate and")
     assert_mistake(mixer("finetune", "gone.npz", "--data", data), "gone.npz", "does not exist")
     assert_mistake(mixer("finetune", colour_weights, "--data", data, "--image-size", 20), "20×20", "patch size")
     assert_mistake(mixer("finetune", colour_weights, "--data", data, "--model", "B/16"), "--model")

@@ -24,8 +24,8 @@ from mlp_mixer.training.recipe import (
 
 DESCRIPTION = """Trains weights further on your own classes: the head starts at zero, the rest as it was.
 
-usage: mixer finetune WEIGHTS [RECIPE] [OPTIONS], where RECIPE is one of {recipes}; without one, that of a --data of the
-same name, else photos. Each has a reduced twin, RECIPE-small.
+usage: mixer finetune WEIGHTS [RECIPE] [OPTIONS], where RECIPE is one of {recipes}; without one, photos, for a small
+machine. Each has a reduced twin, RECIPE-small.
 
 examples: mixer finetune Mixer-B_16.npz --data photos/ --image-size 448
           mixer finetune Mixer-B_16.npz pets --micro-batch-size 32
@@ -66,6 +66,8 @@ def run(args: Sequence[str]) -> None:
     plan, words = base_transfer(args)
     recipe, size = plan.recipe, plan.recipe.model.image_size
     if option(args, "--learning-rate"):
+        if option(args, "--learning-rates"):
+            raise UserError("both --learning-rate and --learning-rates: one rate, or several to choose from")
         plan = dataclasses.replace(plan, search=dataclasses.replace(plan.search, learning_rates=()))
     chosen = parse(
         Arguments,
@@ -108,11 +110,10 @@ def run(args: Sequence[str]) -> None:
 
 
 def base_transfer(args: Sequence[str]) -> tuple[Transfer, Sequence[str]]:
-    """The recipe named by the second word, or like the --data, else photos; and the words without its name."""
+    """The recipe named by the second word, else photos, and the words without its name."""
     if len(args) > 1 and not args[0].startswith("-") and not args[1].startswith("-"):
         return get_transfer(args[1]), [args[0], *args[2:]]
-    data = option(args, "--data")
-    return get_transfer(data if data in TRANSFERS else "photos"), args
+    return get_transfer("photos"), args
 
 
 def search_and_train(plan: Transfer, out: Path, as_json: bool, command: str) -> None:
