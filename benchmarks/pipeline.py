@@ -29,7 +29,7 @@ from torchvision.transforms import functional as TF
 
 from mlp_mixer.card import Preprocessing
 from mlp_mixer.data import randaugment, transforms
-from mlp_mixer.data.loading import sample_generator, training_batches
+from mlp_mixer.data.loading import TrainingOrder, sample_generator, training_batches
 from mlp_mixer.data.randaugment import FILL, SIDE, RandAugment, apply
 from mlp_mixer.data.sources import Part, load_source
 from mlp_mixer.data.transforms import TrainingView
@@ -188,34 +188,34 @@ def compare(folder: str, size: int, images: int, passes: int) -> dict[str, float
     return found
 
 
-def bare(folder: str, size: int, indices: list[int]) -> float:
-    """Seconds to make these images' views in this process, nothing else."""
+def bare(folder: str, size: int, keys: list[tuple[int, int]]) -> float:
+    """Seconds to make the views of these (epoch, index) in this process, nothing else."""
     torch.set_num_threads(1)
     part = load_source(folder, val_fraction=0.0, test_fraction=0.0).parts["train"]
     view = make_view(size)
     begin = time.perf_counter()
-    for i in indices:
-        view(part.image(i, view.enough), sample_generator(0, 0, i))
+    for epoch, i in keys:
+        view(part.image(i, view.enough), sample_generator(0, epoch, i))
     return time.perf_counter() - begin
 
 
-def overhead(folder: str, size: int, batch_size: int, passes: int) -> dict[str, float]:
-    """The loader's images a second with a worker for each core, and those of bare processes."""
+def overhead(folder: str, size: int, batch_size: int, images: int, passes: int) -> dict[str, float]:
+    """Images a second of the loader with a worker for each core, and of as many bare processes on the same samples."""
     part = load_source(folder, val_fraction=0.0, test_fraction=0.0).parts["train"]
-    cores, steps = os.cpu_count() or 1, max(len(part) // batch_size, 4)
+    cores, steps = os.cpu_count() or 1, images // batch_size
+    keys = [key for batch in TrainingOrder(len(part), batch_size, steps, seed=0) for key in batch]
+    shares = [keys[i::cores] for i in range(cores)]
     rates: dict[str, list[float]] = {"loader": [], "bare": []}
     for _ in range(passes):
-        batches = iter(
-            training_batches(part, make_view(size), batch_size=batch_size, steps=steps, seed=0, workers=cores)
-        )
+        loader = training_batches(part, make_view(size), batch_size=batch_size, steps=steps, seed=0, workers=cores)
+        batches = iter(loader)
         next(batches)  # the workers have started
         begin = time.perf_counter()
         seen = sum(len(batch.labels) for batch in batches)
         rates["loader"].append(seen / (time.perf_counter() - begin))
-        shares = [list(range(i, len(part), cores)) for i in range(cores)]
         with multiprocessing.get_context("spawn").Pool(cores) as pool:
             seconds = max(pool.map(partial(bare, folder, size), shares, chunksize=1))
-        rates["bare"].append(len(part) / seconds)
+        rates["bare"].append(len(keys) / seconds)
     ratio = statistics.median(b / a for a, b in zip(*rates.values(), strict=True))
     return {name: statistics.median(found) for name, found in rates.items()} | {"overhead": ratio - 1}
 
@@ -232,7 +232,7 @@ def main() -> None:
         ("photos", options.photos, 224, 500, 32),
     ):
         found = compare(folder, size, images, options.passes)
-        loader = overhead(folder, size, batch, 3)
+        loader = overhead(folder, size, batch, 20_000 if size == 32 else 2_000, 3)
         results[name] = found | loader
         shown = [f"{found[who]:,.0f}" for who in ("ours", "timm", "handed")]
         ratios = [f"{found[f'ratio_{who}']:.2f} ×" for who in ("timm", "handed")]

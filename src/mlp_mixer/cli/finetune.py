@@ -10,7 +10,7 @@ from pathlib import Path
 import tyro
 
 from mlp_mixer.cli.arguments import pair, parse
-from mlp_mixer.cli.train import announce, carry_out, dashed, option, train_and_report
+from mlp_mixer.cli.train import announce, carry_out, dashed, option, prefer, train_and_report
 from mlp_mixer.errors import UserError
 from mlp_mixer.recipes import TRANSFERS, get_transfer, listed
 from mlp_mixer.training.recipe import (
@@ -64,7 +64,7 @@ class Arguments:
 def run(args: Sequence[str]) -> None:
     args = [dashed(arg) for arg in args]
     plan, words = base_transfer(args)
-    recipe, size = plan.recipe, plan.recipe.model.image_size
+    recipe, size = prefer(plan.recipe, args), plan.recipe.model.image_size
     if option(args, "--learning-rate"):
         if option(args, "--learning-rates"):
             raise UserError("both --learning-rate and --learning-rates: one rate, or several to choose from")
@@ -117,7 +117,9 @@ def base_transfer(args: Sequence[str]) -> tuple[Transfer, Sequence[str]]:
 
 
 def search_and_train(plan: Transfer, out: Path, as_json: bool, command: str) -> None:
+    from mlp_mixer.training.run import check_validation
     from mlp_mixer.training.transfer import transfer
 
+    check_validation(plan.recipe)  # before hours of searching
     summary = transfer(plan, out, lambda recipe, folder: train_and_report(recipe, folder, command))
     announce(summary, out, as_json)

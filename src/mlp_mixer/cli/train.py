@@ -50,6 +50,7 @@ def run(args: Sequence[str]) -> None:
         recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, image_size=224, **free))
     elif option(args, "--weights"):  # all of the model is theirs
         recipe = dataclasses.replace(recipe, model=ModelRecipe(image_size=None))
+    recipe = prefer(recipe, args)
     given = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(Recipe) if field.name != "name"}
     chosen = parse(
         Arguments,
@@ -80,6 +81,15 @@ def dashed(arg: str) -> str:
     """--batch_size is --batch-size, as tyro takes it."""
     name, equals, value = arg.partition("=")
     return name.replace("_", "-") + equals + value if arg.startswith("--") else arg
+
+
+def prefer(recipe: Recipe, args: Sequence[str]) -> Recipe:
+    """Where epochs are given, the recipe's own steps do not count."""
+    if option(args, "--epochs") and not option(args, "--steps"):
+        recipe = dataclasses.replace(recipe, optimization=dataclasses.replace(recipe.optimization, steps=None))
+    if option(args, "--evaluate-every-epochs") and not option(args, "--evaluate-every-steps"):
+        recipe = dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, evaluate_every_steps=None))
+    return recipe
 
 
 def option(args: Sequence[str], name: str) -> str | None:

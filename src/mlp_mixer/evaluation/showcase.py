@@ -29,6 +29,8 @@ def write(run: Run[Classification]) -> None:
     part = next((name for name in ("test", "val") if name in run.results), "test")
     result = run.results.get(part)
     chosen = spread(result) if result else []
+    if result:
+        save_examples(run.out / "examples", result, chosen[:8])
     wrong = mistakes(result) if result else []
     write_report(
         run.out / "report.html",
@@ -40,9 +42,7 @@ def write(run: Run[Classification]) -> None:
         examples=[example(result, i) for i in chosen] if result else [],
         mistakes=[example(result, i) for i in wrong] if result else [],
         part=part,
-    )
-    if result:
-        save_examples(run.out / "examples", result, chosen[:8])
+    )  # last: with it, a run is whole
 
 
 def spread(result: Classification, count: int = SHOWN) -> list[int]:

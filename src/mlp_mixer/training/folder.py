@@ -18,12 +18,15 @@ def run_folder(out: Path, worth_keeping: str = "checkpoints/*.safetensors") -> I
     before there is any file worth keeping (a pattern below the folder: its first checkpoint).
     """
     made = [folder for folder in (out, *out.parents) if not folder.exists()]
+    was_empty = out.is_dir() and not any(out.iterdir())
     try:
         out.mkdir(parents=True, exist_ok=True)
         yield
     except BaseException as error:
-        if made and not any(out.glob(worth_keeping)):
+        if (made or was_empty) and not any(out.glob(worth_keeping)):
             shutil.rmtree(out, ignore_errors=True)
+            if was_empty:
+                out.mkdir()
             for folder in made[1:]:
                 with contextlib.suppress(OSError):  # another run has come to live there
                     folder.rmdir()

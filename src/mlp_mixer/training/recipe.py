@@ -199,8 +199,8 @@ def check_transfer(transfer: Transfer) -> Transfer:
         transfer.search.seeds,
     )
     for rate in rates:
-        if not 0 < rate < float("inf"):
-            raise UserError(f"--learning-rates {' '.join(map(str, rates))}: each must be above 0")
+        if not 0 < rate <= 1e30:
+            raise UserError(f"--learning-rates {' '.join(map(str, rates))}: each must be above 0, and at most 1e30")
     if len(set(rates)) < len(rates):
         raise UserError(f"--learning-rates {' '.join(map(str, rates))}: one of them is there twice")
     if not 0 < fraction < 1:
@@ -289,9 +289,11 @@ def check_micro_batches(recipe: Recipe) -> None:
         recipe.optimization.micro_batch_size,
         recipe.data.mix_group_size,
     )
+    mixes = recipe.data.mixup is not None or recipe.data.cutmix is not None
+    if mixes and group < 2:
+        raise UserError(f"--mix-group-size {group}: an image that is to be mixed needs another; at least 2")
     if part is None or part == whole:
         return
-    mixes = recipe.data.mixup is not None or recipe.data.cutmix is not None
     fit = [size for size in range(1, whole + 1) if whole % size == 0 and (size % group == 0 or not mixes)]
     if part not in fit:
         near = ", ".join(map(str, sorted(sorted(fit, key=lambda size: abs(size - part))[:3]))) or str(whole)
@@ -340,7 +342,7 @@ def convert(hint: Any, value: Any, where: str) -> Any:
         if value not in choices:
             raise UserError(f"{where} = {value!r}: use one of {', '.join(map(repr, choices))}")
         return value
-    if float in kinds and type(value) is int:
+    if float in kinds and type(value) is int and abs(value) < 10**300:
         return float(value)
     if type(value) not in kinds:
         raise UserError(f"{where} = {value!r}: should be {' or '.join(kind.__name__ for kind in kinds)}")

@@ -118,13 +118,7 @@ def train(recipe: Recipe, out: Path, evaluate: Evaluate[R], progress: Progress, 
 def read_source(recipe: Recipe) -> Source:
     """The recipe's data, said to the user; a UserError where a classifier cannot be trained on it."""
     data = recipe.data
-    source = load_source(
-        data.data,
-        val_fraction=0.0 if data.holdout else data.val_fraction,
-        test_fraction=data.test_fraction,
-        split_seed=data.split_seed,
-        max_pixels=data.max_pixels,
-    )
+    source = find_source(recipe)
     if data.holdout:
         source = hold_out(source, data.holdout, data.split_seed)
     parts = ", ".join(f"{len(part):,} {name}" for name, part in source.parts.items())
@@ -134,11 +128,32 @@ def read_source(recipe: Recipe) -> Source:
     source.part("train")
     if len(source.classes) < 2:
         raise UserError(f"{data.data} has one class, {', '.join(source.classes)}: a classifier needs at least two")
+    require_validation(recipe, source)
+    return source
+
+
+def find_source(recipe: Recipe) -> Source:
+    data = recipe.data
+    return load_source(
+        data.data,
+        val_fraction=0.0 if data.holdout else data.val_fraction,
+        test_fraction=data.test_fraction,
+        split_seed=data.split_seed,
+        max_pixels=data.max_pixels,
+    )
+
+
+def check_validation(recipe: Recipe) -> None:
+    """A UserError where the recipe goes by validation images that its data does not have."""
+    if recipe.run.keep == "best" or recipe.run.patience is not None:
+        require_validation(recipe, find_source(recipe))
+
+
+def require_validation(recipe: Recipe, source: Source) -> None:
     chooses = {"--keep best": recipe.run.keep == "best", "--patience": recipe.run.patience is not None}
     for choice, asked in chooses.items():
         if asked and "val" not in source.parts:
             raise UserError(f"{choice} goes by validation images, and there are none: give a --val-fraction above 0")
-    return source
 
 
 def describe_model(model: Mixer) -> str:

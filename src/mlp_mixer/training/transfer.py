@@ -42,6 +42,8 @@ def transfer(plan: Transfer, out: Path, run_one: RunOne) -> dict[str, Any]:
         RunError: every rate diverged, or a run failed.
     """
     check_transfer(plan)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file: name a folder with --out")
     with run_folder(out, worth_keeping="**/summary.json"):
         claim(plan, out)
         tried, rate = choose(plan, out, run_one)
@@ -58,7 +60,7 @@ def transfer(plan: Transfer, out: Path, run_one: RunOne) -> dict[str, Any]:
         accuracies = [run["test_top1"] for run in runs]
         summary = runs[0] | {
             "learning_rate": rate,
-            "search": {f"{rate:g}": run["val_top1"] for rate, run in tried.items()},
+            "search": {str(rate): run["val_top1"] for rate, run in tried.items()},
             "seeds": list(seeds),
             "test_top1s": accuracies,
             **spread(accuracies),
@@ -77,11 +79,13 @@ def choose(plan: Transfer, out: Path, run_one: RunOne) -> tuple[dict[float, dict
             data=replace(recipe.data, holdout=plan.search.search_fraction),
             optimization=replace(recipe.optimization, learning_rate=rate),
         )
-        tried[rate] = finished(at_rate, out / "search" / f"rate-{rate:g}", run_one)
+        tried[rate] = finished(at_rate, out / "search" / f"rate-{rate}", run_one)
         log.info("learning rate %g: held-out top-1 %s", rate, tried[rate]["val_top1"])
     scores = {rate: summary["val_top1"] for rate, summary in tried.items() if summary["val_top1"] is not None}
     if tried and not scores:
-        raise RunError(f"every learning rate diverged: {', '.join(map(str, tried))}; give lower --learning-rates")
+        raise RunError(
+            f"every learning rate diverged: {', '.join(map(str, tried))}; give lower ones, and another --out"
+        )
     return tried, min(scores, key=lambda rate: (-scores[rate], rate), default=recipe.optimization.learning_rate)
 
 
