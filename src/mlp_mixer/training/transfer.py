@@ -84,7 +84,7 @@ def choose(plan: Transfer, out: Path, run_one: RunOne) -> tuple[dict[float, dict
     scores = {rate: summary["val_top1"] for rate, summary in tried.items() if summary["val_top1"] is not None}
     if tried and not scores:
         raise RunError(
-            f"every learning rate diverged: {', '.join(map(str, tried))}; give lower ones, and another --out"
+            f"every learning rate diverged: {', '.join(map(str, tried))}; give lower --learning-rates and a new --out"
         )
     return tried, min(scores, key=lambda rate: (-scores[rate], rate), default=recipe.optimization.learning_rate)
 
