@@ -286,7 +286,7 @@ def test_a_twin_has_every_method_of_its_original(name: str) -> None:
     assert methods(twin) == methods(recipe)
     assert twin.model.head_bias < 0  # as the loss asks for, though for ten classes
     assert twin.data.data == "digits"
-    assert (twin.optimization.epochs, twin.optimization.global_batch_size) == (3, 64)
+    assert (twin.optimization.epochs, twin.optimization.global_batch_size) == (40, 64)
 
 
 @pytest.mark.parametrize("name", [name for name in TRANSFERS if not name.endswith("-small")])

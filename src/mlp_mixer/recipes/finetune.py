@@ -16,7 +16,7 @@ from mlp_mixer.training.recipe import (
     RunRecipe,
     SearchRecipe,
     Transfer,
-)  # fmt: skip
+)
 
 RATES = (0.003, 0.01, 0.03, 0.06)
 
