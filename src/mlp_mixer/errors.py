@@ -1,4 +1,4 @@
-"""The two kinds of failure that a user is shown in one line."""
+"""The ends of a program that a user is shown in one line."""
 
 
 class UserError(ValueError):
@@ -7,6 +7,14 @@ class UserError(ValueError):
 
 class RunError(RuntimeError):
     """A run that failed through nobody's mistake (a full disk, an unreachable download). Exit status 1."""
+
+
+class Stopped(Exception):
+    """A run that a signal ended, and that can be gone on with. Exit status 143 (SIGTERM) or 130 (SIGINT)."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 def printable(text: str) -> str:

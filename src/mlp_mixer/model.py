@@ -6,7 +6,7 @@ B images, S patches ("tokens"), C channels. One MLP mixes across patches, one ac
 import hashlib
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -189,8 +189,15 @@ class Mixer(nn.Module):
         return self.head(self.features(images, keys))
 
 
-def initialise(model: nn.Module, seed: int) -> None:
+def copy(parameter: Tensor, value: Tensor) -> None:
+    with torch.no_grad():
+        parameter.copy_(value)
+
+
+def initialise(model: nn.Module, seed: int, put: Callable[[Tensor, Tensor], None] = copy) -> None:
     """The authors' initial weights, each a function of (seed, its name) alone, on any device.
+
+    ``put`` writes a drawn value into its parameter, which may hold only a share of it.
 
     Kernels and stem: LeCun normal as flax draws it, a normal cut at 2σ, corrected to variance 1/fan_in; the head's
     kernel and every bias 0; LayerNorm scales 1.
@@ -203,11 +210,10 @@ def initialise(model: nn.Module, seed: int) -> None:
         else:
             digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
             generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-            std = parameter[0].numel() ** -0.5 / 0.87962566  # the standard deviation of a normal cut at ±2
-            drawn = torch.empty_like(parameter, device="cpu")
+            std = parameter.shape[1:].numel() ** -0.5 / 0.87962566  # the standard deviation of a normal cut at ±2
+            drawn = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
             nn.init.trunc_normal_(drawn, std=std, a=-2 * std, b=2 * std, generator=generator)
-            with torch.no_grad():
-                parameter.copy_(drawn)
+            put(parameter, drawn)
 
 
 def as_pair(size: Size) -> tuple[int, int]:

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 import mlp_mixer
-from mlp_mixer.data.loading import evaluation_batches, training_batches
+from mlp_mixer.data.loading import PADDING, evaluation_batches, training_batches
 from mlp_mixer.data.sources import load_source
 from mlp_mixer.data.transforms import EvaluationView, TrainingView
 
@@ -94,7 +94,7 @@ def test_near_names(mixer, train, tmp_path) -> None:
     assert_only_mistake(train("digitz"), "'digitz'", "did you mean digits?")
     assert_only_mistake(mixer("train", "cifar", "--out", tmp_path / "out"), "'cifar'", "did you mean cifar10?")
     assert_only_mistake(mixer("trian"), "'trian'", "did you mean train?", "mixer --help")
-    assert_only_mistake(mixer("xyzzy"), "'xyzzy'", "train, finetune, evaluate, predict, info, resize, convert")
+    assert_only_mistake(mixer("xyzzy"), "'xyzzy'", "train, finetune, status, evaluate, predict, info, resize, convert")
     assert_only_mistake(mixer("info", "B/17"), "'B/17'", "B/16")
     assert_mistake(mixer("train", "--model", "B/61", "--out", tmp_path / "out"), "'B/61'", "B/16")
     assert_only_mistake(mixer("train", "--epoch", 3), "--epoch", "did you mean --epochs")
@@ -380,7 +380,7 @@ def test_a_place_is_masked_and_filled_by_no_other_image(pictures, bad_picture, t
         assert torch.equal(batch.labels, before.labels)
         bad = batch.indices == 3
         met += int(bad.sum())
-        assert torch.equal(batch.valid, ~bad)
+        assert torch.equal(batch.valid, ~bad & (batch.indices != PADDING))
         assert not batch.images[bad].any()
         assert torch.equal(batch.images[~bad], before.images[~bad])
         assert all(index == 3 and str(victim) in problem for index, problem in batch.problems)
@@ -393,7 +393,7 @@ def test_a_place_is_masked_and_filled_by_no_other_image(pictures, bad_picture, t
 
 def assert_nothing_half_written(out: Path) -> None:
     for path in out.rglob("*") if out.exists() else ():
-        assert not path.name.startswith("."), f"{path} is a temporary file"
+        assert not path.name.startswith(".") or path.name in (".lock", ".metadata"), f"{path} is a temporary file"
         if path.suffix == ".json":
             json.loads(path.read_text())
         elif path.suffix == ".safetensors":
@@ -416,7 +416,7 @@ def test_a_full_disk_simulated(train, pictures, tmp_path, monkeypatch) -> None:
 
     monkeypatch.setattr(os, "fsync", full)
     out = tmp_path / "out" / "run"
-    for room in range(20):  # noqa: B007 (full reads it)
+    for room in range(60):  # noqa: B007 (full reads it)
         calls = 0
         answer = train(data, "--json")
         if answer.status == 0:
@@ -424,7 +424,7 @@ def test_a_full_disk_simulated(train, pictures, tmp_path, monkeypatch) -> None:
         assert_mistake(answer, "No space left on device", status=1)
         assert answer.out == ""
         assert_nothing_half_written(out)
-        assert out.exists() == any((out / "checkpoints").glob("*.safetensors"))
+        assert out.exists() == any((out / "checkpoints").iterdir() if out.exists() else [])
         assert out.exists() or not out.parent.exists()  # nor the folders made on the way
         shutil.rmtree(out.parent, ignore_errors=True)
     assert answer.status == 0

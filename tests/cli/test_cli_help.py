@@ -82,7 +82,7 @@ def test_help_of_a_recipe_shows_its_defaults(mixer, recipe: str) -> None:
 
     answer, expected = mixer("train", recipe, "--help"), get_recipe(recipe)
     assert f"those of the recipe {recipe}." in " ".join(answer.out.split())
-    assert f"(default: {expected.model.image_size})" in answer.out
+    assert default_of("--image-size", answer.out) == str(expected.model.image_size)
     assert default_of("--randaugment", answer.out) == str(expected.data.randaugment)
     assert default_of("--mixup", answer.out) == str(expected.data.mixup)
     assert default_of("--loss", answer.out) == expected.optimization.loss

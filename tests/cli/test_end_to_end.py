@@ -42,10 +42,12 @@ def test_a_run_writes_its_folder(digits_run) -> None:
     assert summary.keys() >= SUMMARY_KEYS
     assert {path.name for path in out.iterdir()} == {
         *("recipe.json", "metrics.jsonl", "tensorboard", "checkpoints", "model.safetensors"),
-        *("report.html", "examples", "summary.json"),
+        *("report.html", "examples", "summary.json", "consumed.jsonl", ".lock"),
     }
     assert any(path.stat().st_size for path in (out / "tensorboard").glob("events.out.tfevents.*"))
-    assert {path.name for path in (out / "checkpoints").iterdir()} == {"best.safetensors", "last.safetensors"}
+    assert {path.name for path in (out / "checkpoints").iterdir()} == {
+        *("best.safetensors", "last.safetensors", "step-00000040"),
+    }
     assert "</html>" in (out / "report.html").read_text()
 
 

@@ -10,7 +10,8 @@ from reference import randomise
 from safetensors.torch import load_file
 
 import mlp_mixer
-from mlp_mixer.training.start import with_zero_head
+from mlp_mixer.model import Mixer
+from mlp_mixer.training.start import headed, take
 from mlp_mixer.weights.known import synset_names
 from mlp_mixer.weights.resize import resize
 
@@ -242,7 +243,7 @@ def test_one_learning_rate_is_one_plain_run(tuned) -> None:
     summary = json.loads(answer.out)
     assert {path.name for path in (folder / "run").iterdir()} == {
         *("recipe.json", "metrics.jsonl", "tensorboard", "checkpoints", "model.safetensors"),
-        *("report.html", "examples", "summary.json"),
+        *("report.html", "examples", "summary.json", "consumed.jsonl", ".lock"),
     }
     assert not {"search", "learning_rate", "test_top1s"} & summary.keys()
     recipe = json.loads((folder / "run" / "recipe.json").read_text())
@@ -364,6 +365,13 @@ def test_a_twin_of_a_fine_tuning_recipe(mixer, colour_weights, photographs, tmp_
     recipe = json.loads((tmp_path / "run" / "recipe.json").read_text())
     assert (recipe["name"], recipe["optimization"]["global_batch_size"]) == ("finetune-pets-small", 16)
     assert recipe["data"]["train_crop"] == "inception"
+
+
+def with_zero_head(trained: Mixer, num_classes: int) -> Mixer:
+    """What a run that starts from these weights starts from."""
+    model = headed(trained, num_classes).to_empty(device="cpu")
+    take(model, trained)
+    return model
 
 
 def test_frozen_leaves_all_but_the_head(mixer, colour_weights, photographs, tmp_path) -> None:

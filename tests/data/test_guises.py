@@ -15,7 +15,7 @@ from torch import Tensor
 import mlp_mixer
 from mlp_mixer.card import Preprocessing
 from mlp_mixer.data.images import UnreadableImage
-from mlp_mixer.data.loading import evaluation_batches, training_batches
+from mlp_mixer.data.loading import PADDING, evaluation_batches, training_batches
 from mlp_mixer.data.sources import Part, load_source
 from mlp_mixer.data.stores import FolderStore, ZipStore
 from mlp_mixer.data.transforms import EvaluationView, TrainingView, normalise
@@ -156,9 +156,9 @@ def fed(model, work) -> Tensor:
 
 def by_name(part: Part, batches, preprocessing: Preprocessing) -> Iterator[tuple[str, Tensor]]:
     for batch in batches:
-        assert batch.valid.all()
-        images = normalise(batch.images, preprocessing)
-        yield from zip((part.names[i] for i in batch.indices.tolist()), images, strict=True)
+        assert torch.equal(batch.valid, batch.indices != PADDING)
+        images = normalise(batch.images[batch.valid], preprocessing)
+        yield from zip((part.names[i] for i in batch.indices[batch.valid].tolist()), images, strict=True)
 
 
 def test_each_file_is_the_same_on_every_path(paths, guises) -> None:

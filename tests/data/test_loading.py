@@ -17,6 +17,7 @@ from PIL import Image
 from mlp_mixer.card import Preprocessing
 from mlp_mixer.data.images import UnreadableImage
 from mlp_mixer.data.loading import (
+    PADDING,
     Batch,
     TrainingOrder,
     Unreadable,
@@ -184,9 +185,12 @@ def test_a_batch_larger_than_the_part_goes_on_with_the_next_epoch() -> None:
 def test_evaluation_covers_each_image_once_in_order(batch_size: int, workers: int) -> None:
     part = part_of(10)
     batches = list(evaluation_batches(part, EVALUATION, batch_size=batch_size, workers=workers))
-    assert torch.cat([batch.indices for batch in batches]).tolist() == list(range(10))
-    assert torch.cat([batch.labels for batch in batches]).tolist() == part.labels.tolist()
-    assert [len(batch.images) for batch in batches[:-1]] == [batch_size] * (len(batches) - 1)
+    assert torch.cat([batch.indices[batch.valid] for batch in batches]).tolist() == list(range(10))
+    assert torch.cat([batch.labels[batch.valid] for batch in batches]).tolist() == part.labels.tolist()
+    assert {len(batch.images) for batch in batches} == {min(batch_size, 10)}  # the last is filled up
+    padding = [index for batch in batches for index in batch.indices[~batch.valid].tolist()]
+    assert padding == [PADDING] * (len(batches) * min(batch_size, 10) - 10)
+    assert not any(batch.problems for batch in batches)
     assert torch.equal(torch.cat([batch.images for batch in batches])[7], EVALUATION(part.image(7)))
 
 

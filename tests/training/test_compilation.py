@@ -11,7 +11,7 @@ from torch._dynamo.exc import TorchDynamoException
 
 from mlp_mixer.errors import RunError
 from mlp_mixer.model import Mixer
-from mlp_mixer.training.compilation import WORTHWHILE_FLOP, compiled
+from mlp_mixer.training.compilation import WORTHWHILE_FLOP, made_ready
 
 MANY = 1e18
 
@@ -23,7 +23,7 @@ def tiny() -> Mixer:
 
 def compile_it(model: Mixer, mode: Any, flop: float = MANY) -> Callable[[Tensor, Tensor], Tensor]:
     cpu = torch.device("cpu")
-    return compiled(model, mode, batch_size=5, training_flop=flop, device=cpu, precision=torch.float32)
+    return made_ready(model, mode, batch_size=5, training_flop=flop, device=cpu, precision=torch.float32)[0]
 
 
 class NoCompiler(TorchDynamoException):

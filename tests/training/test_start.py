@@ -19,7 +19,7 @@ from mlp_mixer.recipes import get_transfer
 from mlp_mixer.recipes.digits import digits
 from mlp_mixer.training.recipe import ModelRecipe, Recipe, RunRecipe, check, from_json, to_json_object
 from mlp_mixer.training.run import Run, train
-from mlp_mixer.training.start import prepare, view, with_zero_head
+from mlp_mixer.training.start import headed, prepare, take, view
 from mlp_mixer.weights.export import export
 from mlp_mixer.weights.load import load
 from mlp_mixer.weights.own import save
@@ -164,6 +164,13 @@ def test_the_bias_of_the_head_is_the_recipes(weights: str, bias: float) -> None:
             for name, parameter in model.named_parameters()
             if name != "head.bias"
         )
+
+
+def with_zero_head(trained: Mixer, num_classes: int, **changes: Any) -> Mixer:
+    """What a run that starts from these weights starts from."""
+    model = headed(trained, num_classes, **changes).to_empty(device="cpu")
+    take(model, trained)
+    return model
 
 
 def test_with_zero_head_leaves_the_trained_model() -> None:

@@ -78,9 +78,8 @@ class Runs:
         number = len(self.recipes)
         self.recipes.append(recipe)
         self.folders.append(folder.relative_to(self.out).as_posix())
-        assert not folder.exists()  # as train() demands
-        with run_folder(folder):
-            (folder / "checkpoints").mkdir()
+        with run_folder(folder):  # and goes on with what is there, as train() does
+            (folder / "checkpoints").mkdir(exist_ok=True)
             if self.stop and self.stop[0] == number:
                 if self.stop[2]:
                     (folder / "checkpoints" / "last.safetensors").write_text("half")
@@ -97,7 +96,7 @@ class Runs:
                 scores = {"val_top1": None, "test_top1": None if self.test is None else known}
             summary = scores | {"seed": seed, "train_seconds": 2.0, "data": recipe.data.data, "steps": 9}
             (folder / "summary.json").write_text(to_json(summary))
-            (folder / "examples").mkdir()
+            (folder / "examples").mkdir(exist_ok=True)
             (folder / "examples" / "0-a.png").write_text(folder.name)
             (folder / "report.html").write_text(f"<html>{folder.name}</html>")
         return summary
@@ -275,17 +274,18 @@ def test_called_again_it_goes_on_where_it_was_stopped(
     with pytest.raises(kind, match="stopped"):
         transfer(plan(), out, stopped)
     assert stopped.folders == ORDER[: number + 1]
-    assert out.exists() == (number > 0)  # of a first run nothing is kept, nor of the folders on the way
-    assert (tmp_path / "new").exists() == (number > 0)
+    kept = number > 0 or saved
+    assert out.exists() == kept  # of a first run without a checkpoint nothing is kept, nor of the folders on the way
+    assert (tmp_path / "new").exists() == kept
     before = {name: content for name, content in tree(out).items() if not name.startswith(ORDER[number])}
     assert transfer(plan(), out, then) == expected
-    assert then.folders == ORDER[number:]  # those before are not repeated, and it starts again from its start
+    assert then.folders == ORDER[number:]  # those before are not repeated
     assert tree(out) == tree(whole)
     assert before.items() <= tree(out).items()
 
 
 @pytest.mark.parametrize("number", range(6))
-def test_a_run_killed_while_its_report_was_written_starts_again(number: int, tmp_path: Path) -> None:
+def test_a_run_killed_while_its_report_was_written_is_gone_on_with(number: int, tmp_path: Path) -> None:
     """With no chance to take anything away: all is there but the report, which comes last."""
     out = tmp_path / "out"
     expected = transfer(plan(), out, Runs(out))
@@ -426,7 +426,7 @@ class Real:
 
     def __call__(self, recipe: Recipe, folder: Path) -> dict[str, Any]:
         self.watch(folder.relative_to(self.out).as_posix())
-        done = train(recipe, folder, classify, self.bar)
+        done = train(recipe, folder, classify, self.bar, resume=True)
         report(done)
         self.sources[folder.relative_to(self.out).as_posix()] = done.source
         return done.summary

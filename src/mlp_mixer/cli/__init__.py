@@ -4,16 +4,18 @@ import difflib
 import importlib
 import io
 import logging
+import os
 import signal
 import sys
 import threading
 import warnings
 
-from mlp_mixer.errors import RunError, UserError
+from mlp_mixer.errors import RunError, Stopped, UserError
 
 VERBS = {
     "train": "train a Mixer from scratch: on the embedded digits, or on your images",
     "finetune": "move trained weights to your own classes, at any image size",
+    "status": "where a run is: how far, how well, its checkpoints, how to go on with it",
     "evaluate": "top-1, top-5, per class and confusion matrix of weights on labelled images",
     "predict": "labels and probabilities for image files, folders and zips",
     "info": "parameters, FLOPs and memory of a variant, or what a weights file holds",
@@ -30,6 +32,7 @@ verbs:
 examples:
   mixer train                                   a small Mixer on handwritten digits, in seconds
   mixer train --data photos/                    on your images: one folder a class, or a .zip of that
+  mixer train --resume runs/…                   goes on with a run that was stopped
   mixer evaluate runs/…/model.safetensors --data photos/
   mixer predict runs/…/model.safetensors a.jpg b.png
   mixer finetune Mixer-B_16.npz --data photos/ --image-size 448
@@ -64,9 +67,9 @@ def main(argv: list[str] | None = None) -> int:
         set_up_logging()
         if threading.current_thread() is threading.main_thread():  # no other may
             signal.signal(signal.SIGTERM, terminate)
-        importlib.import_module(f"mlp_mixer.cli.{args[0]}").run(args[1:])
+        status = importlib.import_module(f"mlp_mixer.cli.{args[0]}").run(args[1:])
         sys.stdout.flush()  # here, so that a full disk or a closed pipe is met while it can be told
-        return 0
+        return status or 0
     except BrokenPipeError:  # whoever read our output has seen enough
         sys.stdout = None
         return 141
@@ -74,28 +77,52 @@ def main(argv: list[str] | None = None) -> int:
         return fail("interrupted", 130, debug)
     except Terminated:
         return fail("terminated", 143, debug)
+    except Stopped as error:
+        return fail(error, error.status, debug)
     except UserError as error:
         return fail(error, 2, debug)
     except (RunError, OSError, MemoryError) as error:
         return fail(error, 1, debug)
     except Exception as error:  # a fault of ours, or of a library: still one line, and where to look
-        return fail(f"{type(error).__name__}: {error} (--debug shows where)", 1, debug)
+        return fail(error, 1, debug, unexpected=True)
 
 
 class Terminated(BaseException):
     """SIGTERM, raised where the program was, so that what is half-written is taken away."""
+
+    status = 143
 
 
 def terminate(number: int, frame: object) -> None:
     raise Terminated
 
 
-def fail(error: object, status: int, debug: bool) -> int:
-    """One line on standard error, or the traceback where it was asked for."""
-    if debug:
+def fail(error: object, status: int, debug: bool, unexpected: bool = False) -> int:
+    """One line on standard error, and the traceback where it was asked for.
+
+    Of a run of several processes, the first that failed tells how, with the traceback if nobody expected it; and each
+    ends at once, for the threads that talk to the others may wait for them.
+    """
+    rank = os.environ.get("RANK") if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
+    first = getattr(error, "failed_first", None)  # what another rank has told
+    speaker = "mixer" if rank is None or isinstance(error, Stopped) else f"mixer: rank {rank}"
+    if debug or (unexpected and rank and first is None):
         logging.getLogger(__name__).exception("")
-    print(f"mixer: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+    told = " ".join(str(error).split()) or type(error).__name__
+    if unexpected:
+        told = f"{type(error).__name__}: {told}" + ("" if rank else " (--debug shows where)")
+    if first is None:
+        print(f"{speaker}: {told}", file=sys.stderr)
+    elif first["what"] != told_to_all(error):
+        print(f"mixer: rank {rank}: ended because rank {first['rank']} failed: {first['what']}", file=sys.stderr)
+    if rank:
+        sys.stderr.flush()
+        os._exit(status)
     return status
+
+
+def told_to_all(error: object) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 class ToStandardError(logging.Handler):
@@ -112,3 +139,4 @@ def set_up_logging() -> None:
     ours.setLevel(logging.INFO)
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # its remark that there is no CUDA
     warnings.filterwarnings("ignore", module=r"PIL\.")
+    warnings.filterwarnings("ignore", "torch.distributed is disabled")  # in one process, of course

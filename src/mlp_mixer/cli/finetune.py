@@ -1,21 +1,35 @@
 """mixer finetune"""
 
 import dataclasses
-import datetime
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import tyro
 
 from mlp_mixer.cli.arguments import pair, parse
-from mlp_mixer.cli.train import announce, carry_out, dashed, option, prefer, train_and_report
+from mlp_mixer.cli.train import (
+    Launch,
+    announce,
+    carry_out,
+    dashed,
+    folder,
+    new_folder,
+    option,
+    prefer,
+    speak_for,
+    start_all,
+    starts_others,
+    train_and_report,
+)
 from mlp_mixer.errors import UserError
 from mlp_mixer.recipes import TRANSFERS, get_transfer, listed
 from mlp_mixer.training.recipe import (
     DataRecipe,
     OptimizationRecipe,
+    Recipe,
     RunRecipe,
     SearchRecipe,
     Transfer,
@@ -45,6 +59,7 @@ class Arguments:
     """Folder of the run; by default runs/RECIPE-DATE-TIME. One that was not finished is gone on with."""
     json: bool = False
     """Print the summary as one JSON object."""
+    launch: Launch = field(default_factory=Launch)
     image_size: tuple[int, ...] = ()
     """In pixels, one number, or height and width; multiples of the patch size; by default that of the weights."""
     frozen: bool = False
@@ -61,7 +76,7 @@ class Arguments:
     run: RunRecipe
 
 
-def run(args: Sequence[str]) -> None:
+def run(args: Sequence[str]) -> int:
     args = [dashed(arg) for arg in args]
     plan, words = base_transfer(args)
     recipe, size = prefer(plan.recipe, args), plan.recipe.model.image_size
@@ -101,12 +116,11 @@ def run(args: Sequence[str]) -> None:
         **{name: getattr(chosen, name) for name in ("data", "optimization", "run")},
     )
     plan = check_transfer(Transfer(recipe=recipe, search=chosen.search))
-    out = chosen.out or Path("runs") / f"{recipe.name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
-    command = f"mixer finetune {shlex.join(args)}"
-    if plan.search.learning_rates or plan.search.seeds > 1:
-        search_and_train(plan, out, chosen.json, command)
-    else:
-        carry_out(recipe, out, chosen.json, command)
+    launch = dataclasses.replace(chosen.launch, resume=chosen.launch.resume or ("auto" if chosen.out else None))
+    out, command = folder(chosen.out, launch), ["finetune", *args]
+    if not (plan.search.learning_rates or plan.search.seeds > 1):
+        return carry_out(recipe, out, chosen.json, command, launch)
+    return search_and_train(plan, out, chosen.json, command, launch)
 
 
 def base_transfer(args: Sequence[str]) -> tuple[Transfer, Sequence[str]]:
@@ -116,10 +130,26 @@ def base_transfer(args: Sequence[str]) -> tuple[Transfer, Sequence[str]]:
     return get_transfer("photos"), args
 
 
-def search_and_train(plan: Transfer, out: Path, as_json: bool, command: str) -> None:
+def search_and_train(plan: Transfer, out: Path | None, as_json: bool, words: Sequence[str], launch: Launch) -> int:
+    """As ``carry_out``, for many runs; those that are complete are not made again."""
+    if starts_others(plan.recipe, launch):
+        return start_all(launch, words)
     from mlp_mixer.training.run import check_validation
     from mlp_mixer.training.transfer import transfer
+    from mlp_mixer.training.world import joined
 
-    check_validation(plan.recipe)  # before hours of searching
-    summary = transfer(plan, out, lambda recipe, folder: train_and_report(recipe, folder, command))
-    announce(summary, out, as_json)
+    launch = dataclasses.replace(launch, resume="auto")
+    command = f"mixer {shlex.join(words)}"
+    with joined(plan.recipe.run.timeout_seconds) as world:
+        speak_for(world)
+        check_validation(plan.recipe)  # before hours of searching
+        chosen = world.once(lambda: out or new_folder(plan.recipe))
+        again = command if out else f"{command} --out {shlex.quote(str(chosen))}"
+
+        def run_one(recipe: Recipe, folder: Path) -> dict[str, Any]:
+            return train_and_report(recipe, folder, command, world, launch, again)
+
+        summary = transfer(plan, chosen, run_one, world)
+        if world.first:
+            announce(summary, chosen, as_json)
+    return 0

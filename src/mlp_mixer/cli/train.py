@@ -3,18 +3,33 @@
 import dataclasses
 import datetime
 import itertools
+import logging
+import os
+import re
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlp_mixer.cli.arguments import parse
 from mlp_mixer.errors import UserError
 from mlp_mixer.files import to_json
 from mlp_mixer.recipes import RECIPES, get_recipe, listed
-from mlp_mixer.training.recipe import DataRecipe, ModelRecipe, OptimizationRecipe, Recipe, RunRecipe, from_json
+from mlp_mixer.training.recipe import (
+    DataRecipe,
+    ModelRecipe,
+    OptimizationRecipe,
+    Recipe,
+    RunRecipe,
+    check,
+    check_ranks,
+    from_json,
+)
+
+if TYPE_CHECKING:
+    from mlp_mixer.training.world import World
 
 DESCRIPTION = """Trains a Mixer from scratch and writes a folder with its weights, metrics and report.html.
 
@@ -23,25 +38,43 @@ folder or zip. The paper's have reduced twins, RECIPE-small. Every field can be 
 
 examples: mixer train photos --data flowers.zip --image-size 160 --epochs 50
           mixer train imagenet-b16 --data imagenet/ --micro-batch-size 128
+          mixer train imagenet-b16 --data imagenet/ --processes 8 --out runs/b16 --resume auto
 
 The defaults below are those of the recipe {name}."""
 
 
 @dataclass(frozen=True, kw_only=True)
+class Launch:
+    resume: str | None = None
+    """A run's folder, to go on with it from its newest checkpoint; auto: with --out, if there is a run in it."""
+    trust_checkpoint: bool = False
+    """Go on from checkpoints that no run of yours on this machine has written; loading them can execute code."""
+    processes: int = 1
+    """Train in so many processes on this machine, one a GPU. torchrun does it too."""
+    machines: int = 1
+    """Train on so many machines, with so many processes on each; the command runs on each of them."""
+    machine: int = 0
+    """Which of them this is, from 0."""
+    meet: str | None = None
+    """HOST:PORT of machine 0, where they meet."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Arguments:
     out: Path | None = None
-    """Folder of the run, which must not exist; by default runs/RECIPE-DATE-TIME."""
+    """Folder of the run, which must not exist unless it is gone on with; by default runs/RECIPE-DATE-TIME."""
     recipe_file: Path | None = None
     """A recipe.json of an earlier run, in place of RECIPE."""
     json: bool = False
     """Print the summary as one JSON object."""
+    launch: Launch = field(default_factory=Launch)
     model: ModelRecipe
     data: DataRecipe
     optimization: OptimizationRecipe
     run: RunRecipe
 
 
-def run(args: Sequence[str]) -> None:
+def run(args: Sequence[str]) -> int:
     args = [dashed(arg) for arg in args]
     recipe = base_recipe(args)
     words = args[1:] if args and not args[0].startswith("-") else args
@@ -60,13 +93,17 @@ def run(args: Sequence[str]) -> None:
         default=Arguments(**given),
     )
     recipe = dataclasses.replace(recipe, **{name: getattr(chosen, name) for name in given})
-    out = chosen.out or Path("runs") / f"{recipe.name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
-    carry_out(recipe, out, chosen.json, f"mixer train {shlex.join(args)}".strip())
+    out = folder(chosen.out, chosen.launch)
+    return carry_out(recipe, out, chosen.json, ["train", *args], chosen.launch)
 
 
 def base_recipe(args: Sequence[str]) -> Recipe:
-    """The recipe named by the first word or by --recipe-file; else the one for the --data."""
-    saved = option(args, "--recipe-file")
+    """The recipe named by the first word, by --recipe-file or by --resume; else the one for the --data."""
+    saved, resumed = option(args, "--recipe-file"), option(args, "--resume")
+    if resumed not in (None, "auto"):
+        if saved or (args and not args[0].startswith("-")):
+            raise UserError(f"--resume {resumed} has a recipe of its own: leave out the other, or give --resume auto")
+        return recipe_of(Path(resumed))
     named = args[0] if args and not args[0].startswith("-") else None
     if saved and named:
         raise UserError(f"both a recipe, {named!r}, and --recipe-file {saved}: give one of them")
@@ -102,21 +139,103 @@ def option(args: Sequence[str], name: str) -> str | None:
     return None
 
 
-def carry_out(recipe: Recipe, out: Path, as_json: bool, command: str) -> None:
-    announce(train_and_report(recipe, out, command), out, as_json)
+def recipe_of(run: Path) -> Recipe:
+    if not (run / "recipe.json").is_file():
+        raise UserError(f"--resume {run}: there is no run, or it was stopped before it began; name its folder, or auto")
+    return from_json(run / "recipe.json")
 
 
-def train_and_report(recipe: Recipe, out: Path, command: str) -> dict[str, Any]:
-    """Trains, with a progress bar, writes the run's folder with its report, and returns the summary."""
+def folder(out: Path | None, launch: Launch) -> Path | None:
+    """Of the run, where the words of the call say it."""
+    if launch.resume in (None, "auto"):
+        if launch.resume and out is None:
+            raise UserError("--resume auto without --out: name the folder that the run is, or will be, in")
+        return out
+    if out is not None and out != Path(launch.resume):
+        raise UserError(f"--resume {launch.resume} and --out {out}: a run stays in its folder, so leave out --out")
+    return Path(launch.resume)
+
+
+def carry_out(recipe: Recipe, out: Path | None, as_json: bool, words: Sequence[str], launch: Launch) -> int:
+    """Trains in one process or in many, and tells how it went; the exit status."""
+    if starts_others(recipe, launch):
+        return start_all(launch, words)
+    from mlp_mixer.training.world import joined
+
+    with joined(recipe.run.timeout_seconds) as world:
+        speak_for(world)
+        chosen = world.once(lambda: out or new_folder(recipe))
+        summary = train_and_report(recipe, chosen, f"mixer {shlex.join(words)}", world, launch)
+        if world.first:
+            announce(summary, chosen, as_json)
+    return 0
+
+
+def starts_others(recipe: Recipe, launch: Launch) -> bool:
+    """Whether this process is to start those of the run, and not one of them."""
+    ranks = launch.processes * launch.machines
+    if launch.processes < 1 or launch.machines < 1:
+        raise UserError(f"--processes {launch.processes} --machines {launch.machines}: at least 1")
+    if not 0 <= launch.machine < launch.machines:
+        raise UserError(f"--machine {launch.machine} of --machines {launch.machines}: from 0 to {launch.machines - 1}")
+    if launch.machines > 1 and not re.fullmatch(r"[^:]+:\d{1,5}", launch.meet or ""):
+        raise UserError(f"--meet {launch.meet}: give HOST:PORT of machine 0, as --meet node1:29500")
+    if ranks == 1 or "RANK" in os.environ:
+        return False
+    check_ranks(check(recipe), ranks)  # told once, not by each
+    return True
+
+
+def start_all(launch: Launch, words: Sequence[str]) -> int:
+    from mlp_mixer.training.launch import Plan
+    from mlp_mixer.training.launch import launch as start
+
+    plan = Plan(processes=launch.processes, machines=launch.machines, machine=launch.machine, meet=launch.meet)
+    return start(plan, words)
+
+
+def speak_for(world: "World") -> None:
+    """What concerns all is said by one."""
+    if not world.first:
+        logging.getLogger("mlp_mixer").setLevel(logging.ERROR)
+
+
+def new_folder(recipe: Recipe) -> Path:
+    return Path("runs") / f"{recipe.name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+
+
+def train_and_report(
+    recipe: Recipe, out: Path, command: str, world: "World", launch: Launch, again: str = ""
+) -> dict[str, Any]:
+    """Trains, with a progress bar, writes the run's folder with its report, and returns the summary.
+
+    A run to go on with that is complete already is left as it is.
+    """
     from mlp_mixer.cli.display import progress_bar
     from mlp_mixer.evaluation.classification import classify
     from mlp_mixer.evaluation.showcase import report
+    from mlp_mixer.training.resume import finished
     from mlp_mixer.training.run import train
 
-    with progress_bar() as bar:
-        done = train(recipe, out, classify, bar, command)
-    report(done)
-    return done.summary
+    done = world.once(lambda: finished(recipe, out)) if launch.resume else None
+    if done is not None:
+        print(f"{out} is complete: nothing is left to do", file=sys.stderr)
+        return done
+    with_all = f" --processes {world.local_ranks}" if world.ranks > 1 else ""
+    with progress_bar(world.first) as bar:
+        run = train(
+            recipe,
+            out,
+            classify,
+            bar,
+            command,
+            world=world,
+            resume=launch.resume is not None,
+            trusted=launch.trust_checkpoint,
+            again=again or f"mixer train --resume {shlex.quote(str(out))}{with_all}",
+        )
+    world.once(lambda: report(run))
+    return run.summary
 
 
 def announce(summary: dict[str, Any], out: Path, as_json: bool) -> None:

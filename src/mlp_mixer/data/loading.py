@@ -6,6 +6,7 @@ batch can be made by any worker. What is random about one sample is drawn by (se
 """
 
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -20,9 +21,11 @@ from mlp_mixer.data.stores import ArrayStore
 from mlp_mixer.data.transforms import EvaluationView, TrainingView
 from mlp_mixer.errors import UserError
 
+PADDING = -1  # the index of no image
+
 
 class Batch(NamedTuple):
-    """An unreadable image keeps its place: black, ``valid`` false, and why in ``problems``."""
+    """An unreadable image keeps its place: black, ``valid`` false, and why in ``problems``; so does padding, untold."""
 
     images: Tensor  # (B, 3, H, W) uint8
     labels: Tensor  # (B,) int64
@@ -39,6 +42,8 @@ class Views(Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, int, str | None]:
         epoch, index = key
+        if index == PADDING:
+            return torch.zeros(3, *self.view.image_size, dtype=torch.uint8), 0, PADDING, None
         label = int(self.part.labels[index])
         try:
             return (
@@ -69,7 +74,7 @@ def collate(samples: list[tuple[Tensor, int, int, str | None]]) -> Batch:
     return Batch(
         stacked(images),
         torch.tensor(labels),
-        torch.tensor([problem is None for problem in problems]),
+        torch.tensor([problem is None and i != PADDING for i, problem in zip(indices, problems, strict=True)]),
         torch.tensor(indices),
         [(index, problem) for index, problem in zip(indices, problems, strict=True) if problem is not None],
     )
@@ -84,16 +89,24 @@ def stacked(images: Sequence[Tensor]) -> Tensor:
 
 
 class TrainingOrder:
-    """Yields for each step the (epoch, index) of its samples; see the module's first lines."""
+    """Yields for each step the (epoch, index) of its samples; see the module's first lines.
 
-    def __init__(self, images: int, batch_size: int, steps: int, seed: int, first_step: int = 0) -> None:
-        self.images, self.batch_size, self.steps, self.seed, self.first_step = (
-            images,
-            batch_size,
-            steps,
-            seed,
-            first_step,
-        )
+    Of several ranks, each takes the batches that fall to it: the first rank one, the second the next, and so on.
+
+    Args:
+        images: of the part.
+        batch_size: of one rank's batch.
+        steps: how many batches each rank gets, from ``first_step`` on.
+        seed: of the permutations.
+        first_step: how many of them were there before.
+        rank, ranks: whose batches these are.
+    """
+
+    def __init__(
+        self, images: int, batch_size: int, steps: int, seed: int, first_step: int = 0, rank: int = 0, ranks: int = 1
+    ) -> None:
+        self.images, self.batch_size, self.steps, self.seed = images, batch_size, steps, seed
+        self.first_step, self.rank, self.ranks = first_step, rank, ranks
 
     def __len__(self) -> int:
         return self.steps - self.first_step
@@ -102,7 +115,8 @@ class TrainingOrder:
         epoch, order = -1, np.empty(0, dtype=np.int64)
         for step in range(self.first_step, self.steps):
             keys = []
-            for position in range(step * self.batch_size, (step + 1) * self.batch_size):
+            start = (step * self.ranks + self.rank) * self.batch_size
+            for position in range(start, start + self.batch_size):
                 if position // self.images != epoch:
                     epoch = position // self.images
                     order = permutation(self.seed, epoch, self.images)
@@ -111,19 +125,45 @@ class TrainingOrder:
 
 
 def training_batches(
-    part: Part, view: TrainingView, *, batch_size: int, steps: int, seed: int, workers: int | None = None
+    part: Part,
+    view: TrainingView,
+    *,
+    batch_size: int,
+    steps: int,
+    seed: int,
+    workers: int | None = None,
+    first_step: int = 0,
+    rank: int = 0,
+    ranks: int = 1,
 ) -> DataLoader:
-    """The batches of a run's steps, in order, all of the same size. ``workers`` None chooses (``default_workers``)."""
-    order = TrainingOrder(len(part), batch_size, steps, seed)
+    """The batches of a run's steps, in order, all of the same size (see ``TrainingOrder``).
+
+    ``workers`` None chooses (``default_workers``).
+    """
+    order = TrainingOrder(len(part), batch_size, steps, seed, first_step, rank, ranks)
     return loader(Views(part, view, seed), order, default_workers(part) if workers is None else workers)
 
 
-def evaluation_batches(part: Part, view: EvaluationView, *, batch_size: int, workers: int | None = None) -> DataLoader:
-    """Every image of the part once, in order; the last batch may be short."""
+def evaluation_batches(
+    part: Part,
+    view: EvaluationView,
+    *,
+    batch_size: int,
+    workers: int | None = None,
+    rank: int = 0,
+    ranks: int = 1,
+) -> DataLoader:
+    """Every image of the part once, in order: batches of one size, the last filled up with ``PADDING``.
+
+    Of several ranks, each takes every so-manieth batch, all equally many. So what is computed together, and with it
+    every rounding, is the same for any number of ranks.
+    """
     if batch_size < 1:
         raise UserError(f"batch size {batch_size}: at least 1 image")
-    keys = [(0, index) for index in range(len(part))]
-    order = [keys[at : at + batch_size] for at in range(0, len(keys), batch_size)]
+    size = min(batch_size, len(part))
+    rounds = -(-len(part) // (size * ranks))
+    starts = [(turn * ranks + rank) * size for turn in range(rounds)]
+    order = [[(0, i if i < len(part) else PADDING) for i in range(at, at + size)] for at in starts]
     return loader(Views(part, view, 0), order, default_workers(part) if workers is None else workers)
 
 
@@ -137,14 +177,29 @@ def loader(views: Views, order: TrainingOrder | list[list[tuple[int, int]]], wor
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
         prefetch_factor=4 if workers else None,
+        worker_init_fn=ignore_first_signals,
     )
 
 
-def default_workers(part: Part) -> int:
-    """0 for images in memory or few of them, which this process loads; else one for each core, at most 8."""
+def ignore_first_signals(worker: int) -> None:
+    """In a process that loads images: signals to a whole group of processes are the main one's to answer.
+
+    An interrupt is ignored; so is the first SIGTERM. The second, with which a loader ends a worker that does not end
+    by itself, works as ever.
+    """
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(signal.SIGTERM, signal.SIG_DFL) and None)
+
+
+def default_workers(part: Part, processes: int = 1) -> int:
+    """0 for images in memory or few of them, which this process loads; else one for each core, at most 8.
+
+    The cores are shared by so many processes of a run on this machine.
+    """
     if isinstance(part.store, ArrayStore) or len(part) < 100:
         return 0
-    return min(os.cpu_count() or 1, 8)
+    return min(max((os.cpu_count() or 1) // processes, 1), 8)
 
 
 class Unreadable:

@@ -9,12 +9,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from mlp_mixer.data.loading import evaluation_batches
+from mlp_mixer.data.loading import default_workers, evaluation_batches
 from mlp_mixer.data.sources import Part
 from mlp_mixer.data.transforms import EvaluationView, normalise
 from mlp_mixer.device import autocast
 from mlp_mixer.errors import UserError
 from mlp_mixer.model import Mixer
+from mlp_mixer.training.world import ALONE, World
 
 KEPT = 5  # best classes of each image
 
@@ -74,39 +75,52 @@ def classify(
     batch_size: int = 256,
     workers: int | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
+    world: World = ALONE,
 ) -> Classification:
     """Classifies every image of a part whose labels are those of the model's head (``Part.relabelled``).
+
+    The ranks of a world share the work; each returns all of the result, to the last bit that of one process.
 
     Raises:
         UserError: a model without a head, or a part of which no image can be read.
     """
     check_head(model)
-    labels, best, probabilities, indices, unreadable = [], [], [], [], {}
-    loss = 0.0
+    found, done = [], 0
     view = EvaluationView(image_size=model.image_size, preprocessing=model.card.preprocessing)
+    batches = evaluation_batches(
+        part,
+        view,
+        batch_size=batch_size,
+        workers=default_workers(part, world.local_ranks) if workers is None else workers,
+        rank=world.rank,
+        ranks=world.ranks,
+    )
     with evaluating(model.to(device)), torch.inference_mode():
-        for batch in evaluation_batches(part, view, batch_size=batch_size, workers=workers):
+        for batch in batches:
             with autocast(device, precision):
                 logits = model(normalise(batch.images.to(device), model.card.preprocessing)).float()
-            valid = batch.valid.to(device)
-            truth = batch.labels.to(device)
-            loss += float(F.cross_entropy(logits[valid], truth[valid], reduction="sum"))
-            top = logits[valid].softmax(-1).topk(min(KEPT, logits.shape[1]))
-            best.append(top.indices.cpu().numpy())
-            probabilities.append(top.values.cpu().numpy())
-            labels.append(batch.labels[batch.valid].numpy())
-            indices.append(batch.indices[batch.valid].numpy())
-            unreadable |= {part.names[index]: problem for index, problem in batch.problems}
-            on_progress(sum(map(len, labels)) + len(unreadable), len(part))
+            losses = F.cross_entropy(logits, batch.labels.to(device), reduction="none")
+            top = logits.softmax(-1).topk(min(KEPT, logits.shape[1]))
+            columns = (batch.indices, batch.labels, top.indices.cpu(), top.values.cpu(), losses.cpu())
+            problems = {part.names[index]: problem for index, problem in batch.problems}
+            found.append(([column[batch.valid].numpy() for column in columns], problems))
+            done += len(batch.valid) * world.ranks
+            on_progress(min(done, len(part)), len(part))
+    ranks = world.gather(found)
+    in_order = [ranks[i % world.ranks][i // world.ranks] for i in range(sum(map(len, ranks)))]
+    unreadable = {name: problem for _, problems in in_order for name, problem in problems.items()}
     if len(unreadable) == len(part):
         raise UserError(f"none of the {len(part)} images can be read; the first: {next(iter(unreadable.values()), '')}")
+    indices, labels, best, probabilities, losses = (
+        np.concatenate(c) for c in zip(*(c for c, _ in in_order), strict=True)
+    )
     return Classification(
         part=part,
-        indices=np.concatenate(indices),
-        labels=np.concatenate(labels),
-        best=np.concatenate(best),
-        probabilities=np.concatenate(probabilities),
-        loss=loss / (len(part) - len(unreadable)),
+        indices=indices,
+        labels=labels,
+        best=best,
+        probabilities=probabilities,
+        loss=float(losses.astype(np.float64).sum() / len(losses)),
         unreadable=unreadable,
     )
 

@@ -73,7 +73,7 @@ def example(result: Classification, row: int) -> Example:
 
 def save_examples(folder: Path, result: Classification, rows: list[int]) -> None:
     """As PNG, named by number and true class: upright and in RGB, as the model was shown them."""
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     for number, row in enumerate(rows):
         shown = example(result, row)
         label = "".join(c if c.isalnum() or c in "-_ " else "_" for c in shown.label)[:80]

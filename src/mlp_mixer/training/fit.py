@@ -7,30 +7,36 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Generic, cast
+from typing import Any, Generic
 
 import torch
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
 from mlp_mixer.cost import cost
-from mlp_mixer.data.loading import training_batches
+from mlp_mixer.data.loading import default_workers, training_batches
 from mlp_mixer.data.mixing import Mixing
 from mlp_mixer.data.parts import Source
 from mlp_mixer.data.randaugment import RandAugment
 from mlp_mixer.data.transforms import TrainingView
 from mlp_mixer.errors import RunError
 from mlp_mixer.model import Mixer
-from mlp_mixer.training.compilation import compiled
-from mlp_mixer.training.folder import metrics_files
+from mlp_mixer.training.average import Average
+from mlp_mixer.training.compilation import made_ready
+from mlp_mixer.training.control import Control
 from mlp_mixer.training.loop import train_steps
 from mlp_mixer.training.losses import LOSSES
 from mlp_mixer.training.optimizer import adamw, sgd
-from mlp_mixer.training.recipe import DataRecipe, OptimizationRecipe, Recipe
+from mlp_mixer.training.parallel import is_sharded, whole
+from mlp_mixer.training.provenance import versions
+from mlp_mixer.training.recipe import DataRecipe, OptimizationRecipe, Recipe, micro_batch, to_json_object
 from mlp_mixer.training.recompute import recompute_blocks
+from mlp_mixer.training.records import Records
+from mlp_mixer.training.resume import fingerprint
 from mlp_mixer.training.schedules import learning_rate
+from mlp_mixer.training.state import Checkpoint, TrainingState
 from mlp_mixer.training.update import Update
-from mlp_mixer.training.watch import Progress, R, Watch
+from mlp_mixer.training.watch import Progress, R, Waiting, Watch
+from mlp_mixer.training.world import ALONE, World
 from mlp_mixer.weights.own import save
 
 log = logging.getLogger(__name__)
@@ -44,7 +50,7 @@ class Diverged(RunError):
 class Fitted(Generic[R]):
     """How the training went, and the model it ends with."""
 
-    model: Mixer  # the trained one, its Polyak average, or the best on validation: what the recipe asks for
+    model: Mixer  # the trained one, with its Polyak average, or the best on validation: what the recipe asks for
     steps: int
     kept_step: int
     warmup_steps: int
@@ -65,43 +71,66 @@ def fit(
     precision: torch.dtype,
     examine: Callable[[Mixer, str], R],
     progress: Progress,
+    control: Control | None = None,
+    start: Checkpoint | None = None,
 ) -> Fitted[R]:
     """Trains the model; logs, evaluates and saves on the recipe's cadences.
 
+    Args:
+        recipe: the run's.
+        out: its folder, with ``checkpoints/`` in it.
+        source: the images.
+        model: what is trained; perhaps sharded.
+        device, precision: where and how it is computed.
+        examine: evaluates a model on a part.
+        progress: is told how far the run is.
+        control: the processes, what they ask of each other, and their checkpoints; by default this one, unasked.
+        start: a verified checkpoint to go on from.
+
     Raises:
         Diverged: a step is not finite; the weights of the last good one are in checkpoints/last.safetensors.
-        RunError: a batch that does not fit the memory.
+        RunError: a batch that does not fit the memory, or a checkpoint that cannot be written.
+        Stopped: by a signal; the checkpoint is written.
     """
-    settings, images = recipe.optimization, len(source.parts["train"])
-    steps, warmup_steps = lengths(settings, images)
-    batch_size = settings.global_batch_size
-    micro_batch_size = settings.micro_batch_size or batch_size
-    average = averaged(model, settings.polyak)
-    shown = model if average is None else cast(Mixer, average.module)
+    control = control or Control.unattended(recipe, out)
+    world, settings = control.world, recipe.optimization
+    steps, warmup_steps = lengths(settings, len(source.parts["train"]))
+    part = micro_batch(settings, world.ranks)
+    average = None if settings.polyak is None else Average(model, settings.polyak)
     if settings.recompute:
         recompute_blocks(model)
     begin = time.perf_counter()
-    flop = 3.0 * cost(model.config).flops * steps * batch_size
-    with memory_errors(settings):
-        forward = compiled(
+    with memory_errors(part):
+        world.beat("compiling", slow=True)
+        forward, is_compiled = made_ready(
             model,
             recipe.run.compile,
-            batch_size=micro_batch_size,
-            training_flop=flop,
+            batch_size=part,
+            training_flop=3.0 * cost(model.config).flops * steps * settings.global_batch_size,
             device=device,
             precision=precision,
+            world=world,
         )
     compile_seconds = time.perf_counter() - begin
-    update = Update(make_optimizer(settings, model), settings.clip_norm, half=precision == torch.float16)
+    control.poll()
+    optimizer = make_optimizer(settings, model)
+    update = Update(optimizer, settings.clip_norm, half=precision == torch.float16, shared=is_sharded(model))
+    state = TrainingState(model, update, average)
+    first_step = 0 if start is None else state.load(start, world)
+    batches = Waiting(make_batches(recipe, source, model, steps, first_step, world), world)
     schedule = partial(
         learning_rate, peak=settings.learning_rate, warmup_steps=warmup_steps, steps=steps, decay=settings.decay
     )
-    with metrics_files(out) as (metrics, write), memory_errors(settings):
-        watch = Watch(recipe, out, source, shown, examine, progress, write, steps)
+    with Records(out, recipe, world.first, first_step) as records, control.saver, memory_errors(part):
+        watch = Watch(recipe, out, source, model, state.shown, examine, progress, records, steps, world, batches)
+        if start is not None:
+            watch.restore(start.state)
+        if watch.evaluates(first_step):  # that evaluation was interrupted, or came to no checkpoint of its own
+            watch.evaluate()
         for step in train_steps(
             model,
             forward,
-            make_batches(recipe, source, model, steps),
+            [] if watch.impatient else batches,
             update,
             schedule,
             partial(LOSSES[settings.loss], smoothing=settings.label_smoothing),
@@ -110,34 +139,40 @@ def fit(
             preprocessing=model.card.preprocessing,
             seed=recipe.run.seed,
             mixing=make_mixing(recipe.data),
-            accumulate=batch_size // micro_batch_size,
+            accumulate=settings.global_batch_size // (part * world.ranks),
+            first_step=first_step,
             measure=watch.logs,
+            world=world,
+            requests=control.requests,
         ):
-            if device.type == "cpu" or watch.logs(step.step):  # elsewhere, to look is to wait
-                stop_if_failed(update, shown, out)
-            if average is not None:
-                average.update_parameters(model)
+            saves = watch.saves(step.step) or control.saves(step.asked)
+            if device.type == "cpu" or watch.logs(step.step) or saves:  # elsewhere, to look is to wait
+                stop_if_failed(state, out, world)
+            state.follow()
             watch.see(step)
+            if saves:
+                records.sync()
+                told = watch.state() | state.numbers() | describe(recipe, source, precision, world)
+                control.save(watch.step, state.tensors(), told, watch.best)
+            control.heed(step.asked)
+            if watch.evaluates(step.step):
+                watch.evaluate()
             if watch.impatient:
                 break
-    kept_step, val = watch.keep(recipe.run.keep)
+        state.settle()
+        result, kept_step, val = watch.keep(recipe.run.keep)
     return Fitted(
-        model=shown,
+        model=result,
         steps=watch.step,
         kept_step=kept_step,
         warmup_steps=warmup_steps,
         compile_seconds=compile_seconds,
-        step_seconds=watch.step_seconds,
-        compiled=forward is not model,
-        metrics=metrics,
+        step_seconds=watch.seconds,
+        compiled=is_compiled,
+        metrics=records.metrics,
         unreadable=watch.unreadable.names,
         val=val,
     )
-
-
-def averaged(model: Mixer, decay: float | None) -> AveragedModel | None:
-    """Polyak averaging (Supplement A.2): a copy that follows the weights step by step."""
-    return None if decay is None else AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
 
 
 def lengths(settings: OptimizationRecipe, images: int) -> tuple[int, int]:
@@ -174,41 +209,61 @@ def make_view(data: DataRecipe, model: Mixer) -> TrainingView:
     )
 
 
-def make_batches(recipe: Recipe, source: Source, model: Mixer, steps: int) -> DataLoader:
-    whole = recipe.optimization.global_batch_size
-    part = recipe.optimization.micro_batch_size or whole
+def make_batches(
+    recipe: Recipe, source: Source, model: Mixer, steps: int, first_step: int = 0, world: World = ALONE
+) -> DataLoader:
+    """This process's micro-batches of the steps that are still to be made."""
+    images, part = source.parts["train"], micro_batch(recipe.optimization, world.ranks)
+    accumulate = recipe.optimization.global_batch_size // (part * world.ranks)
+    workers = recipe.data.workers
     return training_batches(
-        source.parts["train"],
+        images,
         make_view(recipe.data, model),
         batch_size=part,
-        steps=steps * (whole // part),
+        steps=steps * accumulate,
         seed=recipe.run.seed,
-        workers=recipe.data.workers,
+        workers=default_workers(images, world.local_ranks) if workers is None else workers,
+        first_step=first_step * accumulate,
+        rank=world.rank,
+        ranks=world.ranks,
     )
 
 
+def describe(recipe: Recipe, source: Source, precision: torch.dtype, world: World) -> dict[str, Any]:
+    """What a checkpoint says of its run, against which a run that goes on from it is held."""
+    return {
+        "recipe": to_json_object(recipe),
+        "classes": source.classes,
+        "images": fingerprint(source.parts["train"]),
+        "precision": str(precision).removeprefix("torch."),
+        "ranks": world.ranks,
+        "versions": versions(),
+    }
+
+
 @contextlib.contextmanager
-def memory_errors(settings: OptimizationRecipe) -> Iterator[None]:
-    """Out of memory becomes a RunError that says what to do."""
+def memory_errors(images: int) -> Iterator[None]:
+    """Out of memory, with so many images at a time, becomes a RunError that says what to do."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         told = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
         if not told:
             raise
-        images = settings.micro_batch_size or settings.global_batch_size
         raise RunError(
             f"{images} images at a time do not fit the memory: give --micro-batch-size {max(images // 2, 1)} or less "
             "(gradients add up over a step, to the same result), or --recompute"
         ) from error
 
 
-def stop_if_failed(update: Update, model: Mixer, out: Path) -> None:
+def stop_if_failed(state: TrainingState, out: Path, world: World) -> None:
     """Diverged, where a step was not finite; the weights, which it has not touched, are saved first."""
-    step, loss, norm = update.failure.tolist()
+    step, loss, norm = state.update.failure.tolist()
     if step:
         path = out / "checkpoints" / "last.safetensors"
-        save(model, path, step=int(step) - 1)
+        with state.shown():
+            model = whole(state.model)
+            world.once(lambda: save(model, path, step=int(step) - 1))
         raise Diverged(
             f"step {step:.0f}: loss {loss:g}, gradient norm {norm:g}: training has diverged; lower --learning-rate or "
             f"lengthen --warmup-steps; the weights of step {step - 1:.0f}, the last good one, are in {path}"

@@ -1,27 +1,33 @@
 """The folder of a run: made, filled, and taken away again where nothing in it is of use."""
 
 import contextlib
-import logging
+import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
-from mlp_mixer.errors import RunError
-from mlp_mixer.files import to_json
+from mlp_mixer.errors import RunError, Stopped, UserError
 
-log = logging.getLogger(__name__)
+LOCK = ".lock"
 
 
 @contextlib.contextmanager
-def run_folder(out: Path, worth_keeping: str = "checkpoints/*.safetensors") -> Iterator[None]:
+def run_folder(out: Path, owner: bool = True, worth_keeping: str = "checkpoints/*") -> Iterator[None]:
     """Makes the folder, if it is not there; removes it, and those made on the way to it, where the run ends on an error
     before there is any file worth keeping (a pattern below the folder: its first checkpoint).
+
+    A run that a signal stopped is kept in any case. Of several processes, one is the folder's owner.
     """
+    if not owner:
+        yield
+        return
     made = [folder for folder in (out, *out.parents) if not folder.exists()]
     was_empty = out.is_dir() and not any(out.iterdir())
     try:
         out.mkdir(parents=True, exist_ok=True)
         yield
+    except Stopped:
+        raise
     except BaseException as error:
         if (made or was_empty) and not any(out.glob(worth_keeping)):
             shutil.rmtree(out, ignore_errors=True)
@@ -40,27 +46,29 @@ def disk_error(out: Path, error: OSError) -> RunError:
 
 
 @contextlib.contextmanager
-def metrics_files(out: Path) -> Iterator[tuple[list[dict[str, float]], Callable[[dict[str, float]], None]]]:
-    """The records so far, and a function that adds one: to metrics.jsonl and, where it is installed, to TensorBoard."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
+def locked(out: Path, owner: bool = True) -> Iterator[None]:
+    """Within the block nobody else can go on with the run; the lock goes with the process that holds it.
 
-        board = SummaryWriter(out / "tensorboard")
-    except ImportError:
-        log.info("no TensorBoard events are written: pip install 'mlp-mixer[tensorboard]' for them")
-        board = None
-    records: list[dict[str, float]] = []
-    with (out / "metrics.jsonl").open("w", buffering=1, encoding="utf-8") as file:
+    Raises:
+        UserError: another process has it.
+    """
+    if not owner or os.name != "posix":
+        yield
+        return
+    import fcntl
 
-        def write(record: dict[str, float]) -> None:
-            records.append(record)
-            file.write(to_json(record) + "\n")
-            for key, value in record.items():
-                if board is not None and key not in ("step", "epoch"):
-                    board.add_scalar(key, value, int(record["step"]))
-
+    with (out / LOCK).open("a") as file:
         try:
-            yield records, write
-        finally:
-            if board is not None:
-                board.close()
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which, unlike flock, forked workers do not inherit
+        except (BlockingIOError, PermissionError):
+            raise UserError(f"{out} is being trained by another process: wait for it, or end it") from None
+        yield
+
+
+def is_locked(out: Path) -> bool:
+    """Whether a process is training this run."""
+    try:
+        with locked(out):
+            return False
+    except UserError:
+        return True

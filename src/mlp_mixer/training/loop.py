@@ -1,4 +1,4 @@
-"""The one training loop."""
+"""The one training loop, of one process or of many."""
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator
@@ -12,9 +12,11 @@ from mlp_mixer.data.loading import Batch
 from mlp_mixer.data.mixing import Mixing
 from mlp_mixer.data.transforms import normalise
 from mlp_mixer.device import autocast
-from mlp_mixer.masks import sample_keys
+from mlp_mixer.masks import mixed, sample_keys
 from mlp_mixer.model import Mixer
+from mlp_mixer.training.parallel import synchronising
 from mlp_mixer.training.update import Update
+from mlp_mixer.training.world import ALONE, World
 
 T = TypeVar("T")
 
@@ -26,6 +28,8 @@ class Step(NamedTuple):
     gradient_norm: Tensor  # () on the device, before clipping
     update_norm: Tensor  # () on the device; NaN where it was not measured
     problems: list[tuple[int, str]]  # (index, what is wrong) of images that could not be read
+    consumed: int  # a digest of which images made the step, in which order, of all processes
+    asked: list[int]  # what was asked for, summed over all processes
 
 
 def train_steps(
@@ -42,48 +46,67 @@ def train_steps(
     seed: int,
     mixing: Mixing | None = None,
     accumulate: int = 1,
+    first_step: int = 0,
     measure: Callable[[int], bool] = lambda step: False,
+    world: World = ALONE,
+    requests: Callable[[], list[int]] = list,
 ) -> Iterator[Step]:
     """Trains the model, step by step.
 
     Args:
         model: what the update changes.
-        forward: images and their keys to logits: the model itself or its compiled form.
-        batches: ``accumulate`` of them, of one size, make a step; how many they are changes nothing but the memory.
+        forward: images and their keys to logits: the model itself, compiled, or spread over the world.
+        batches: ``accumulate`` of them, of one size, make this process's share of a step; how many they are changes
+            nothing but the memory.
         update: the optimiser, and what guards it.
         learning_rate: of step 0, 1, ….
         loss_of: logits and labels to one loss an image.
         preprocessing: what makes the model's input of uint8.
         seed: of dropout, stochastic depth and mixing.
+        first_step: how many steps are done already; the batches are those that follow.
         measure: whether step 1, 2, … is to have the norm of its update.
+        world: the processes whose micro-batches, the first of each rank, then the second, make a step.
+        requests: this process's, which every step carries to all.
     """
-    samples = 0
-    for step, micro_batches in enumerate(in_groups(batches, accumulate), start=1):
+    for step, micro_batches in enumerate(in_groups(batches, accumulate), start=first_step + 1):
         model.train()
         rate = learning_rate(step - 1)
         for group in update.optimizer.param_groups:
             group["lr"] = rate
         draw = mixing.draw(seed, step - 1, *model.image_size) if mixing else None
-        total, read, size, problems = torch.zeros((), device=device), 0, 0, []
-        for batch in micro_batches:
+        total, read, size, consumed, problems = torch.zeros((), device=device), 0, 0, 0, []
+        for part, batch in enumerate(micro_batches, start=1):
             images = normalise(batch.images.to(device, non_blocking=True), preprocessing)
             labels, valid = (t.to(device, non_blocking=True) for t in (batch.labels, batch.valid))
-            keys = sample_keys(seed, torch.arange(samples, samples + len(labels))).to(device, non_blocking=True)
-            mixed = mixing.mix(images, valid, draw) if mixing and draw else None
-            with autocast(device, precision):
-                logits = forward(mixed.images if mixed else images, keys)
-            logits = logits.float() if logits.dtype.itemsize < 4 else logits
-            losses = loss_of(logits, labels)
-            if mixed:
-                losses = mixed.shares * losses + (1 - mixed.shares) * loss_of(logits, labels[mixed.partners])
-            loss = (losses * valid).sum() / (len(labels) * accumulate)  # an unreadable image counts for nothing
-            update.backward(loss)
+            place = ((step - 1) * accumulate + part - 1) * world.ranks + world.rank  # in the row of all micro-batches
+            samples = torch.arange(place * len(labels), (place + 1) * len(labels))  # their numbers in the run
+            keys = sample_keys(seed, samples).to(device, non_blocking=True)
+            mix = mixing.mix(images, valid, draw) if mixing and draw else None
+            with synchronising(forward, last=part == accumulate):
+                with autocast(device, precision):
+                    logits = forward(mix.images if mix else images, keys)
+                logits = logits.float() if logits.dtype.itemsize < 4 else logits
+                losses = loss_of(logits, labels)
+                if mix:
+                    losses = mix.shares * losses + (1 - mix.shares) * loss_of(logits, labels[mix.partners])
+                loss = (losses * valid).sum() / (len(labels) * accumulate)  # an unreadable image counts for nothing
+                update.backward(loss)
             total = total + loss.detach()
-            read, size, samples = read + int(batch.valid.sum()), size + len(labels), samples + len(labels)
+            read, size = read + int(batch.valid.sum()), size + len(labels)
+            consumed += digest(samples, batch.indices)
             problems += batch.problems
+        size, read, consumed, *asked = world.sum([size, read, consumed, *requests()])
+        if read < size:
+            problems = [problem for told in world.gather(problems) for problem in told]
         factor = size / max(read, 1)  # the mean is over the images that could be read
+        total = world.mean(total)
         norm, change = update(step, total, factor, measure(step))
-        yield Step(step, rate, total * factor, norm, change, problems)
+        yield Step(step, rate, total * factor, norm, change, problems, consumed % 2**64, asked)
+
+
+def digest(samples: Tensor, indices: Tensor) -> int:
+    """Of which image was which sample; that of several batches is the sum of theirs, modulo 2⁶⁴, in any order."""
+    return int(mixed(mixed(samples) + indices).sum())
 
 
 def in_groups(items: Iterable[T], size: int) -> Iterator[Iterator[T]]:

@@ -5,11 +5,18 @@ from torch import nn
 
 
 def adamw(model: nn.Module, *, weight_decay: float, beta1: float, beta2: float) -> torch.optim.AdamW:
-    """Kernels (stem and head too) decay; biases and LayerNorm scales do not. The rate is set at each step."""
+    """Kernels (stem and head too) decay; biases and LayerNorm scales do not. The rate is set at each step.
+
+    Its moments are there from the start, so that they can be saved and loaded before any step.
+    """
     kernels = [p for p in trainable(model) if p.ndim > 1]
     others = [p for p in trainable(model) if p.ndim <= 1]
     groups = [{"params": kernels, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=0.0, betas=(beta1, beta2), fused=fusible(kernels[0].device))
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(beta1, beta2), fused=fusible(kernels[0].device))
+    for p in trainable(model):
+        step = torch.zeros((), device=p.device if fusible(p.device) else None)
+        optimizer.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+    return optimizer
 
 
 def sgd(model: nn.Module, *, momentum: float) -> torch.optim.SGD:

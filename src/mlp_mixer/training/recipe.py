@@ -157,6 +157,20 @@ class RunRecipe:
     """Evaluations without a better validation accuracy after which the run ends; None: it goes on to the end."""
     log_every_steps: int = 10
     """Steps between lines of metrics.jsonl."""
+    save_every_steps: int | None = None
+    """Steps between checkpoints, beside those at each evaluation, at a signal and by the clock."""
+    save_every_minutes: float = 10.0
+    """Time after which a checkpoint is due in any case."""
+    save_in_background: bool = True
+    """Write checkpoints while the training goes on: it takes memory for one more copy of weights and moments."""
+    keep_checkpoints: int = 2
+    """How many of the newest checkpoints stay, beside the one with the best validation accuracy."""
+    shard: bool = False
+    """On several processes: each holds a share of the weights and moments (FSDP2), not a copy of all (DDP)."""
+    timeout_seconds: float = 600.0
+    """On several processes: without any progress for so long, the run ends and names the stuck rank."""
+    wandb: str | None = None
+    """A project of Weights & Biases that the metrics are also sent to (pip install wandb)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,6 +259,10 @@ def check(recipe: Recipe) -> Recipe:
         "evaluate_every_epochs": recipe.run.evaluate_every_epochs,
         "evaluate_every_steps": recipe.run.evaluate_every_steps,
         "log_every_steps": recipe.run.log_every_steps,
+        "save_every_steps": recipe.run.save_every_steps,
+        "save_every_minutes": recipe.run.save_every_minutes,
+        "keep_checkpoints": recipe.run.keep_checkpoints,
+        "timeout_seconds": recipe.run.timeout_seconds,
     }
     for name, value in above.items():
         if value is not None and not 0 < value < float("inf"):
@@ -300,6 +318,28 @@ def check_micro_batches(recipe: Recipe) -> None:
         groups = f" and hold whole groups of {group} that mix (--mix-group-size)" if mixes else ""
         limits = f"must divide --global-batch-size {whole}{groups}"
         raise UserError(f"--micro-batch-size {part}: {limits}; the nearest: {near}")
+
+
+def check_ranks(recipe: Recipe, ranks: int) -> None:
+    """A UserError where a step's images cannot be shared out among so many processes."""
+    whole, group = recipe.optimization.global_batch_size, recipe.data.mix_group_size
+    if whole % ranks:
+        near = max(whole // ranks, 1) * ranks
+        raise UserError(f"--global-batch-size {whole} on {ranks} processes: a multiple of {ranks} is needed, as {near}")
+    part, share = recipe.optimization.micro_batch_size, whole // ranks
+    if part is not None and share % min(part, share):
+        raise UserError(f"--micro-batch-size {part}: must divide the {share} images of each of {ranks} processes")
+    if (recipe.data.mixup is not None or recipe.data.cutmix is not None) and share % group and ranks > 1:
+        raise UserError(
+            f"--mix-group-size {group}: images that mix must be on one process, and each of {ranks} has {share}: "
+            f"a divisor of {share} is needed"
+        )
+
+
+def micro_batch(settings: OptimizationRecipe, ranks: int) -> int:
+    """Images that one process computes at a time."""
+    share = settings.global_batch_size // ranks
+    return min(settings.micro_batch_size or share, share)
 
 
 def flag(name: str) -> str:

@@ -7,26 +7,34 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic
 
+import torch
+
 from mlp_mixer.data.parts import Source
 from mlp_mixer.data.sources import hold_out, load_source
 from mlp_mixer.device import select_device, select_precision
 from mlp_mixer.errors import UserError
 from mlp_mixer.files import to_json, write_text
 from mlp_mixer.model import Mixer
-from mlp_mixer.training.fit import fit
-from mlp_mixer.training.folder import run_folder
+from mlp_mixer.training.control import Control
+from mlp_mixer.training.fit import Fitted, fit
+from mlp_mixer.training.folder import locked, run_folder
 from mlp_mixer.training.memory import keep_freed_memory
+from mlp_mixer.training.parallel import shard
 from mlp_mixer.training.provenance import current_commit, describe_device, peak_memory, versions
-from mlp_mixer.training.recipe import Recipe, check, to_json_object
+from mlp_mixer.training.recipe import Recipe, check, check_ranks
+from mlp_mixer.training.resume import check_same, claim
+from mlp_mixer.training.saver import Saver
+from mlp_mixer.training.signals import deferred
 from mlp_mixer.training.start import prepare
 from mlp_mixer.training.watch import Progress, R
+from mlp_mixer.training.world import ALONE, World
 from mlp_mixer.weights.known import variant_of
 from mlp_mixer.weights.own import save
 
 log = logging.getLogger(__name__)
 
 
-Evaluate = Callable[..., R]  # (model, part, *, device, precision, on_progress) -> R
+Evaluate = Callable[..., R]  # (model, part, *, device, precision, on_progress, world) -> R
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,23 +50,48 @@ class Run(Generic[R]):
     results: dict[str, R]  # "val", "test", where there are such parts
 
 
-def train(recipe: Recipe, out: Path, evaluate: Evaluate[R], progress: Progress, command: str = "") -> Run[R]:
+def train(
+    recipe: Recipe,
+    out: Path,
+    evaluate: Evaluate[R],
+    progress: Progress,
+    command: str = "",
+    *,
+    world: World = ALONE,
+    resume: bool = False,
+    trusted: bool = False,
+    again: str = "the same command and --resume auto",
+) -> Run[R]:
     """Trains a model, new or from weights, and writes the run's folder, all of it but the report.
+
+    Args:
+        recipe: what to train, and how.
+        out: the run's folder.
+        evaluate: measures a model on a part.
+        progress: is told how far the run is.
+        command: for the summary.
+        world: the processes that train together; each calls this with the same arguments.
+        resume: go on with the run in ``out`` from its newest sound checkpoint, if there is such a run.
+        trusted: take checkpoints that are not this user's own.
+        again: the words that go on with the run, for the message when a signal ends it.
 
     Raises:
         UserError: a mistake in the recipe or the data; a folder this call made is removed again.
         RunError: a loss that is not finite, a batch that does not fit the memory, or a full disk.
+        Stopped: by SIGTERM or SIGINT, after a checkpoint.
     """
-    check(recipe)
-    if out.exists():
-        raise UserError(f"{out} exists: name another folder with --out, or remove it")
-    device = select_device(recipe.run.device)
+    check_ranks(check(recipe), world.ranks)
+    if not resume and world.once(out.exists):
+        raise UserError(f"{out} exists: go on with it by --resume {out}, name another folder with --out, or remove it")
+    device = world.device(select_device(recipe.run.device))
     precision = select_precision(recipe.run.precision, device)
     start = prepare(recipe)  # a mistake in the sizes is told before any data is read
     if device.type == "cpu":
         keep_freed_memory()
-    source = read_source(recipe)
-    model = start(source.classes).to(device)
+    world.beat("reading the data", slow=True)
+    with world.turns():
+        source = read_source(recipe)
+    images = source.parts["train"]
     origin = {
         "seed": recipe.run.seed,
         "command": command,
@@ -66,53 +99,84 @@ def train(recipe: Recipe, out: Path, evaluate: Evaluate[R], progress: Progress, 
         "versions": versions(),
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+    with deferred() as signals, run_folder(out, world.first), locked(out, world.first):
+        saver = Saver(out / "checkpoints", world, recipe.run.keep_checkpoints, recipe.run.save_in_background)
+        control = Control(world, signals, saver, 60 * recipe.run.save_every_minutes, again)
+        found = world.once(lambda: claim(recipe, out, trusted))
+        if found is not None:
+            check_same(found.state, images, source.classes, str(precision).removeprefix("torch."), found.folder)
+            log.info("going on after step %d, from %s (one of your own: trusted)", found.state["step"], found.folder)
+        model = start.skeleton(source.classes)
+        if recipe.run.shard and world.ranks > 1:
+            shard(model, world, device)
+        model.to_empty(device=device)
+        if found is None:
+            start.fill(model)
 
-    def examine(model: Mixer, part: str) -> R:
-        def show(done: int, total: int) -> None:
-            progress.update(done, total, f"evaluating on {part}")
+        def examine(model: Mixer, part: str) -> R:
+            def show(done: int, total: int) -> None:
+                world.beat(f"evaluating on {part}")
+                control.poll()
+                progress.update(done, total, f"evaluating on {part}")
 
-        return evaluate(model, source.parts[part], device=device, precision=precision, on_progress=show)
+            return evaluate(
+                model, source.parts[part], device=device, precision=precision, on_progress=show, world=world
+            )
 
-    with run_folder(out):
-        (out / "checkpoints").mkdir()
-        write_text(out / "recipe.json", to_json(to_json_object(recipe), indent=2) + "\n")
-        fitted = fit(recipe, out, source, model, device, precision, examine, progress)
+        fitted = fit(recipe, out, source, model, device, precision, examine, progress, control, found)
         model = fitted.model
-        save(model, out / "model.safetensors", **origin)
         results = {"val": fitted.val} if fitted.val else {}
+        if world.first:
+            save(model, out / "model.safetensors", **origin)
         results |= {"test": examine(model, "test")} if "test" in source.parts else {}
-        images = fitted.steps * recipe.optimization.global_batch_size
-        bad = fitted.unreadable + [name for result in results.values() for name in result.unreadable]
-        summary = {
-            "model": describe_model(model),
-            "started_from": recipe.model.weights,
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "data": recipe.data.data,
-            "split": source.how,
-            "images": {name: len(part) for name, part in source.parts.items()},
-            "left_out": source.left_out,
-            "steps": fitted.steps,
-            "kept_step": fitted.kept_step,
-            "warmup_steps": fitted.warmup_steps,
-            "epochs": images / len(source.parts["train"]),
-            "images_per_second": images / fitted.step_seconds,
-            "train_seconds": fitted.compile_seconds + fitted.step_seconds,
-            "compile_seconds": fitted.compile_seconds,
-            "peak_memory_bytes": peak_memory(device),
-            "val_top1": results["val"].top1 if "val" in results else None,
-            "test_top1": results["test"].top1 if "test" in results else None,
-            "device": describe_device(device),
-            "precision": str(precision).removeprefix("torch."),
-            "compiled": fitted.compiled,
-            **origin,
-            "unreadable_images": len(bad),
-            "unreadable": bad,
-        }
+        summary = summarise(recipe, source, model, fitted, results, device, precision, world) | origin
         measured = {key: summary[key] for key in ("data", "split", "epochs", "val_top1", "test_top1")}
-        save(model, out / "model.safetensors", **origin, **measured)
-        write_text(out / "summary.json", to_json(summary, indent=2) + "\n")
+        if world.first:
+            save(model, out / "model.safetensors", **origin, **measured)
+            write_text(out / "summary.json", to_json(summary, indent=2) + "\n")
     metrics = fitted.metrics
     return Run(out=out, recipe=recipe, summary=summary, metrics=metrics, model=model, source=source, results=results)
+
+
+def summarise(
+    recipe: Recipe,
+    source: Source,
+    model: Mixer,
+    fitted: Fitted[R],
+    results: dict[str, R],
+    device: torch.device,
+    precision: torch.dtype,
+    world: World,
+) -> dict[str, Any]:
+    """What summary.json holds, but for where it comes from."""
+    images = fitted.steps * recipe.optimization.global_batch_size
+    bad = fitted.unreadable + [name for result in results.values() for name in result.unreadable]
+    return {
+        "model": describe_model(model),
+        "started_from": recipe.model.weights,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "data": recipe.data.data,
+        "split": source.how,
+        "images": {name: len(part) for name, part in source.parts.items()},
+        "left_out": source.left_out,
+        "steps": fitted.steps,
+        "kept_step": fitted.kept_step,
+        "warmup_steps": fitted.warmup_steps,
+        "epochs": images / len(source.parts["train"]),
+        "images_per_second": images / fitted.step_seconds,
+        "train_seconds": fitted.compile_seconds + fitted.step_seconds,
+        "compile_seconds": fitted.compile_seconds,
+        "peak_memory_bytes": peak_memory(device),
+        "val_top1": results["val"].top1 if "val" in results else None,
+        "test_top1": results["test"].top1 if "test" in results else None,
+        "device": describe_device(device),
+        "processes": world.ranks,
+        "sharded": recipe.run.shard and world.ranks > 1,
+        "precision": str(precision).removeprefix("torch."),
+        "compiled": fitted.compiled,
+        "unreadable_images": len(bad),
+        "unreadable": bad,
+    }
 
 
 def read_source(recipe: Recipe) -> Source:

@@ -2,20 +2,34 @@
 
 import copy
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
 from mlp_mixer.card import Card, Preprocessing
 from mlp_mixer.errors import UserError
-from mlp_mixer.model import Mixer
+from mlp_mixer.model import Mixer, initialise
+from mlp_mixer.training.parallel import put
 from mlp_mixer.training.recipe import DataRecipe, Recipe, to_json_object
 from mlp_mixer.variants import create
 from mlp_mixer.weights.load import load
 from mlp_mixer.weights.resize import resize
 
-Start = Callable[[tuple[str, ...]], Mixer]  # class names → a model with a head for them
+
+@dataclass(frozen=True)
+class Start:
+    """Makes the model in two steps, between which it may be sharded; or at once, on the CPU: ``start(classes)``."""
+
+    skeleton: Callable[
+        [tuple[str, ...]], Mixer
+    ]  # class names → the model with a head for them, without memory ("meta")
+    fill: Callable[[Mixer], None]  # the initial weights into its memory
+
+    def __call__(self, classes: tuple[str, ...]) -> Mixer:
+        model = self.skeleton(classes).to_empty(device="cpu")
+        self.fill(model)
+        return model
 
 
 def prepare(recipe: Recipe) -> Start:
@@ -25,28 +39,47 @@ def prepare(recipe: Recipe) -> Start:
         UserError: sizes that do not fit, or weights that cannot be loaded or resized.
     """
     if recipe.model.weights is None:
-        with torch.device("meta"):
-            new(recipe, ("a", "b"))
-        return lambda classes: new(recipe, classes)
+        new(recipe, ("a", "b"))
+        return Start(lambda classes: new(recipe, classes), lambda model: draw(model, recipe))
     trained = load(recipe.model.weights)
     if trained.config["in_channels"] != 3:
         channels = trained.config["in_channels"]
         raise UserError(f"{recipe.model.weights} takes images of {channels} channels: RGB ones are read here, of three")
     sized = resize(trained, size(recipe) or trained.image_size)
-    return lambda classes: transferred(sized, recipe, classes)
+    return Start(
+        lambda classes: transferred(sized, recipe, classes), lambda model: take(model, sized, recipe.model.head_bias)
+    )
 
 
 def new(recipe: Recipe, classes: tuple[str, ...]) -> Mixer:
-    """The recipe's Mixer with the authors' initial weights."""
+    """The recipe's Mixer, on "meta"."""
     others = ("weights", "image_width", "head_bias", "frozen")
     sizes = {key: value for key, value in asdict(recipe.model).items() if key not in others}
     sizes["image_size"] = size(recipe)
     if sizes["image_size"] is None:
         raise UserError("no --image-size: give one, or --weights, whose size is then taken")
-    model = create(sizes.pop("model"), num_classes=len(classes), seed=recipe.run.seed, **sizes)
-    torch.nn.init.constant_(model.get_parameter("head.bias"), recipe.model.head_bias)
+    with torch.device("meta"):
+        model = create(sizes.pop("model"), num_classes=len(classes), **sizes)
     model.card = Card(classes=classes, preprocessing=view(recipe.data), provenance={"recipe": to_json_object(recipe)})
     return model
+
+
+def draw(model: Mixer, recipe: Recipe) -> None:
+    """The authors' initial weights, and the recipe's head bias."""
+    initialise(model, recipe.run.seed, put)
+    torch.nn.init.constant_(model.get_parameter("head.bias"), recipe.model.head_bias)
+
+
+def take(model: Mixer, trained: Mixer, head_bias: float = 0.0) -> None:
+    """The trained weights bit for bit, and a new head, of zeros but for its bias."""
+    state = trained.state_dict()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.startswith("head."):
+                parameter.zero_()
+            else:
+                put(parameter, state[name])
+    torch.nn.init.constant_(model.get_parameter("head.bias"), head_bias)
 
 
 def size(recipe: Recipe) -> tuple[int, int] | None:
@@ -56,9 +89,9 @@ def size(recipe: Recipe) -> tuple[int, int] | None:
 
 
 def transferred(trained: Mixer, recipe: Recipe, classes: tuple[str, ...]) -> Mixer:
-    """The weights, bit for bit, with a new head of zeros for the classes (Section 3, as the authors fine-tune)."""
+    """A model for the weights and a new head for the classes (Section 3, as the authors fine-tune), on "meta"."""
     settings = recipe.model
-    model = with_zero_head(
+    model = headed(
         trained,
         len(classes),
         dropout=settings.dropout,
@@ -68,7 +101,6 @@ def transferred(trained: Mixer, recipe: Recipe, classes: tuple[str, ...]) -> Mix
     if settings.frozen:
         model.requires_grad_(False)
         model.head.requires_grad_(True)
-    torch.nn.init.constant_(model.get_parameter("head.bias"), settings.head_bias)
     before = copy.deepcopy(trained.card.provenance)
     before.pop("recipe", None)
     model.card = Card(
@@ -79,22 +111,14 @@ def transferred(trained: Mixer, recipe: Recipe, classes: tuple[str, ...]) -> Mix
     return model
 
 
-def with_zero_head(trained: Mixer, num_classes: int, **changes: Any) -> Mixer:
-    """A copy with a head of zeros for another number of classes; ``changes`` are other arguments of ``Mixer``.
+def headed(trained: Mixer, num_classes: int, **changes: Any) -> Mixer:
+    """The same sizes with a head for other classes, on "meta"; ``changes`` are other arguments of ``Mixer``.
 
     Weights of 16 bits become float32, exactly: the small steps of training would be lost in them.
     """
     with torch.device("meta"):
         model = Mixer(**{**trained.config, "num_classes": num_classes, **changes})
-    wide = torch.promote_types(trained.stem.weight.dtype, torch.float32)
-    state = {
-        name: tensor.to(wide, copy=True)
-        for name, tensor in trained.state_dict().items()
-        if not name.startswith("head.")
-    }
-    state |= {name: torch.zeros(t.shape, dtype=wide) for name, t in model.head.state_dict(prefix="head.").items()}
-    model.load_state_dict(state, assign=True)
-    return model.requires_grad_(True)
+    return model.to(torch.promote_types(trained.stem.weight.dtype, torch.float32))
 
 
 def view(data: DataRecipe, default: Preprocessing = Preprocessing()) -> Preprocessing:  # noqa: B008 (it is frozen)

@@ -15,6 +15,7 @@ from mlp_mixer.files import to_json, write_text
 from mlp_mixer.training.fit import Diverged
 from mlp_mixer.training.folder import run_folder
 from mlp_mixer.training.recipe import Recipe, Transfer, check_transfer
+from mlp_mixer.training.world import ALONE, World
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +23,7 @@ RunOne = Callable[[Recipe, Path], dict[str, Any]]  # trains into a folder, repor
 LAST_FILE = "report.html"  # of a run's folder: with it, the run is whole
 
 
-def transfer(plan: Transfer, out: Path, run_one: RunOne) -> dict[str, Any]:
+def transfer(plan: Transfer, out: Path, run_one: RunOne, world: World = ALONE) -> dict[str, Any]:
     """Searches, trains, and leaves one folder; called again with the same folder, goes on where it was stopped.
 
     In ``out``: ``search/rate-…`` and ``seed-…``, each a run's folder; the first seed's weights, report and recipe; and
@@ -32,7 +33,8 @@ def transfer(plan: Transfer, out: Path, run_one: RunOne) -> dict[str, Any]:
     Args:
         plan: the recipe of each run, and the search.
         out: the folder, new or of the same plan.
-        run_one: as ``training.run.train`` with a report.
+        run_one: as ``training.run.train`` with a report; goes on with a run that was not finished.
+        world: the processes that train together; each calls this.
 
     Returns:
         What summary.json holds.
@@ -44,19 +46,16 @@ def transfer(plan: Transfer, out: Path, run_one: RunOne) -> dict[str, Any]:
     check_transfer(plan)
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file: name a folder with --out")
-    with run_folder(out, worth_keeping="**/summary.json"):
-        claim(plan, out)
-        tried, rate = choose(plan, out, run_one)
+    with run_folder(out, world.first, worth_keeping="**/checkpoints/*"):
+        world.once(lambda: claim(plan, out))
+        tried, rate = choose(plan, out, run_one, world)
         recipe = replace(plan.recipe, optimization=replace(plan.recipe.optimization, learning_rate=rate))
         seeds = range(recipe.run.seed, recipe.run.seed + plan.search.seeds)
-        runs = [finished(replace(recipe, run=replace(recipe.run, seed=s)), out / f"seed-{s}", run_one) for s in seeds]
+        runs = [
+            finished(replace(recipe, run=replace(recipe.run, seed=s)), out / f"seed-{s}", run_one, world) for s in seeds
+        ]
         if failures := [run["failed"] for run in runs if "failed" in run]:
             raise RunError(failures[0])
-        first = out / f"seed-{seeds[0]}"
-        for name in ("recipe.json", "model.safetensors", LAST_FILE):
-            shutil.copyfile(first / name, out / name)
-        if (first / "examples").is_dir():
-            shutil.copytree(first / "examples", out / "examples", dirs_exist_ok=True)
         accuracies = [run["test_top1"] for run in runs]
         summary = runs[0] | {
             "learning_rate": rate,
@@ -66,11 +65,20 @@ def transfer(plan: Transfer, out: Path, run_one: RunOne) -> dict[str, Any]:
             **spread(accuracies),
             "total_train_seconds": sum(run.get("train_seconds", 0.0) for run in (*tried.values(), *runs)),
         }
-        write_text(out / "summary.json", to_json(summary, indent=2) + "\n")
+        world.once(lambda: show(out / f"seed-{seeds[0]}", summary, out))
     return summary
 
 
-def choose(plan: Transfer, out: Path, run_one: RunOne) -> tuple[dict[float, dict[str, Any]], float]:
+def show(first: Path, summary: dict[str, Any], out: Path) -> None:
+    """What the first seed's run has made, and the summary of all, in the folder itself."""
+    for name in ("recipe.json", "model.safetensors", LAST_FILE):
+        shutil.copyfile(first / name, out / name)
+    if (first / "examples").is_dir():
+        shutil.copytree(first / "examples", out / "examples", dirs_exist_ok=True)
+    write_text(out / "summary.json", to_json(summary, indent=2) + "\n")
+
+
+def choose(plan: Transfer, out: Path, run_one: RunOne, world: World) -> tuple[dict[float, dict[str, Any]], float]:
     """The summary of each rate's run with a part of the training images held out, and the rate to use."""
     recipe, tried = plan.recipe, {}
     for rate in plan.search.learning_rates:
@@ -79,7 +87,7 @@ def choose(plan: Transfer, out: Path, run_one: RunOne) -> tuple[dict[float, dict
             data=replace(recipe.data, holdout=plan.search.search_fraction),
             optimization=replace(recipe.optimization, learning_rate=rate),
         )
-        tried[rate] = finished(at_rate, out / "search" / f"rate-{rate}", run_one)
+        tried[rate] = finished(at_rate, out / "search" / f"rate-{rate}", run_one, world)
         log.info("learning rate %g: held-out top-1 %s", rate, tried[rate]["val_top1"])
     scores = {rate: summary["val_top1"] for rate, summary in tried.items() if summary["val_top1"] is not None}
     if tried and not scores:
@@ -110,20 +118,23 @@ def differences(a: Any, b: Any, where: str = "") -> list[str]:
     return [] if a == b else [where]
 
 
-def finished(recipe: Recipe, folder: Path, run_one: RunOne) -> dict[str, Any]:
-    """The summary of the run in the folder, which is trained first unless it is there, whole."""
+def finished(recipe: Recipe, folder: Path, run_one: RunOne, world: World) -> dict[str, Any]:
+    """The summary of the run in the folder, which is trained first, or to its end, unless it is there, whole."""
     done = folder / "summary.json"
-    if (folder / LAST_FILE).exists() or (done.exists() and "failed" in json.loads(done.read_text(encoding="utf-8"))):
-        return json.loads(done.read_text(encoding="utf-8"))
-    if folder.exists():
-        log.info("%s was not finished: it starts again", folder)
-        shutil.rmtree(folder)
+
+    def known() -> dict[str, Any] | None:
+        told = json.loads(done.read_text(encoding="utf-8")) if done.exists() else {}
+        return told if (folder / LAST_FILE).exists() or "failed" in told else None
+
+    summary = world.once(known)
+    if summary is not None:
+        return summary
     try:
         return run_one(recipe, folder)
     except Diverged as error:
         log.warning("%s", error)
         failed = {"val_top1": None, "test_top1": None, "failed": str(error)}
-        write_text(done, to_json(failed, indent=2) + "\n")
+        world.once(lambda: write_text(done, to_json(failed, indent=2) + "\n"))
         return failed
 
 

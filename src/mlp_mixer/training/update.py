@@ -3,6 +3,9 @@
 import torch
 from torch import Tensor
 
+from mlp_mixer.training.parallel import local
+from mlp_mixer.training.parallel import norm as norm_of
+
 OVERFLOWS = 32  # in a row: the multiplier is then 2⁻¹⁶ of what is reasonable
 
 
@@ -16,13 +19,16 @@ class Update:
         optimizer: of the parameters to train.
         clip_norm: global norm that gradients are scaled down to, by norm exactly (PyTorch's own clipping divides by
             norm + 1e-6, the authors by the norm); None: not clipped.
+        shared: the parameters are this process's shares of sharded ones: norms are over those of all ranks.
         half: float16 gradients, multiplied beforehand so that small ones do not vanish (torch.amp.GradScaler). Steps
             whose gradient overflows are then left out and the multiplier halved, as is usual; a loss that is not
             finite, or no finite gradient after 32 halvings, still ends the run.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, clip_norm: float | None, half: bool = False) -> None:
-        self.optimizer, self.clip_norm = optimizer, clip_norm
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, clip_norm: float | None, half: bool = False, shared: bool = False
+    ) -> None:
+        self.optimizer, self.clip_norm, self.shared = optimizer, clip_norm, shared
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         device = self.parameters[0].device
         self.scaler = torch.amp.GradScaler(device.type, enabled=half)
@@ -46,27 +52,27 @@ class Update:
         Returns:
             The gradient's global norm before clipping, and the update's, NaN where it was not measured.
         """
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        gradients = [local(p.grad) for p in self.parameters if p.grad is not None]
         if self.scaler.is_enabled():
             stop = (self.failure[0] > 0) | ~loss.isfinite()
             scale(gradients, torch.where(stop, float("nan"), 1.0))  # at which the scaler leaves the step out
             self.scaler.unscale_(self.optimizer)
         if factor != 1:
             scale(gradients, factor)
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = norm_of(gradients, self.shared)
         self.overflows = torch.where(norm.isfinite(), 0.0, self.overflows + 1)
         good = loss.isfinite() & (self.overflows <= self.tolerated)
         seen = torch.stack([torch.full_like(norm, step), loss.to(norm.dtype), norm]).to(self.failure.dtype)
         self.failure = torch.where((self.failure[0] == 0) & ~good, seen, self.failure)
         if self.clip_norm is not None:
             scale(gradients, (self.clip_norm / norm).clamp(max=1))
-        before = [p.detach().clone() for p in self.parameters] if measure else []
+        before = [local(p.detach()).clone() for p in self.parameters] if measure else []
         self.step()
         self.optimizer.zero_grad(set_to_none=True)
         if not measure:
             return norm, torch.full((), float("nan"))
-        changes = [p.detach() - b for p, b in zip(self.parameters, before, strict=True)]
-        return norm, torch.nn.utils.get_total_norm(changes)
+        changes = [local(p.detach()) - b for p, b in zip(self.parameters, before, strict=True)]
+        return norm, norm_of(changes, self.shared)
 
     def step(self) -> None:
         if self.scaler.is_enabled():

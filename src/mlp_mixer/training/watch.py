@@ -1,16 +1,21 @@
-"""What is done beside the steps of a run: the log, and on its cadence the evaluation and the checkpoints."""
+"""What is done beside the steps of a run: the log, and on its cadence the evaluation and the exported weights."""
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Generic, Literal, Protocol, TypeVar
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
-from mlp_mixer.data.loading import Unreadable
+from mlp_mixer.data.loading import Batch, Unreadable
 from mlp_mixer.data.parts import Source
 from mlp_mixer.model import Mixer
 from mlp_mixer.training.loop import Step
+from mlp_mixer.training.parallel import whole
+from mlp_mixer.training.provenance import peak_memory
 from mlp_mixer.training.recipe import Recipe
+from mlp_mixer.training.records import Records
+from mlp_mixer.training.world import World
 from mlp_mixer.weights.load import load
 from mlp_mixer.weights.own import save
 
@@ -44,11 +49,14 @@ class Watch(Generic[R]):
         recipe: its cadences, and what to keep.
         out: the run's folder.
         source: the images.
-        model: what is evaluated and saved: the trained one, or its Polyak average.
+        model: the trained one.
+        shown: within it, the model has the weights that are evaluated and exported.
         examine: evaluates a model on a part.
         progress: is told how far the run is.
-        write: adds a line to metrics.jsonl.
+        records: what is written down.
         steps: of the run.
+        world: the processes.
+        batches: which know how long was waited for them.
     """
 
     def __init__(
@@ -57,29 +65,69 @@ class Watch(Generic[R]):
         out: Path,
         source: Source,
         model: Mixer,
+        shown: Callable[[], AbstractContextManager[None]],
         examine: Callable[[Mixer, str], R],
         progress: Progress,
-        write: Callable[[dict[str, float]], None],
+        records: Records,
         steps: int,
+        world: World,
+        batches: "Waiting",
     ) -> None:
-        self.model, self.examine, self.progress, self.write = model, examine, progress, write
-        self.folder, self.run, self.steps = out / "checkpoints", recipe.run, steps
+        self.model, self.shown, self.examine, self.progress, self.records = model, shown, examine, progress, records
+        self.folder, self.run, self.steps, self.world, self.batches = (
+            out / "checkpoints",
+            recipe.run,
+            steps,
+            world,
+            batches,
+        )
         self.batch_size, images = recipe.optimization.global_batch_size, len(source.parts["train"])
         self.epochs_a_step, self.validates = self.batch_size / images, "val" in source.parts
         by_epochs = max(round(recipe.run.evaluate_every_epochs / self.epochs_a_step), 1)
         self.evaluate_every = recipe.run.evaluate_every_steps or by_epochs
         self.unreadable = Unreadable(source.parts["train"], recipe.data.max_unreadable_fraction)
-        self.step, self.since_best, self.step_seconds, self.text = 0, 0, 0.0, "starting"
+        self.step, self.since_best, self.seconds, self.text = 0, 0, 0.0, "starting"
+        self.loss: float | None = None
         self.val: R | None = None
-        self.best: tuple[int, R] | None = None
-        self.clock = Clock()
+        self.best: tuple[int, float] | None = None  # step and validation accuracy
+        self.clock = Clock(batches)
+
+    def state(self) -> dict[str, Any]:
+        """What of this a checkpoint holds."""
+        return {
+            "step": self.step,
+            "steps": self.steps,
+            "samples": self.step * self.batch_size,
+            "best": self.best,
+            "since_best": self.since_best,
+            "loss": self.loss,
+            "seconds": self.step_seconds,
+            "unreadable": {str(index): problem for index, problem in self.unreadable.problems.items()},
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Goes on from a checkpoint's state."""
+        self.step, self.since_best, self.loss = state["step"], state["since_best"], state["loss"]
+        self.best = None if state["best"] is None else (state["best"][0], state["best"][1])
+        self.seconds = state["seconds"]
+        self.unreadable.problems = {int(index): problem for index, problem in state["unreadable"].items()}
+
+    @property
+    def step_seconds(self) -> float:
+        """Spent in steps, without evaluations."""
+        return self.seconds + self.clock.seconds
 
     def evaluates(self, step: int) -> bool:
-        return step % self.evaluate_every == 0 or step == self.steps
+        return step > 0 and (step % self.evaluate_every == 0 or step == self.steps)
 
     def logs(self, step: int) -> bool:
         """Whether the step's numbers are read, for which a device must be waited for."""
         return step % self.run.log_every_steps == 0 or self.evaluates(step)
+
+    def saves(self, step: int) -> bool:
+        """Whether a checkpoint of the step is to be written; before its evaluation, which may be interrupted."""
+        every = self.run.save_every_steps
+        return self.evaluates(step) or (every is not None and step % every == 0)
 
     @property
     def impatient(self) -> bool:
@@ -91,58 +139,96 @@ class Watch(Generic[R]):
         self.step, epoch = step.step, step.step * self.epochs_a_step
         for problem in self.unreadable.add(step.problems):
             log.warning("%s (its place stays empty)", problem)
+        self.records.consume(step.step, step.step * self.batch_size, step.consumed)
         if self.logs(step.step):
-            record = read_step(step, epoch, self.clock.rate(step.step * self.batch_size))
-            self.write(record)
+            record = read_step(step, epoch) | self.clock.read(step.step * self.batch_size, self.world.ranks)
+            record["memory_bytes"] = peak_memory(self.model.stem.weight.device)
+            self.loss = record["loss"]
+            self.records.write(record)
             self.text = describe(record, self.steps * self.epochs_a_step)
         self.progress.update(step.step, self.steps, self.text)
-        if self.evaluates(step.step):
-            self.step_seconds += self.clock.stop()
-            if self.validates:
-                self.validate(step, epoch)
-            save(self.model, self.folder / "last.safetensors", step=step.step, epoch=epoch)
-            self.clock = Clock()
 
-    def validate(self, step: Step, epoch: float) -> None:
+    def evaluate(self) -> None:
+        """The evaluation that is due after this step, and the weights as they are then, for use elsewhere."""
+        self.seconds += self.clock.seconds
+        epoch = self.step * self.epochs_a_step
+        with self.shown():
+            model = whole(self.model)
+            if self.validates:
+                self.validate(model, epoch)
+            self.export(model, "last.safetensors", epoch=epoch)
+        self.clock = Clock(self.batches)
+
+    def validate(self, model: Mixer, epoch: float) -> None:
         self.val = val = self.examine(self.model, "val")
-        self.write({"step": step.step, "epoch": epoch, "val_top1": val.top1, "val_loss": val.loss})
-        log.info("epoch %.4g: loss %.4f, val top-1 %.4f", epoch, float(step.loss), val.top1)
+        self.records.write({"step": self.step, "epoch": epoch, "val_top1": val.top1, "val_loss": val.loss})
+        log.info("epoch %.4g: loss %.4f, val top-1 %.4f", epoch, self.loss or float("nan"), val.top1)
         self.since_best += 1
-        if self.best is None or val.top1 > self.best[1].top1:
-            self.best, self.since_best = (step.step, val), 0
-            save(self.model, self.folder / "best.safetensors", step=step.step, epoch=epoch, val_top1=val.top1)
+        if self.best is None or val.top1 > self.best[1]:
+            self.best, self.since_best = (self.step, val.top1), 0
+            self.export(model, "best.safetensors", epoch=epoch, val_top1=val.top1)
         if self.impatient:
             log.info("stopped early: no better validation accuracy in %d evaluations", self.since_best)
 
-    def keep(self, which: Literal["last", "best"]) -> tuple[int, R | None]:
-        """The step whose weights the model then has, and what they reached on validation."""
-        if which == "last" or self.best is None:
-            return self.step, self.val
-        self.model.load_state_dict(load(self.folder / "best.safetensors").state_dict())
-        return self.best
+    def export(self, model: Mixer, name: str, **provenance: Any) -> None:
+        if self.world.first:
+            save(model, self.folder / name, step=self.step, **provenance)
+
+    def keep(self, which: Literal["last", "best"]) -> tuple[Mixer, int, R | None]:
+        """The model that is the run's result, the step whose weights it has, and what it reached on validation."""
+        if which == "last" or self.best is None or self.best[0] == self.step:
+            return whole(self.model), self.step, self.val
+        self.world.sum([0])  # all wait until the first rank has written the file
+        best = load(self.folder / "best.safetensors").to(self.model.stem.weight.device)
+        return best, best.card.provenance["step"], self.examine(best, "val")
 
 
 class Clock:
-    """Seconds since it was made, and images per second between two readings."""
+    """Time since it was made, and what it was used for between two readings."""
 
-    def __init__(self) -> None:
-        self.start = self.last = time.perf_counter()
-        self.images: int | None = None
+    def __init__(self, batches: "Waiting") -> None:
+        self.batches = batches
+        self.start = time.perf_counter()
+        self.last: tuple[float, float, int] | None = None  # when it was read, seconds waited until then, images
 
-    def rate(self, images: int) -> float | None:
-        """Images per second since the last call; None at the first, which has the start-up in it."""
-        now, before = time.perf_counter(), self.images
-        rate = None if before is None else (images - before) / (now - self.last)
-        self.last, self.images = now, images
-        return rate
+    def read(self, images: int, ranks: int) -> dict[str, float]:
+        """Speed and share of time spent waiting for images since the last reading; at the first, which has the start-up
+        in it, nothing."""
+        now, before = (time.perf_counter(), self.batches.seconds, images), self.last
+        self.last = now
+        if before is None:
+            return {}
+        seconds, waited, done = (b - a for a, b in zip(before, now, strict=True))
+        rate = done / seconds
+        return {"images_per_second": rate, "images_per_second_per_device": rate / ranks, "data_wait": waited / seconds}
 
-    def stop(self) -> float:
+    @property
+    def seconds(self) -> float:
         return time.perf_counter() - self.start
 
 
-def read_step(step: Step, epoch: float, images_per_second: float | None) -> dict[str, float]:
+class Waiting:
+    """Batches, and the seconds that were spent waiting for them."""
+
+    def __init__(self, batches: Iterable[Batch], world: World) -> None:
+        self.batches, self.world, self.seconds = batches, world, 0.0
+
+    def __iter__(self) -> Iterator[Batch]:
+        batches = iter(self.batches)
+        while True:
+            self.world.beat("waiting for images")
+            start = time.perf_counter()
+            batch = next(batches, None)
+            self.seconds += time.perf_counter() - start
+            if batch is None:
+                return
+            self.world.beat("computing a step")
+            yield batch
+
+
+def read_step(step: Step, epoch: float) -> dict[str, float]:
     """A line of metrics.jsonl."""
-    record = {
+    return {
         "step": step.step,
         "epoch": epoch,
         "loss": float(step.loss),
@@ -150,7 +236,6 @@ def read_step(step: Step, epoch: float, images_per_second: float | None) -> dict
         "gradient_norm": float(step.gradient_norm),
         "update_norm": float(step.update_norm),
     }
-    return record if images_per_second is None else record | {"images_per_second": images_per_second}
 
 
 def describe(record: dict[str, float], epochs: float) -> str:

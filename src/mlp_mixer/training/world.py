@@ -1,0 +1,136 @@
+"""The processes of a run: who this one is, and how all of them come to the same decision.
+
+One process is a world of its own; nothing here then communicates, and the code that uses it is the same.
+"""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mlp_mixer.errors import RunError, UserError
+from mlp_mixer.training.watchdog import Watchdog, stores
+
+T = TypeVar("T")
+SAVE_TIMEOUT = timedelta(hours=1)  # of the processes for each other while a checkpoint is written
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """Rank ``rank`` of ``ranks``; of them ``local_ranks`` on this machine, where this one is ``local_rank``.
+
+    Ranks share a file system. Methods that communicate must be called by all ranks, in the same order.
+    """
+
+    rank: int = 0
+    ranks: int = 1
+    local_rank: int = 0
+    local_ranks: int = 1
+    watchdog: Watchdog | None = None
+    saving: Any = None  # the process group of checkpoints, which are written beside the training
+    control: Any = None  # the process group of the host's own small messages
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the one that writes, draws and speaks for all."""
+        return self.rank == 0
+
+    def beat(self, doing: str, slow: bool = False) -> None:
+        """Says what this process does from now on; one that says nothing new for too long ends the run.
+
+        ``slow``: it may take an hour (compiling, reading a large folder).
+        """
+        if self.watchdog is not None:
+            self.watchdog.beat(doing, slow)
+
+    def sum(self, values: list[int]) -> list[int]:
+        """The sums of each number over all ranks, modulo 2⁶⁴."""
+        if self.ranks == 1:
+            return values
+        total = torch.tensor([(value + 2**63) % 2**64 - 2**63 for value in values])
+        dist.all_reduce(total, group=self.control)
+        return total.tolist()
+
+    def mean(self, value: Tensor) -> Tensor:
+        """The mean of a device's tensor over all ranks; the host does not wait for it."""
+        if self.ranks == 1:
+            return value
+        total = value.clone()
+        dist.all_reduce(total)
+        return total / self.ranks
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, in the order of the ranks."""
+        if self.ranks == 1:
+            return [value]
+        values: list[Any] = [None] * self.ranks
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def once(self, action: Callable[[], T]) -> T:
+        """The first rank's outcome, for all: what it returns, or a failure that it can tell."""
+        if self.ranks == 1:
+            return action()
+        outcome: list[Any] = [None, None]
+        if self.first:
+            try:
+                outcome[0] = action()
+            except (UserError, RunError, OSError) as error:
+                outcome[1] = error
+        dist.broadcast_object_list(outcome, src=0, group=self.control)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
+
+    def device(self, named: torch.device) -> torch.device:
+        """This process's own, of the kind that is named."""
+        return torch.device("cuda", self.local_rank) if self.ranks > 1 and named.type == "cuda" else named
+
+    @contextlib.contextmanager
+    def turns(self) -> Iterator[None]:
+        """One process of each machine passes before its others: what it downloads, they find."""
+        if self.ranks > 1 and self.local_rank > 0:
+            dist.barrier(group=self.control)
+        yield
+        if self.ranks > 1 and self.local_rank == 0:
+            dist.barrier(group=self.control)
+
+
+ALONE = World()
+
+
+@contextlib.contextmanager
+def joined(timeout_seconds: float) -> Iterator[World]:
+    """The world of the processes that torchrun, or ``--processes``, has started; of this one alone where none has.
+
+    Args:
+        timeout_seconds: without any progress, after which the run ends and the stuck rank is named.
+    """
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if ranks == 1:
+        yield ALONE
+        return
+    rank, local_rank = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
+    timeout = timedelta(seconds=max(timeout_seconds, 1))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timeout)
+    watchdog = Watchdog(stores(timeout), rank, ranks, timeout_seconds)
+    world = World(
+        rank=rank,
+        ranks=ranks,
+        local_rank=local_rank,
+        local_ranks=int(os.environ.get("LOCAL_WORLD_SIZE", ranks)),
+        watchdog=watchdog,
+        saving=dist.new_group(backend="gloo", timeout=SAVE_TIMEOUT),
+        control=dist.new_group(backend="gloo", timeout=timeout),
+    )
+    with watchdog:
+        yield world
+    dist.destroy_process_group()  # only after a good end: with a rank gone, it would wait for it
