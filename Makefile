@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 RUN := runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: setup demo test check
+.PHONY: setup demo test check chaos
 
 setup: .venv/.installed
 
@@ -20,6 +20,10 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+# Half an hour and more: kills, stops and starves runs, and checks what docs/runs.md promises; SEED=1 for other instants.
+chaos: setup
+	$(BIN)/python -W ignore tests/chaos --seed $(or $(SEED),0)
 
 check: setup
 	$(BIN)/ruff check .

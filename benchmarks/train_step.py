@@ -31,7 +31,7 @@ from mlp_mixer.data.loading import Batch
 from mlp_mixer.data.transforms import normalise
 from mlp_mixer.device import autocast, select_device, select_precision
 from mlp_mixer.recipes import get_recipe
-from mlp_mixer.training.compilation import compiled
+from mlp_mixer.training.compilation import made_ready
 from mlp_mixer.training.loop import train_steps
 from mlp_mixer.training.losses import softmax
 from mlp_mixer.training.memory import keep_freed_memory
@@ -62,7 +62,7 @@ def random_batches(batch_size: int, image_size: int, classes: int) -> Iterator[B
 
 def ours(sizes: dict[str, int], classes: int, batch: int, device: torch.device, precision: torch.dtype) -> Step:
     model = mlp_mixer.create(num_classes=classes, seed=0, **sizes).to(device)
-    forward = compiled(model, "on", batch_size=batch, training_flop=float("inf"), device=device, precision=precision)
+    forward, _ = made_ready(model, "on", batch_size=batch, training_flop=1.0, device=device, precision=precision)
     steps = train_steps(
         model,
         forward,

@@ -1,9 +1,9 @@
 """``mixer`` with one fault in it: the command as it is, but for what the environment variable CHAOS says.
 
 CHAOS is a JSON object: ``at`` (a place, below), ``nth`` (which call of it, from 1), ``do`` (kill, stop, term, int,
-raise, hang, slow, nan, fill, readonly), ``rank`` (of a run of several processes; none: each), ``delay`` (seconds after the call, by a timer) and
-``target`` ("launcher", for term). NOTES is a folder for what the tests want to know. The processes that the command
-starts are started by this file too.
+raise, hang, slow, nan, fill, readonly), ``rank`` (of several processes; none: each), ``delay`` (seconds after the
+call, by a timer) and ``target`` ("launcher", for term). NOTES is a folder for what the tests want to know. The
+processes that the command starts are started by this file too.
 """
 
 import hashlib

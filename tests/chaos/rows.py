@@ -228,36 +228,27 @@ def one_and_two(lab: Lab, rng: random.Random, trials: int) -> Result:
     return tally.result(f"weights at most {worst:.1e} apart")
 
 
-def terminated(lab: Lab, rng: random.Random, trials: int) -> Result:
+def terminated(lab: Lab, rng: random.Random, trials: int, compile_too: bool = True) -> Result:
     """Row 7: SIGTERM to one rank, or to the launcher, in a step, an evaluation, the first compilation, a save."""
     tally, slowest = Tally(), 0.0
-    places = [("step", 9), ("evaluation", 1), ("save", 2), ("compile", 1)]
+    places = [("step", 9), ("evaluation", 1), ("save", 2), *([("compile", 1)] if compile_too else [])]
     cases = [(*place, "2 DDP", target) for place in places for target in ("one rank", "launcher")]
-    cases += [
-        ("step", 9, "2 FSDP2", "one rank"),
-        ("save", 2, "2 FSDP2", "launcher"),
-        ("evaluation", 1, "1 process", "one rank"),
-    ]
-    cases += [("step", 9, "1 process", "interrupt")]
+    cases += [("step", 9, "2 FSDP2", "one rank"), ("save", 2, "2 FSDP2", "launcher")]
+    cases += [("evaluation", 1, "1 process", "one rank"), ("step", 9, "1 process", "interrupt")]
     for at, nth, way, target in cases if trials >= len(cases) else rng.sample(cases, trials):
         name = f"term {at} {way} {target}"
         extra = ("--compile", "on") if at == "compile" else ()
-        fault = {
-            "at": at,
-            "nth": nth,
-            "do": "int" if target == "interrupt" else "term",
-            "rank": rng.randrange((len(WAYS[way]) and 2) or 1),
-        }
+        ranks = 1 if way == "1 process" else 2
+        fault = {"at": at, "nth": nth, "do": "int" if target == "interrupt" else "term", "rank": rng.randrange(ranks)}
         if target == "launcher":
             fault["target"] = "launcher"
-        promised = 130 if target == "interrupt" else 143
         hurt = lab.train(name, *WAYS[way], *extra, fault=fault)
         waited = hurt.struck if hurt.struck is not None else float("inf")
         slowest = max(slowest, waited if at != "compile" else 0)
         again = lab.train(name, *WAYS[way], *extra)
         told = f"{name}: {hurt.status} after {waited:.0f} s, then {again.status}: {hurt.err[-300:]} {again.err[-200:]}"
         tally.add(
-            hurt.status != promised and told,
+            hurt.status != (130 if target == "interrupt" else 143) and told,
             waited > (30 if at != "compile" else 150) and told,
             "resume with" not in hurt.err and told,
             again.status != 0 and told,
@@ -313,36 +304,34 @@ def no_room(lab: Lab, rng: random.Random, trials: int) -> Result:
     """Row 9: a full disk, and one that can only be read, in the background and in the foreground."""
     tally = Tally()
     where = lab.root / "mount"
-    where.mkdir()
-    for way in ("background", "foreground"):
-        for do in ("fill", "readonly"):
-            made = subprocess.run(
-                ["mount", "-t", "tmpfs", "-o", "size=8m", "none", where], capture_output=True, text=True
+    where.mkdir(exist_ok=True)
+    cases = [(way, do) for way in ("background", "foreground") for do in ("fill", "readonly")]
+    for way, do in cases if trials >= len(cases) else rng.sample(cases, trials):
+        made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "none", where], capture_output=True, text=True)
+        if made.returncode != 0:
+            return Result(0, 0, [f"skipped: mounting is not allowed here ({made.stderr.strip()})"])
+        try:
+            run = where / "run"
+            path = where / "filler" if do == "fill" else where
+            fault = {"at": "save", "nth": 4, "do": do, "path": str(path)}
+            words = ("--save-in-background" if way == "background" else "--no-save-in-background",)
+            ended = lab.call(*RECIPE, *words, "--out", run, fault=fault)
+            left = [path.name for path in checkpoints(run)]
+            residue = leftovers(run)
+            if do == "readonly":
+                subprocess.run(["mount", "-o", "remount,rw", where], check=True)
+            path.unlink() if do == "fill" else None
+            held = sound(run)
+            again = lab.call(*RECIPE, "--out", run, "--resume", "auto")
+            told = f"{do} in the {way}: {ended.status}, {left}, sound {held}: {ended.err[-300:]} {again.err[-200:]}"
+            tally.add(
+                (ended.status != 1 or "cannot be written" not in ended.err) and told,
+                3 * SAVE not in held and told,
+                residue and f"{told}: leaves {residue}",
+                (again.status != 0 or exact(run) != uninterrupted(lab, "1 process")) and f"{told}: differs",
             )
-            if made.returncode != 0:
-                return Result(0, 0, [f"skipped: mounting is not allowed here ({made.stderr.strip()})"])
-            try:
-                run = where / "run"
-                path = where / "filler" if do == "fill" else where
-                fault = {"at": "save", "nth": 4, "do": do, "path": str(path)}
-                words = ("--save-in-background" if way == "background" else "--no-save-in-background",)
-                ended = lab.call(*RECIPE, *words, "--out", run, fault=fault)
-                left = [path.name for path in checkpoints(run)]
-                residue = leftovers(run)
-                if do == "readonly":
-                    subprocess.run(["mount", "-o", "remount,rw", where], check=True)
-                path.unlink() if do == "fill" else None
-                held = sound(run)
-                again = lab.call(*RECIPE, "--out", run, "--resume", "auto")
-                told = f"{do} in the {way}: {ended.status}, {left}, sound {held}: {ended.err[-300:]} {again.err[-200:]}"
-                tally.add(
-                    (ended.status != 1 or "cannot be written" not in ended.err) and told,
-                    3 * SAVE not in held and told,
-                    residue and f"{told}: leaves {residue}",
-                    (again.status != 0 or exact(run) != uninterrupted(lab, "1 process")) and f"{told}: differs",
-                )
-            finally:
-                subprocess.run(["umount", where], check=True)
+        finally:
+            subprocess.run(["umount", where], check=True)
     return tally.result()
 
 

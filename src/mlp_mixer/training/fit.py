@@ -118,6 +118,7 @@ def fit(
     state = TrainingState(model, update, average)
     first_step = 0 if start is None else state.load(start, world)
     batches = Waiting(make_batches(recipe, source, model, steps, first_step, world), world)
+    about = describe(recipe, source, precision, world)
     schedule = partial(
         learning_rate, peak=settings.learning_rate, warmup_steps=warmup_steps, steps=steps, decay=settings.decay
     )
@@ -152,8 +153,7 @@ def fit(
             watch.see(step)
             if saves:
                 records.sync()
-                told = watch.state() | state.numbers() | describe(recipe, source, precision, world)
-                control.save(watch.step, state.tensors(), told, watch.best)
+                control.save(watch.step, state.tensors(), about | watch.state() | state.numbers(), watch.best)
             control.heed(step.asked)
             if watch.evaluates(step.step):
                 watch.evaluate()

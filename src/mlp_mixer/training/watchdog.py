@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from datetime import timedelta
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -18,6 +19,8 @@ log = logging.getLogger(__name__)
 
 PERIOD = 0.5  # seconds between two signs of life
 GRACE = 5.0  # seconds that the main thread has to end by itself once another rank has failed
+INNERMOST = 4  # frames of the main thread that tell whether it communicates
+COMMUNICATION = (f"torch{os.sep}distributed", f"torch{os.sep}autograd")  # in the backward pass gradients are exchanged
 PATIENCE = 3600.0  # for what has no steps of its own to show: compiling, reading a large folder
 
 
@@ -29,9 +32,9 @@ def stores(timeout: timedelta) -> TCPStore:
 class Watchdog:
     """A thread in each process that shows signs of life, and looks at those of the others.
 
-    The main thread calls ``beat`` whenever it gets on. Without one for ``timeout`` seconds (more where it asked for
-    patience) all signs are compared: a process that shows none any more is stopped or dead; else the one whose main
-    thread has been at the same thing the longest is the one that the others wait for.
+    The main thread calls ``beat`` whenever it gets on. Without one for ``timeout`` seconds (more for what is slow) all
+    signs are compared: a process that shows none any more is stopped or dead; else those are stuck whose main thread is
+    not in PyTorch's communication, where the others wait for them; else the one that has been there the longest.
 
     Leaving the ``with`` block by an error tells the other ranks, which then end too; the first error is the one shown.
     """
@@ -85,12 +88,14 @@ class Watchdog:
 
     def show(self) -> None:
         self.signs += 1
-        sign = {"signs": self.signs, "doing": self.doing, "age": time.monotonic() - self.since}
+        sign = {"signs": self.signs, "doing": self.doing, "age": time.monotonic() - self.since, **main_thread()}
         self.store.set(f"alive/{self.rank}", json.dumps(sign))
 
     def signs_of(self, rank: int) -> dict[str, Any]:
         key = f"alive/{rank}"
-        return json.loads(self.store.get(key)) if self.store.check([key]) else {"signs": 0, "doing": "", "age": 0.0}
+        if not self.store.check([key]):
+            return {"signs": 0, "doing": "none", "age": 0.0, "where": "nowhere", "waits": False}
+        return json.loads(self.store.get(key))
 
     def follow(self, failure: dict[str, Any]) -> None:
         """Another rank has failed: this one ends too, if its main thread does not by itself."""
@@ -105,9 +110,11 @@ class Watchdog:
             time.sleep(PERIOD)
         now = [self.signs_of(rank) for rank in range(self.ranks)]
         silent = [rank for rank in range(self.ranks) if now[rank]["signs"] == before[rank]]
-        stuck = silent or [max(range(self.ranks), key=lambda rank: now[rank]["age"])]
+        busy = [rank for rank in range(self.ranks) if not now[rank]["waits"]]
+        slowest = max(range(self.ranks), key=lambda rank: now[rank]["age"])
+        stuck = silent or (busy if len(busy) < self.ranks else [slowest])
         state = "is stopped or dead" if silent else "is stuck"
-        names = ", ".join(f"rank {rank} {state} (its last word: {now[rank]['doing']})" for rank in stuck)
+        names = ", ".join(f"rank {r} {state} ({now[r]['doing']}, in {now[r]['where']})" for r in stuck)
         what = f"no progress for {self.timeout:g} s: {names}"
         if self.claim(what)["what"] == what:
             self.die(what)
@@ -116,6 +123,20 @@ class Watchdog:
     def die(self, why: str, status: int = 1) -> None:
         print(f"mixer: rank {self.rank}: {why}", file=sys.stderr, flush=True)
         os._exit(status)
+
+
+def main_thread() -> dict[str, Any]:
+    """Where the main thread is, and whether it waits there for other ranks."""
+    ident = threading.main_thread().ident
+    frame = sys._current_frames().get(ident or 0)
+    if frame is None:
+        return {"where": "nowhere", "waits": False}
+    where, waits = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}, {frame.f_code.co_name}", False
+    for _ in range(INNERMOST):
+        if frame is not None:
+            waits |= any(part in frame.f_code.co_filename for part in COMMUNICATION)
+            frame = frame.f_back
+    return {"where": where, "waits": waits}
 
 
 def record(error: BaseException) -> None:

@@ -19,6 +19,7 @@ from mlp_mixer.training.watchdog import Watchdog, stores
 
 T = TypeVar("T")
 SAVE_TIMEOUT = timedelta(hours=1)  # of the processes for each other while a checkpoint is written
+AFTER_THE_WATCHDOG = timedelta(minutes=2)  # until PyTorch itself gives up, which cannot say for whom it waited
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +118,7 @@ def joined(timeout_seconds: float) -> Iterator[World]:
         yield ALONE
         return
     rank, local_rank = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
-    timeout = timedelta(seconds=max(timeout_seconds, 1))
+    timeout = timedelta(seconds=timeout_seconds) + AFTER_THE_WATCHDOG
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timeout)
