@@ -4,6 +4,7 @@ The rows' numbers are those of the table; ``--rows 1 3`` runs some.
 """
 
 import argparse
+import logging
 import random
 import tempfile
 import time
@@ -39,6 +40,7 @@ def main() -> None:
     parser.add_argument("--trials", type=int, help="at most so many of each")
     chosen = parser.parse_args()
     lines, failed = [], 0
+    logging.getLogger("mlp_mixer").addHandler(logging.NullHandler())  # it names what is broken on purpose
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
         lab = Lab(Path(folder))
         for number in chosen.rows:
@@ -48,7 +50,7 @@ def main() -> None:
                 result = check(lab, random.Random(f"{chosen.seed}/{what}"), limit)
                 seconds = time.perf_counter() - begun
                 failed += result.of - result.passed
-                remark = result.remarks[0] if result.remarks else ""
+                remark = result.remarks[0].splitlines()[0][:120] if result.remarks else ""
                 line = f"| {number} | {what} | {result.passed} of {result.of} | {seconds:.0f} s | {remark} |"
                 print(line, flush=True)
                 for remark in result.remarks:

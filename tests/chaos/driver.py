@@ -6,6 +6,7 @@ call, by a timer) and ``target`` ("launcher", for term). NOTES is a folder for w
 processes that the command starts are started by this file too.
 """
 
+import contextlib
 import hashlib
 import importlib
 import json
@@ -95,15 +96,13 @@ class Fault:
         elif do == "hang":
             time.sleep(3600)
         elif do == "fill":
-            with Path(self.told["path"]).open("wb") as file:
-                try:
-                    while True:
-                        file.write(bytes(4096))
-                        file.flush()
-                except OSError:
-                    pass
+            with Path(self.told["path"]).open("wb", buffering=0) as file, contextlib.suppress(OSError):
+                while True:
+                    file.write(bytes(4096))
         elif do == "readonly":
-            subprocess.run(["mount", "-o", "remount,ro", self.told["path"]], check=True)
+            where = self.told["path"]
+            subprocess.run(["mount", "--bind", where, where], check=True)
+            subprocess.run(["mount", "-o", "remount,ro,bind", where], check=True)
 
 
 def spoil_losses(nth: int) -> None:

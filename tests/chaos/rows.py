@@ -312,15 +312,16 @@ def no_room(lab: Lab, rng: random.Random, trials: int) -> Result:
             return Result(0, 0, [f"skipped: mounting is not allowed here ({made.stderr.strip()})"])
         try:
             run = where / "run"
-            path = where / "filler" if do == "fill" else where
+            path = where / "filler" if do == "fill" else run / "checkpoints"
             fault = {"at": "save", "nth": 4, "do": do, "path": str(path)}
             words = ("--save-in-background" if way == "background" else "--no-save-in-background",)
             ended = lab.call(*RECIPE, *words, "--out", run, fault=fault)
             left = [path.name for path in checkpoints(run)]
             residue = leftovers(run)
             if do == "readonly":
-                subprocess.run(["mount", "-o", "remount,rw", where], check=True)
-            path.unlink() if do == "fill" else None
+                subprocess.run(["umount", path], check=True)
+            else:
+                path.unlink()
             held = sound(run)
             again = lab.call(*RECIPE, "--out", run, "--resume", "auto")
             told = f"{do} in the {way}: {ended.status}, {left}, sound {held}: {ended.err[-300:]} {again.err[-200:]}"

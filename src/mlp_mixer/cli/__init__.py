@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import warnings
+from typing import NoReturn
 
 from mlp_mixer.errors import RunError, Stopped, UserError
 
@@ -97,32 +98,36 @@ def terminate(number: int, frame: object) -> None:
     raise Terminated
 
 
-def fail(error: object, status: int, debug: bool, unexpected: bool = False) -> int:
-    """One line on standard error, and the traceback where it was asked for.
-
-    Of a run of several processes, the first that failed tells how, with the traceback if nobody expected it; and each
-    ends at once, for the threads that talk to the others may wait for them.
-    """
-    rank = os.environ.get("RANK") if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
-    first = getattr(error, "failed_first", None)  # what another rank has told
-    speaker = "mixer" if rank is None or isinstance(error, Stopped) else f"mixer: rank {rank}"
-    if debug or (unexpected and rank and first is None):
-        logging.getLogger(__name__).exception("")
+def fail(error: BaseException | str, status: int, debug: bool, unexpected: bool = False) -> int:
+    """One line on standard error, and the traceback where it was asked for."""
     told = " ".join(str(error).split()) or type(error).__name__
     if unexpected:
-        told = f"{type(error).__name__}: {told}" + ("" if rank else " (--debug shows where)")
-    if first is None:
-        print(f"{speaker}: {told}", file=sys.stderr)
-    elif first["what"] != told_to_all(error):
-        print(f"mixer: rank {rank}: ended because rank {first['rank']} failed: {first['what']}", file=sys.stderr)
-    if rank:
-        sys.stderr.flush()
-        os._exit(status)
+        told = f"{type(error).__name__}: {told}"
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        fail_among_others(error, told, status, debug or unexpected)
+    if debug:
+        logging.getLogger(__name__).exception("")
+    print(f"mixer: {told}{' (--debug shows where)' if unexpected else ''}", file=sys.stderr)
     return status
 
 
-def told_to_all(error: object) -> str:
-    return f"{type(error).__name__}: {error}"
+def fail_among_others(error: BaseException | str, told: str, status: int, traceback: bool) -> NoReturn:
+    """The end of one process of several: the first that failed tells how, and each ends at once.
+
+    For by now, threads and clean-up may wait for processes that are gone.
+    """
+    rank, first = os.environ.get("RANK", "?"), getattr(error, "failed_first", None)  # what another rank has told
+    if isinstance(error, Stopped):  # as all of them are
+        if rank == "0":
+            print(f"mixer: {told}", file=sys.stderr)
+    elif first is None:
+        if traceback:
+            logging.getLogger(__name__).exception("")
+        print(f"mixer: rank {rank}: {told}", file=sys.stderr)
+    elif first["what"] != f"{type(error).__name__}: {error}":
+        print(f"mixer: rank {rank}: ended because rank {first['rank']} failed: {first['what']}", file=sys.stderr)
+    sys.stderr.flush()
+    os._exit(status)
 
 
 class ToStandardError(logging.Handler):

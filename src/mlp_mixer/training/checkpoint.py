@@ -65,6 +65,8 @@ def save(tensors: dict[str, Tensor], temporary: Path, world: World) -> None:
     except CheckpointException as error:  # no Exception, in PyTorch
         rank, (cause, _) = next(iter(error.failures.items()))
         raise unwritable(temporary, f"rank {rank}: {cause}" if world.ranks > 1 else cause) from error
+    except (OSError, RuntimeError) as error:  # before it shares its failures; in one process, always
+        raise unwritable(temporary, error) from error
 
 
 def complete(folder: Path, temporary: Path, state: dict[str, Any], shares: list[dict[str, Any]]) -> None:

@@ -66,9 +66,14 @@ def locked(out: Path, owner: bool = True) -> Iterator[None]:
 
 
 def is_locked(out: Path) -> bool:
-    """Whether a process is training this run."""
-    try:
-        with locked(out):
-            return False
-    except UserError:
-        return True
+    """Whether a process is training this run. Nothing is written."""
+    if os.name != "posix":
+        return False
+    import fcntl
+
+    with contextlib.suppress(FileNotFoundError), (out / LOCK).open() as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            return True
+    return False

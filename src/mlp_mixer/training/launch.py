@@ -16,7 +16,7 @@ from datetime import timedelta
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 GRACE = 15.0  # seconds that the others have to end by themselves after one has failed
-LAST_SAVE = 300.0  # seconds that they have after one was stopped by a signal: they all save, and end at the same step
+LAST_SAVE = 3600.0  # seconds that they have after one was stopped by a signal: they all save, and end at the same step
 MEETING = timedelta(minutes=10)  # that machines wait for each other
 STOPPED = (128 + signal.SIGTERM, 128 + signal.SIGINT)
 

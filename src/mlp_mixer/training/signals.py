@@ -40,11 +40,10 @@ def deferred() -> Iterator[Signals]:
         return
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    owner = os.getpid()
 
     def listen() -> None:
         while (data := os.read(reader, 1)) not in (b"", b"\0"):
-            if data[0] in HEEDED and os.getpid() == owner:
+            if data[0] in HEEDED:
                 signals.hear(data[0])
 
     thread = threading.Thread(target=listen, name="signals", daemon=True)

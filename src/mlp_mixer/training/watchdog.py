@@ -58,12 +58,12 @@ class Watchdog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
-        if error is not None:
+        if error is not None and not isinstance(error, Stopped):  # which all are, each when it is ready
             first = self.claim(f"{type(error).__name__}: {error}", getattr(error, "status", 1))
-            if first["rank"] != self.rank:
-                error.__dict__["failed_first"] = first
-            elif not isinstance(error, Stopped):
+            if first["rank"] == self.rank:
                 record(error)
+            else:
+                error.__dict__["failed_first"] = first
         self.done.set()
 
     def claim(self, what: str, status: int = 1) -> dict[str, Any]:
