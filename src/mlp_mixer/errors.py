@@ -4,9 +4,13 @@
 class UserError(ValueError):
     """A mistake of the caller's. The message is one line: what is wrong, the value, and the remedy. Exit status 2."""
 
+    status = 2
+
 
 class RunError(RuntimeError):
     """A run that failed through nobody's mistake (a full disk, an unreachable download). Exit status 1."""
+
+    status = 1
 
 
 class Stopped(Exception):

@@ -39,6 +39,15 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def sync_folder(folder: Path) -> None:
+    """So that what was made or renamed in it outlives the power."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def current_umask() -> int:
     mask = os.umask(0)
     os.umask(mask)

@@ -153,12 +153,14 @@ def other_workers(lab: Lab, rng: random.Random, trials: int) -> Result:
 
 def other_ranks(lab: Lab, rng: random.Random, trials: int) -> Result:
     """Row 5: saved by 4 ranks, loaded by 4, 2 and 1: equal bits, the same order, losses within 1e-4 over 50 steps."""
-    tally, words = Tally(), ("--steps", 60, "--save-every-steps", 10, "--log-every-steps", 1, "--keep-checkpoints", 9)
+    words = ("--steps", 60, "--save-every-steps", 10, "--log-every-steps", 1, "--keep-checkpoints", 9)
+    words += ("--precision", "float32")  # bfloat16 rounds each size of batch in its own way: 1.2e-4 after 50 steps
+    tally = Tally()
     ways = {"DDP": (), "FSDP2": ("--shard",)}
     worst = 0.0
     for way in list(ways)[: max(trials, 1)]:
         name = f"four {way}"
-        stopped_at(lab, name, 10, *words, "--processes", 4, *ways[way])
+        stopped_at(lab, name, 10, *words, "--no-save-in-background", "--processes", 4, *ways[way])
         held = digests(checkpoints(lab.root / name)[0])
         outcome = {}
         for ranks in (4, 2, 1):

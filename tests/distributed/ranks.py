@@ -24,7 +24,8 @@ from typing import Any, BinaryIO, NamedTuple
 LIMIT = 60.0  # seconds for one question
 PRELOADED = (
     *("torch", "torch.distributed.tensor", "torch.utils.tensorboard", "mlp_mixer.cli.train", "mlp_mixer.cli.display"),
-    *("mlp_mixer.training.run", "mlp_mixer.evaluation.showcase", "torch.distributed.fsdp"),
+    *("mlp_mixer.training.run", "mlp_mixer.evaluation.showcase", "torch.distributed.fsdp", "torch._dynamo"),
+    "torch._decomp.decompositions_for_rng",
 )
 
 

@@ -127,11 +127,12 @@ def joined_and(function: Any, *words: Any) -> Any:
 
 
 def in_turns(world: World) -> tuple[float, float]:
-    with world.turns():
+    def read() -> tuple[float, float]:
         begun = time.monotonic()
         time.sleep(0.4 if world.local_rank == 0 else 0.0)
-        ended = time.monotonic()
-    return begun, ended
+        return begun, time.monotonic()
+
+    return world.in_turns(read)
 
 
 def test_the_first_of_a_machine_passes_before_its_others() -> None:
@@ -144,8 +145,7 @@ def slow_reading(seconds: float) -> str:
 
     with joined(1) as world:  # --timeout-seconds 1
         world.beat("reading the data", slow=True)  # which may take an hour
-        with world.turns():
-            time.sleep(seconds if world.first else 0.0)
+        world.in_turns(lambda: time.sleep(seconds if world.first else 0.0))
         return str(world.once(lambda: "passed"))
 
 
@@ -176,8 +176,7 @@ def test_alone_nothing_is_exchanged() -> None:
     assert ALONE.gather("x") == ["x"]
     assert ALONE.once(lambda: 7) == 7
     assert ALONE.sum([1, -(2**40)]) == [1, -(2**40)]
-    with ALONE.turns():
-        pass
+    assert ALONE.in_turns(lambda: 7) == 7
     with pytest.raises(ZeroDivisionError):
         ALONE.once(lambda: 1 // 0)
 

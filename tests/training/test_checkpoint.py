@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mlp_mixer.errors import RunError, UserError
 from mlp_mixer.training import checkpoint
-from mlp_mixer.training.checkpoint import MANIFEST, STATE, Damaged, read, seal, verify, write
+from mlp_mixer.training.checkpoint import MANIFEST, STATE, Damaged, read, seal, sealed, verify, write
 from mlp_mixer.training.world import ALONE
 
 STATE_OF_4 = {"step": 4, "loss": 0.1 + 0.2, "best": [2, 0.75], "classes": ["ä", "b\udc80"], "unreadable": {}}
@@ -215,7 +215,7 @@ def test_a_strangers_is_refused_and_taken_with_trust(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     elsewhere(tmp_path, monkeypatch)
-    with pytest.raises(UserError, match="was not written by a run of yours .* give --trust-checkpoint if you trust"):
+    with pytest.raises(UserError, match=r"was not written by a run of yours .* give --trust-checkpoint if you trust"):
         verify(folder)
     assert verify(folder, trusted=True) == STATE_OF_4
 
@@ -240,8 +240,9 @@ def test_a_change_with_a_new_digest_is_a_strangers(
         elsewhere(tmp_path, patch)
         told = {path.name: checkpoint.fingerprint(path) for path in folder.iterdir() if path.name != MANIFEST}
         forged = json.loads(seal(told))
+    body = {key: forged[key] for key in ("format", "files")}
     for signed in (forged["signature"], signature, None, "", "ü", 5):
-        (folder / MANIFEST).write_text(json.dumps(forged | {"signature": signed}, indent=1) + "\n")
+        (folder / MANIFEST).write_text(sealed(body | {"signature": signed}))
         with pytest.raises(UserError, match="was not written by a run of yours"):
             verify(folder)
 
@@ -287,7 +288,7 @@ def test_tensors_that_are_not_there_are_told(
 
 def test_a_file_where_a_folder_should_be(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("a file")
-    with pytest.raises(RunError, match="cannot be written .*free some space, or mend the storage"):
+    with pytest.raises(RunError, match=r"cannot be written .*free some space, or mend the storage"):
         write(tmp_path / "checkpoints" / "step-00000004", tensors(), STATE_OF_4, ALONE)
     assert (tmp_path / "checkpoints").read_text() == "a file"
 

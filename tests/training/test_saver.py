@@ -133,19 +133,23 @@ def test_without_a_background_the_failure_is_told_at_once(tmp_path: Path) -> Non
         Saver(tmp_path / "c", ALONE, keep=2, background=False).save(1, tensors(1), {"step": 1})
 
 
-def test_at_the_end_a_failure_is_told_but_never_in_place_of_another_error(tmp_path: Path) -> None:
-    (tmp_path / "c").write_text("a file where a folder should be")
-    with pytest.raises(RunError, match="cannot be written"), Saver(tmp_path / "c", ALONE, keep=2) as saving:
-        saving.save(1, tensors(1), {"step": 1})
-    with pytest.raises(KeyError, match="another"), Saver(tmp_path / "c", ALONE, keep=2) as saving:
+def fail_after_a_save(folder: Path) -> None:
+    with Saver(folder, ALONE, keep=2) as saving:
         saving.save(1, tensors(1), {"step": 1})
         raise KeyError("another")
 
 
-def test_after_an_error_what_is_being_written_is_written_to_its_end(tmp_path: Path) -> None:
-    with pytest.raises(KeyError), Saver(tmp_path, ALONE, keep=2) as saving:
+def test_at_the_end_a_failure_is_told_but_never_in_place_of_another_error(tmp_path: Path) -> None:
+    (tmp_path / "c").write_text("a file where a folder should be")
+    with pytest.raises(RunError, match="cannot be written"), Saver(tmp_path / "c", ALONE, keep=2) as saving:
         saving.save(1, tensors(1), {"step": 1})
-        raise KeyError
+    with pytest.raises(KeyError, match="another"):
+        fail_after_a_save(tmp_path / "c")
+
+
+def test_after_an_error_what_is_being_written_is_written_to_its_end(tmp_path: Path) -> None:
+    with pytest.raises(KeyError, match="another"):
+        fail_after_a_save(tmp_path)
     assert found(tmp_path) == 1
 
 
@@ -342,12 +346,12 @@ class Dying:
 
     def __init__(self, patch: pytest.MonkeyPatch, action: str, at: int) -> None:
         self.left, self.action = at, action
-        for owner, name in ((Path, "rename"), (shutil, "rmtree")):
-            patch.setattr(owner, name, self.around(getattr(owner, name), name))
+        for owner, what in ((Path, "rename"), (shutil, "rmtree")):
+            patch.setattr(owner, what, self.around(getattr(owner, what), what))
 
-    def around(self, original: Callable[..., Any], name: str) -> Callable[..., Any]:
+    def around(self, original: Callable[..., Any], what: str) -> Callable[..., Any]:
         def replaced(*words: Any, **options: Any) -> Any:
-            self.left -= name == self.action
+            self.left -= what == self.action
             if self.left <= 0:
                 raise Killed
             return original(*words, **options)

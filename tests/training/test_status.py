@@ -164,7 +164,7 @@ def test_what_is_no_run(tmp_path: Path) -> None:
             status(path)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", "\0\0\0"])
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"nmae": ""}', "\0\0\0"])
 def test_a_damaged_recipe_is_told(text: str, out: Path) -> None:
     (out / "recipe.json").write_text(text)
     with pytest.raises(UserError, match="recipe"):
@@ -264,16 +264,19 @@ def test_only_one_process_at_a_time(out: Path, training: subprocess.Popen[str]) 
 def test_the_folder_of_a_run_that_another_process_has_just_begun_stays(tmp_path: Path) -> None:
     """Two that begin at once make the same folder: the one that comes too late must not take it away."""
     out = tmp_path / "runs" / "new"
-    holder = None
-    with pytest.raises(UserError, match="is being trained by another process"), run_folder(out):
-        holder = hold(out)
-        next(holder)
-        (out / "recipe.json").write_text("the other's")
-        with locked(out):
-            pass
-    assert (out / "recipe.json").read_text() == "the other's"
-    assert holder is not None
+    holder = hold(out)
+
+    def begin_too_late() -> None:
+        with run_folder(out):
+            next(holder)
+            (out / "recipe.json").write_text("the other's")
+            with locked(out):
+                pass
+
+    with pytest.raises(UserError, match="is being trained by another process"):
+        begin_too_late()
     next(holder, None)
+    assert (out / "recipe.json").read_text() == "the other's"
 
 
 def test_a_forked_process_has_no_share_in_the_lock(out: Path) -> None:

@@ -103,7 +103,7 @@ def fail(error: BaseException | str, status: int, debug: bool, unexpected: bool 
     told = " ".join(str(error).split()) or type(error).__name__
     if unexpected:
         told = f"{type(error).__name__}: {told}"
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if os.environ.get("WORLD_SIZE", "1") != "1" and "RANK" in os.environ:
         fail_among_others(error, told, status, debug or unexpected)
     if debug:
         logging.getLogger(__name__).exception("")
@@ -126,6 +126,7 @@ def fail_among_others(error: BaseException | str, told: str, status: int, traceb
         print(f"mixer: rank {rank}: {told}", file=sys.stderr)
     elif first["what"] != f"{type(error).__name__}: {error}":
         print(f"mixer: rank {rank}: ended because rank {first['rank']} failed: {first['what']}", file=sys.stderr)
+        status = first["status"]
     sys.stderr.flush()
     os._exit(status)
 

@@ -140,9 +140,9 @@ def search_and_train(plan: Transfer, out: Path | None, as_json: bool, words: Seq
 
     launch = dataclasses.replace(launch, resume="auto")
     command = f"mixer {shlex.join(words)}"
-    with joined(plan.recipe.run.timeout_seconds) as world:
+    with joined(plan.recipe.run.timeout_seconds, plan.recipe.run.device) as world:
         speak_for(world)
-        check_validation(plan.recipe)  # before hours of searching
+        world.in_turns(lambda: check_validation(plan.recipe))  # before hours of searching
         chosen = world.once(lambda: out or new_folder(plan.recipe))
         again = command if out else f"{command} --out {shlex.quote(str(chosen))}"
 

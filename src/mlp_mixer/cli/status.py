@@ -1,5 +1,6 @@
 """mixer status"""
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,7 +63,7 @@ def lines(told: dict[str, Any]) -> list[tuple[str, str]]:
     if "sound" in told:
         shown.append(("verified", "nothing to verify" if told["sound"] is None else f"step {told['sound']:,} is sound"))
     if told["state"] == "stopped":
-        shown.append(("go on", f"mixer train --resume {told['run']}"))
+        shown.append(("go on", f"mixer train --resume {shlex.quote(told['run'])}"))
     return shown
 
 

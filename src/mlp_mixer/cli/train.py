@@ -5,7 +5,6 @@ import datetime
 import itertools
 import logging
 import os
-import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -162,7 +161,7 @@ def carry_out(recipe: Recipe, out: Path | None, as_json: bool, words: Sequence[s
         return start_all(launch, words)
     from mlp_mixer.training.world import joined
 
-    with joined(recipe.run.timeout_seconds) as world:
+    with joined(recipe.run.timeout_seconds, recipe.run.device) as world:
         speak_for(world)
         chosen = world.once(lambda: out or new_folder(recipe))
         summary = train_and_report(recipe, chosen, f"mixer {shlex.join(words)}", world, launch)
@@ -178,9 +177,16 @@ def starts_others(recipe: Recipe, launch: Launch) -> bool:
         raise UserError(f"--processes {launch.processes} --machines {launch.machines}: at least 1")
     if not 0 <= launch.machine < launch.machines:
         raise UserError(f"--machine {launch.machine} of --machines {launch.machines}: from 0 to {launch.machines - 1}")
-    if launch.machines > 1 and not re.fullmatch(r"[^:]+:\d{1,5}", launch.meet or ""):
+    host, _, port = (launch.meet or "").rpartition(":")
+    if (launch.machines > 1 or launch.meet) and not (host and port.isdecimal() and 0 < int(port) < 65536):
         raise UserError(f"--meet {launch.meet}: give HOST:PORT of machine 0, as --meet node1:29500")
-    if ranks == 1 or "RANK" in os.environ:
+    started = os.environ.get("WORLD_SIZE", "1") if "RANK" in os.environ else None
+    if started is not None and ranks not in (1, int(started) if started.isdecimal() else 0):
+        raise UserError(
+            f"--processes {launch.processes}, but this is one of {started} that something else has started (RANK and "
+            "WORLD_SIZE are set): leave it out, or unset them"
+        )
+    if ranks == 1 or started is not None:
         return False
     check_ranks(check(recipe), ranks)  # told once, not by each
     return True
@@ -219,9 +225,12 @@ def train_and_report(
 
     done = world.once(lambda: finished(recipe, out)) if launch.resume else None
     if done is not None:
-        print(f"{out} is complete: nothing is left to do", file=sys.stderr)
+        if world.first:
+            print(f"{out} is complete: nothing is left to do", file=sys.stderr)
         return done
     with_all = f" --processes {world.local_ranks}" if world.ranks > 1 else ""
+    if launch.machines > 1:
+        with_all += f" --machines {launch.machines} --machine {launch.machine} --meet {launch.meet}"
     with progress_bar(world.first) as bar:
         run = train(
             recipe,

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_distribu
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 
 from mlp_mixer.errors import RunError, UserError
-from mlp_mixer.files import to_json
+from mlp_mixer.files import sync_folder, to_json
 from mlp_mixer.training.trust import signature, written_here
 from mlp_mixer.training.world import World
 
@@ -75,13 +75,18 @@ def complete(folder: Path, temporary: Path, state: dict[str, Any], shares: list[
     files = {name: print_ for share in shares for name, print_ in share.items()}
     files |= {name: fingerprint(temporary / name) for name in (STATE, ".metadata")}
     write_synced(temporary / MANIFEST, seal(files))
-    sync(temporary)
+    sync_folder(temporary)
     old = folder.with_name(f".{folder.name}.replaced")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         folder.rename(old)
-    temporary.rename(folder)
-    sync(folder.parent)
+    try:
+        temporary.rename(folder)
+    except OSError:
+        if old.exists():
+            old.rename(folder)
+        raise
+    sync_folder(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -122,20 +127,15 @@ def write_synced(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
-def sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def seal(files: dict[str, Any]) -> str:
-    """The manifest's text: the files, a digest of their list, and its signature."""
+    """The manifest's text: the files, their signature, and a digest of both."""
     body = {"format": FORMAT, "files": dict(sorted(files.items()))}
-    text = to_json(body)
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    return to_json({**body, "sha256": digest, "signature": signature(text)}, indent=1) + "\n"
+    return sealed(body | {"signature": signature(to_json(body))})
+
+
+def sealed(signed: dict[str, Any]) -> str:
+    digest = hashlib.sha256(to_json(signed).encode()).hexdigest()
+    return to_json({**signed, "sha256": digest}, indent=1) + "\n"
 
 
 def verify(folder: Path, trusted: bool = False) -> dict[str, Any]:
@@ -153,10 +153,9 @@ def verify(folder: Path, trusted: bool = False) -> dict[str, Any]:
     try:
         text = path.read_bytes().decode()
         stored = json.loads(text)
-        body = to_json({"format": stored["format"], "files": stored["files"]})
-        whole = {**json.loads(body), "sha256": stored["sha256"], "signature": stored["signature"]}
-        sound = text == to_json(whole, indent=1) + "\n" and hashlib.sha256(body.encode()).hexdigest() == whole["sha256"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        body = {"format": stored["format"], "files": stored["files"]}
+        sound = text == sealed(body | {"signature": stored["signature"]})
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise Damaged(f"{path} cannot be read ({error})") from None
     if not sound:
         raise Damaged(f"{path} was changed since it was written")
@@ -164,7 +163,7 @@ def verify(folder: Path, trusted: bool = False) -> dict[str, Any]:
         raise UserError(f"{folder} has format {stored['format']}, this is {FORMAT}: use the version that wrote it")
     for name, expected in stored["files"].items():
         check_file(folder / name, expected)
-    if not (trusted or written_here(body, stored["signature"])):
+    if not (trusted or written_here(to_json(body), stored["signature"])):
         raise UserError(
             f"{folder} was not written by a run of yours on this machine, and loading a checkpoint can execute code: "
             "give --trust-checkpoint if you trust whoever wrote it; what people exchange is .safetensors"

@@ -3,7 +3,7 @@
 import signal
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -13,7 +13,14 @@ from mlp_mixer.training.saver import Saver
 from mlp_mixer.training.signals import Signals
 from mlp_mixer.training.world import ALONE, World
 
-REQUESTS = 4  # numbers that travel with each step: SIGTERM, SIGINT, a checkpoint is due, one could not be written
+
+class Requests(NamedTuple):
+    """What travels with each step: of one process, or summed over all."""
+
+    terminate: int  # SIGTERM came
+    interrupt: int  # SIGINT came
+    save: int  # a checkpoint is due
+    failed: int  # one could not be written
 
 
 class Control:
@@ -28,13 +35,8 @@ class Control:
     """
 
     def __init__(self, world: World, signals: Signals, saver: Saver, save_seconds: float, resume: str) -> None:
-        self.world, self.signals, self.saver, self.save_seconds, self.resume = (
-            world,
-            signals,
-            saver,
-            save_seconds,
-            resume,
-        )
+        self.world, self.signals, self.saver = world, signals, saver
+        self.save_seconds, self.resume = save_seconds, resume
         self.saved = time.monotonic()
 
     @classmethod
@@ -43,15 +45,19 @@ class Control:
         saver = Saver(out / "checkpoints", ALONE, recipe.run.keep_checkpoints, recipe.run.save_in_background)
         return cls(ALONE, Signals(), saver, 60 * recipe.run.save_every_minutes, "")
 
-    def requests(self) -> list[int]:
+    def requests(self) -> Requests:
         """This process's, to be summed over all."""
-        due = self.world.first and time.monotonic() - self.saved > self.save_seconds
-        received = self.signals.received
-        return [int(received == signal.SIGTERM), int(received == signal.SIGINT), int(due), int(self.saver.failed)]
+        return Requests(
+            terminate=int(self.signals.received == signal.SIGTERM),
+            interrupt=int(self.signals.received == signal.SIGINT),
+            save=int(self.world.first and time.monotonic() - self.saved > self.save_seconds),
+            failed=int(self.saver.failed),
+        )
 
     def saves(self, asked: list[int]) -> bool:
         """Whether all are to save at this step: it is time, or the last chance."""
-        return any(asked[:3])
+        all_want = Requests(*asked)
+        return bool(all_want.save or all_want.terminate or all_want.interrupt)
 
     def save(
         self, step: int, tensors: dict[str, Tensor], state: dict[str, Any], best: tuple[int, float] | None
@@ -68,15 +74,16 @@ class Control:
             Stopped: on all ranks alike.
             RunError: a checkpoint could not be written.
         """
-        terminated, interrupted, _, failed = asked
-        if failed or terminated or interrupted:
+        all_want = Requests(*asked)
+        stop = all_want.terminate or all_want.interrupt
+        if all_want.failed or stop:
             self.saver.wait()
-        if terminated or interrupted:
-            number = signal.SIGTERM if terminated else signal.SIGINT
+        if stop:
+            number = signal.SIGTERM if all_want.terminate else signal.SIGINT
             raise Stopped(
                 f"stopped by {number.name} after step {self.saver.last}: resume with {self.resume}", 128 + number
             )
 
     def poll(self) -> None:
         """Between two steps, in an evaluation: asks all, and heeds."""
-        self.heed(self.world.sum(self.requests()))
+        self.heed(self.world.sum([*self.requests()]))

@@ -234,7 +234,7 @@ def describe(recipe: Recipe, source: Source, precision: torch.dtype, world: Worl
     return {
         "recipe": to_json_object(recipe),
         "classes": source.classes,
-        "images": fingerprint(source.parts["train"]),
+        "images": fingerprint(source),
         "precision": str(precision).removeprefix("torch."),
         "ranks": world.ranks,
         "versions": versions(),

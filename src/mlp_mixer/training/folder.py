@@ -3,12 +3,18 @@
 import contextlib
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from mlp_mixer.errors import RunError, Stopped, UserError
 
 LOCK = ".lock"
+HELD: set[Path] = set()  # folders that this process has locked
+
+
+class InUse(UserError):
+    """Another process is training the run."""
 
 
 @contextlib.contextmanager
@@ -26,7 +32,7 @@ def run_folder(out: Path, owner: bool = True, worth_keeping: str = "checkpoints/
     try:
         out.mkdir(parents=True, exist_ok=True)
         yield
-    except Stopped:
+    except (Stopped, InUse):
         raise
     except BaseException as error:
         if (made or was_empty) and not any(out.glob(worth_keeping)):
@@ -58,15 +64,25 @@ def locked(out: Path, owner: bool = True) -> Iterator[None]:
     import fcntl
 
     with (out / LOCK).open("a") as file:
+        for patience in (0.1, 0.4, None):  # somebody may just have asked for the run's status
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which, unlike flock, forked workers do not inherit
+                break
+            except (BlockingIOError, PermissionError):
+                if patience is None:
+                    raise InUse(f"{out} is being trained by another process: wait for it, or end it") from None
+                time.sleep(patience)
+        HELD.add(out.resolve())
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which, unlike flock, forked workers do not inherit
-        except (BlockingIOError, PermissionError):
-            raise UserError(f"{out} is being trained by another process: wait for it, or end it") from None
-        yield
+            yield
+        finally:
+            HELD.discard(out.resolve())
 
 
 def is_locked(out: Path) -> bool:
     """Whether a process is training this run. Nothing is written."""
+    if out.resolve() in HELD:  # by this process, which would lose it by opening the file again
+        return True
     if os.name != "posix":
         return False
     import fcntl

@@ -4,6 +4,8 @@ It gives them the environment variables that torchrun gives. What torchrun does 
 own, 143 or 130 after a signal, so that a scheduler knows that it can be gone on with.
 """
 
+import ctypes
+import functools
 import os
 import signal
 import subprocess
@@ -15,10 +17,13 @@ from datetime import timedelta
 
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
+LINUX = sys.platform == "linux"
+PR_SET_PDEATHSIG = 1  # of Linux's sys/prctl.h: the signal that a process gets when the one that started it is killed
 GRACE = 15.0  # seconds that the others have to end by themselves after one has failed
 LAST_SAVE = 3600.0  # seconds that they have after one was stopped by a signal: they all save, and end at the same step
 MEETING = timedelta(minutes=10)  # that machines wait for each other
-STOPPED = (128 + signal.SIGTERM, 128 + signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+STOPPED = tuple(128 + number for number in SIGNALS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +53,7 @@ def launch(plan: Plan, words: Sequence[str]) -> int:
             if child.poll() is None:
                 child.send_signal(number)
 
-    before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, forward) for number in SIGNALS}
     try:
         for local_rank in range(plan.processes):
             children.append(start(plan, local_rank, host, int(port), words))
@@ -75,7 +80,10 @@ def start(plan: Plan, local_rank: int, host: str, port: int, words: Sequence[str
     threads = {"OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // plan.processes, 1))}
     environment = threads | os.environ | {key: str(value) for key, value in place.items()}
     command = [sys.executable, "-m", "mlp_mixer.cli", *words]
-    return subprocess.Popen(command, env=environment, start_new_session=True)  # a terminal's Ctrl-C comes to us alone
+    die_too = functools.partial(ctypes.CDLL(None).prctl, PR_SET_PDEATHSIG, signal.SIGTERM) if LINUX else None
+    return subprocess.Popen(  # in a session of its own: a terminal's Ctrl-C comes to us alone
+        command, env=environment, start_new_session=True, preexec_fn=die_too
+    )
 
 
 def wait_for(children: Sequence[subprocess.Popen[bytes]]) -> int:
@@ -88,10 +96,10 @@ def wait_for(children: Sequence[subprocess.Popen[bytes]]) -> int:
             if code is None:
                 continue
             del running[rank]
+            if code < 0 and -code not in SIGNALS:
+                tell(f"rank {rank} was ended by signal {-code} ({signal.Signals(-code).name})")
             if code and not status:
-                if code < 0:
-                    tell(f"rank {rank} was ended by signal {-code} ({signal.Signals(-code).name})")
-                status = code if code > 0 else 1
+                status = code if code > 0 else 128 - code if -code in SIGNALS else 1
                 deadline = time.monotonic() + (LAST_SAVE if status in STOPPED else GRACE)
     for rank in running:
         tell(f"rank {rank} did not end with the others: killed")

@@ -1,7 +1,7 @@
 """The one training loop, of one process or of many."""
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -49,7 +49,7 @@ def train_steps(
     first_step: int = 0,
     measure: Callable[[int], bool] = lambda step: False,
     world: World = ALONE,
-    requests: Callable[[], list[int]] = list,
+    requests: Callable[[], Sequence[int]] = tuple,
 ) -> Iterator[Step]:
     """Trains the model, step by step.
 

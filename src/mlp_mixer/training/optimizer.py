@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from mlp_mixer.training.parallel import is_sharded
+
 
 def adamw(model: nn.Module, *, weight_decay: float, beta1: float, beta2: float) -> torch.optim.AdamW:
     """Kernels (stem and head too) decay; biases and LayerNorm scales do not. The rate is set at each step.
@@ -20,9 +22,14 @@ def adamw(model: nn.Module, *, weight_decay: float, beta1: float, beta2: float) 
 
 
 def sgd(model: nn.Module, *, momentum: float) -> torch.optim.SGD:
-    """SGD with momentum and no weight decay, as the paper fine-tunes (Section 3). The rate is set at each step."""
+    """SGD with momentum and no weight decay, as the paper fine-tunes (Section 3). The rate is set at each step.
+
+    PyTorch's fused kernel knows no shares: of a sharded model the parameters are stepped one operation at a time.
+    """
     parameters = trainable(model)
-    optimizer = torch.optim.SGD(parameters, lr=0.0, momentum=momentum, fused=fusible(parameters[0].device))
+    optimizer = torch.optim.SGD(
+        parameters, lr=0.0, momentum=momentum, fused=fusible(parameters[0].device) and not is_sharded(model)
+    )
     for p in parameters if momentum else []:  # where the first step is left out, PyTorch would not set them to zero
         optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
     return optimizer

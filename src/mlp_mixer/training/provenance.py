@@ -1,5 +1,6 @@
 """Where a result comes from: hardware, versions, commit."""
 
+import functools
 import importlib.metadata
 import platform
 import subprocess
@@ -39,6 +40,7 @@ def git(*words: str) -> str | None:
     return done.stdout.strip() or None if done.returncode == 0 else None
 
 
+@functools.cache  # it reads about every package that is installed
 def versions() -> dict[str, str]:
     installed = {found.metadata["Name"].lower(): found.version for found in importlib.metadata.distributions()}
     names = ("mlp-mixer", "torch", "numpy", "pillow")

@@ -1,5 +1,6 @@
 """What a run writes down as it goes: its numbers, and which images it has consumed."""
 
+import contextlib
 import importlib
 import json
 import logging
@@ -52,7 +53,7 @@ class Records:
         except ImportError:
             log.info("no TensorBoard events are written: pip install 'mlp-mixer[tensorboard]' for them")
             return
-        board = SummaryWriter(folder, purge_step=step + 1 if step else None)
+        board = SummaryWriter(folder, purge_step=step + 1)
 
         def send(numbers: dict[str, float], step: int) -> None:
             for key, value in numbers.items():
@@ -108,11 +109,20 @@ class Records:
 
 
 def cut(path: Path, keep: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
-    """The lines of a file to keep, and the file with no others; a last line that was not written to its end goes."""
+    """The records to keep, and the file with no others; what a lost machine left at its end goes."""
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    kept = [(line, json.loads(line)) for line in lines if line.endswith("\n")]
-    kept = [(line, record) for line, record in kept if keep(record)]
-    write_text(path, "".join(line for line, _ in kept))
+    kept = [(line, record) for line, record in read_lines(path) if keep(record)]
+    write_text(path, "".join(f"{line}\n" for line, _ in kept))
     return [record for _, record in kept]
+
+
+def read_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """The lines of a file that are records of a step, whole; and the records."""
+    found = []
+    for data in path.read_bytes().split(b"\n")[:-1] if path.is_file() else []:
+        with contextlib.suppress(ValueError, RecursionError):
+            record = json.loads(line := data.decode())
+            if isinstance(record, dict) and type(record.get("step")) is int:
+                found.append((line, record))
+    return found

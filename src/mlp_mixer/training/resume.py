@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from mlp_mixer.data.parts import Part
+from mlp_mixer.data.parts import Source
 from mlp_mixer.errors import UserError
 from mlp_mixer.files import to_json, write_text
-from mlp_mixer.training.folder import LOCK
 from mlp_mixer.training.recipe import Recipe, flag, from_json, to_json_object
 from mlp_mixer.training.saver import newest, set_aside, tidy
 from mlp_mixer.training.state import Checkpoint
@@ -38,23 +37,24 @@ FREE = {
 
 
 def claim(recipe: Recipe, out: Path, trusted: bool) -> Checkpoint | None:
-    """Makes the folder the recipe's, and finds where to go on in it; None: at the start.
+    """Holds the folder to the recipe, and finds where to go on in it; None: at the start. No run is changed.
 
     Raises:
         UserError: the folder holds something else, or checkpoints that are not this user's own.
         RunError: none of its checkpoints is sound.
     """
     hold(recipe, out)
-    checkpoints = out / "checkpoints"
-    checkpoints.mkdir(exist_ok=True)
+    tidy(out / "checkpoints")
+    found = newest(out / "checkpoints", trusted)
+    return None if found is None else Checkpoint(*found)
+
+
+def take(recipe: Recipe, out: Path, start: Checkpoint | None) -> None:
+    """Makes the folder the recipe's, once nothing speaks against it."""
     write_text(out / "recipe.json", to_json(to_json_object(recipe), indent=2) + "\n")
-    tidy(checkpoints)
-    found = newest(checkpoints, trusted)
-    if found is None:
-        return None
-    folder, state = found
-    set_aside(checkpoints, state["step"])
-    return Checkpoint(folder, state)
+    (out / "checkpoints").mkdir(exist_ok=True)
+    if start is not None:
+        set_aside(out / "checkpoints", start.state["step"])
 
 
 def finished(recipe: Recipe, out: Path) -> dict[str, Any] | None:
@@ -72,7 +72,10 @@ def finished(recipe: Recipe, out: Path) -> dict[str, Any] | None:
 def hold(recipe: Recipe, out: Path) -> None:
     """A UserError where the folder holds a run of another recipe, of which the fields are named, or no run."""
     path = out / "recipe.json"
-    if (out / "transfer.json").exists() or (not path.is_file() and any(e.name != LOCK for e in out.iterdir())):
+    others = [e for e in out.iterdir() if not e.name.startswith(".")]  # not the lock, nor half a recipe
+    if [e.name for e in others] == ["checkpoints"] and others[0].is_dir() and not any(others[0].iterdir()):
+        others = []
+    if (out / "transfer.json").exists() or (others and not path.is_file()):
         raise UserError(f"{out} exists and holds no run to go on with: name another folder with --out")
     if path.is_file():
         before, now = (to_json_object(fixed(r)) for r in (from_json(path), recipe))
@@ -94,26 +97,30 @@ def fixed(recipe: Recipe) -> Recipe:
     return replace(recipe, name=plain.name, **sections)
 
 
-def fingerprint(part: Part) -> dict[str, Any]:
-    """Of which images a part has, in which order, under which labels."""
-    names = hashlib.sha256("\0".join(part.names).encode(errors="surrogateescape"))
-    names.update(np.ascontiguousarray(part.labels, dtype="<i8").tobytes())
-    return {"count": len(part), "sha256": names.hexdigest()}
+def fingerprint(source: Source) -> dict[str, Any]:
+    """Of which images are trained on and validated with, in which order, under which labels."""
+    told = {}
+    for name in ("train", "val"):
+        if (part := source.parts.get(name)) is not None:
+            names = hashlib.sha256("\0".join(part.names).encode(errors="surrogateescape"))
+            names.update(np.ascontiguousarray(part.labels, dtype="<i8").tobytes())
+            told[name] = {"count": len(part), "sha256": names.hexdigest()}
+    return told
 
 
-def check_same(state: dict[str, Any], part: Part, classes: tuple[str, ...], precision: str, where: Path) -> None:
+def check_same(state: dict[str, Any], source: Source, precision: str, where: Path) -> None:
     """Holds a checkpoint to what the run has been given to go on with.
 
     Raises:
         UserError: other images or classes.
     """
-    before, now = state["images"], fingerprint(part)
-    if tuple(state["classes"]) != classes:
-        raise UserError(
-            f"{where} was trained on the classes {', '.join(state['classes'][:10])}: the data has others now"
-        )
-    if before != now:
-        counts = f"{before['count']:,} training images then, {now['count']:,} now"
-        raise UserError(f"the data is not that of {where} ({counts}, or others): restore it, or start a new run")
+    before, now = state["images"], fingerprint(source)
+    if tuple(state["classes"]) != source.classes:
+        raise UserError(f"{where} was trained on the classes {', '.join(state['classes'][:10])}: the data has others")
+    for part, what in (("train", "training"), ("val", "validation")):
+        if before.get(part) != now.get(part):
+            then, here = (told.get(part, {"count": 0})["count"] for told in (before, now))
+            counts = f"{then:,} {what} images then, {here:,} now"
+            raise UserError(f"the data is not that of {where} ({counts}, or others): restore it, or start a new run")
     if state["precision"] != precision:
         log.warning("the run was in %s until here and goes on in %s (--precision)", state["precision"], precision)

@@ -22,7 +22,7 @@ from mlp_mixer.training.memory import keep_freed_memory
 from mlp_mixer.training.parallel import shard
 from mlp_mixer.training.provenance import current_commit, describe_device, peak_memory, versions
 from mlp_mixer.training.recipe import Recipe, check, check_ranks
-from mlp_mixer.training.resume import check_same, claim
+from mlp_mixer.training.resume import check_same, claim, take
 from mlp_mixer.training.saver import Saver
 from mlp_mixer.training.signals import deferred
 from mlp_mixer.training.start import prepare
@@ -83,15 +83,15 @@ def train(
     check_ranks(check(recipe), world.ranks)
     if not resume and world.once(out.exists):
         raise UserError(f"{out} exists: go on with it by --resume {out}, name another folder with --out, or remove it")
+    if world.once(lambda: out.exists() and not out.is_dir()):
+        raise UserError(f"{out} is a file: name a folder with --out")
     device = world.device(select_device(recipe.run.device))
     precision = select_precision(recipe.run.precision, device)
     start = prepare(recipe)  # a mistake in the sizes is told before any data is read
     if device.type == "cpu":
         keep_freed_memory()
     world.beat("reading the data", slow=True)
-    with world.turns():
-        source = read_source(recipe)
-    images = source.parts["train"]
+    source = world.in_turns(lambda: read_source(recipe))
     origin = {
         "seed": recipe.run.seed,
         "command": command,
@@ -105,8 +105,9 @@ def train(
         found = world.once(lambda: claim(recipe, out, trusted))
         if found is not None:
             saver.last = found.state["step"]
-            check_same(found.state, images, source.classes, str(precision).removeprefix("torch."), found.folder)
+            check_same(found.state, source, str(precision).removeprefix("torch."), found.folder)
             log.info("going on after step %d, from %s (one of your own: trusted)", found.state["step"], found.folder)
+        world.once(lambda: take(recipe, out, found))
         model = start.skeleton(source.classes)
         if recipe.run.shard and world.ranks > 1:
             shard(model, world, device)

@@ -93,7 +93,7 @@ class Saver:
             self.thread = None
         failure, self.failure = self.failure, None
         if isinstance(failure, OSError):
-            failure = RunError(f"old checkpoints in {self.folder} cannot be removed ({failure.strerror})")
+            failure = RunError(f"old checkpoints in {self.folder} cannot be removed ({failure.strerror or failure})")
         told = [other for other in self.world.gather(None if failure is None else str(failure)) if other]
         if told:
             raise RunError(told[0]) from failure
@@ -117,13 +117,22 @@ def retain(folder: Path, keep: int, others: set[int | None]) -> None:
             going = path.with_name(f".{path.name}.removed")
             shutil.rmtree(going, ignore_errors=True)
             path.rename(going)
-            shutil.rmtree(going)
+            remove(going)
+
+
+def remove(path: Path) -> None:
+    """A checkpoint, or a link to one that lies elsewhere."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
 
 
 def tidy(folder: Path) -> None:
     """Removes what a killed run left half-written or half-removed, and finishes what it had almost done."""
-    for rest in [*folder.glob(".step-*.partial"), *folder.glob(".step-*.removed")]:
-        shutil.rmtree(rest, ignore_errors=True)
+    for pattern in (".step-*.partial", ".step-*.removed", ".best.safetensors.*", ".last.safetensors.*"):
+        for rest in folder.glob(pattern):
+            remove(rest)
     for replaced in folder.glob(".step-*.replaced"):  # killed between two renames
         place = folder / replaced.name[1:].removesuffix(".replaced")
         if place.exists():
@@ -140,9 +149,12 @@ def newest(folder: Path, trusted: bool = False) -> tuple[Path, dict[str, Any]] |
         UserError: the newest sound one is not of this user's own.
     """
     damaged = []
-    for path in steps_in(folder).values():
+    for step, path in steps_in(folder).items():
         try:
-            return path, verify(path, trusted)
+            state = verify(path, trusted)
+            if state["step"] != step:
+                raise Damaged(f"{path} is a copy of step {state['step']}")
+            return path, state
         except Damaged as error:
             damaged.append(str(error))
             log.warning("%s: an older checkpoint is used", error)

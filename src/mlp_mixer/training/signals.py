@@ -1,6 +1,7 @@
 """SIGTERM and SIGINT during a training run: noted, so that it can save and end; a second one ends it at once."""
 
 import contextlib
+import functools
 import multiprocessing
 import os
 import signal
@@ -28,6 +29,13 @@ class Signals:
             os._exit(128 + number)
 
 
+@functools.cache
+def leave_children_alone() -> None:
+    """What a forked process is told is not this one's: it does not inherit the pipe that signals are noted by."""
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
+
+
 @contextlib.contextmanager
 def deferred() -> Iterator[Signals]:
     """Within the block signals are noted by a thread: even while the main one is deep in a computation.
@@ -48,6 +56,7 @@ def deferred() -> Iterator[Signals]:
 
     thread = threading.Thread(target=listen, name="signals", daemon=True)
     thread.start()
+    leave_children_alone()
     before = [signal.signal(number, lambda number, frame: None) for number in HEEDED]
     wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     try:

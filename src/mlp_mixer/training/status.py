@@ -9,7 +9,8 @@ from typing import Any
 from mlp_mixer.errors import UserError
 from mlp_mixer.training.checkpoint import STATE
 from mlp_mixer.training.folder import is_locked
-from mlp_mixer.training.records import METRICS
+from mlp_mixer.training.recipe import from_json
+from mlp_mixer.training.records import METRICS, read_lines
 from mlp_mixer.training.saver import newest, steps_in
 
 
@@ -31,15 +32,15 @@ def status(out: Path, verify: bool = False) -> dict[str, Any]:
     """
     if not (out / "recipe.json").is_file():
         raise UserError(f"{out} is no run: name a folder that mixer train has made")
-    recipe = json.loads((out / "recipe.json").read_text(encoding="utf-8"))
+    recipe = from_json(out / "recipe.json")
     checkpoints = steps_in(out / "checkpoints")
-    records = read_records(out / METRICS)
+    records = [record for _, record in read_lines(out / METRICS)]
     last = {key: value for record in records for key, value in record.items()}
     saved = saved_state(checkpoints)
     finished = (out / "summary.json").is_file()
     told = {
         "run": str(out),
-        "recipe": recipe["name"],
+        "recipe": recipe.name,
         "state": "finished" if finished else "running" if is_locked(out) else "stopped",
         "step": last.get("step", saved.get("step", 0)),
         "steps": saved.get("steps"),
@@ -51,22 +52,12 @@ def status(out: Path, verify: bool = False) -> dict[str, Any]:
         "left_seconds": None,
     }
     if not finished and told["steps"] and told["images_per_second"]:
-        left = (told["steps"] - told["step"]) * recipe["optimization"]["global_batch_size"]
+        left = (told["steps"] - told["step"]) * recipe.optimization.global_batch_size
         told["left_seconds"] = left / told["images_per_second"]
     if verify:
         found = newest(out / "checkpoints", trusted=True)
         told["sound"] = None if found is None else found[1]["step"]
     return told
-
-
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl, but for one that is being written."""
-    records = []
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(ValueError):
-                records.append(json.loads(line))
-    return records
 
 
 def best(records: list[dict[str, Any]]) -> tuple[int, float] | None:
@@ -76,9 +67,12 @@ def best(records: list[dict[str, Any]]) -> tuple[int, float] | None:
 
 
 def saved_state(checkpoints: dict[int, Path]) -> dict[str, Any]:
+    """Of the newest checkpoint that can be read."""
     for path in checkpoints.values():
-        with contextlib.suppress(OSError, ValueError):
-            return json.loads((path / STATE).read_text(encoding="utf-8"))
+        with contextlib.suppress(OSError, ValueError, RecursionError):
+            state = json.loads((path / STATE).read_text(encoding="utf-8"))
+            if isinstance(state, dict):
+                return state
     return {}
 
 

@@ -74,13 +74,8 @@ class Watch(Generic[R]):
         batches: "Waiting",
     ) -> None:
         self.model, self.shown, self.examine, self.progress, self.records = model, shown, examine, progress, records
-        self.folder, self.run, self.steps, self.world, self.batches = (
-            out / "checkpoints",
-            recipe.run,
-            steps,
-            world,
-            batches,
-        )
+        self.folder, self.run, self.steps = out / "checkpoints", recipe.run, steps
+        self.world, self.batches = world, batches
         self.batch_size, images = recipe.optimization.global_batch_size, len(source.parts["train"])
         self.epochs_a_step, self.validates = self.batch_size / images, "val" in source.parts
         by_epochs = max(round(recipe.run.evaluate_every_epochs / self.epochs_a_step), 1)

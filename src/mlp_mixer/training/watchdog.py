@@ -1,7 +1,6 @@
 """Ends a run of several processes of which one is dead, stuck or at fault, and says which."""
 
 import json
-import logging
 import os
 import sys
 import threading
@@ -11,22 +10,27 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed import PrefixStore, Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from mlp_mixer.errors import Stopped
-
-log = logging.getLogger(__name__)
 
 PERIOD = 0.5  # seconds between two signs of life
 GRACE = 5.0  # seconds that the main thread has to end by itself once another rank has failed
 INNERMOST = 4  # frames of the main thread that tell whether it communicates
 COMMUNICATION = (f"torch{os.sep}distributed", f"torch{os.sep}autograd")  # in the backward pass gradients are exchanged
+CONNECTING = timedelta(seconds=60)
 PATIENCE = 3600.0  # for what has no steps of its own to show: compiling, reading a large folder
 
 
-def stores(timeout: timedelta) -> TCPStore:
-    """A connection of its own to the store where the processes met."""
-    return TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timeout)
+def meeting_place(timeout: timedelta, opens: bool = False) -> Store:
+    """A connection to the store where the processes meet, which one of them ``opens`` unless whoever started them has.
+
+    torchrun may keep a store when it starts the processes again, so each attempt has names of its own in it.
+    """
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    is_open = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = TCPStore(host, port, is_master=opens and not is_open, wait_for_workers=False, timeout=timeout)
+    return PrefixStore(f"mixer/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 class Watchdog:
@@ -39,7 +43,7 @@ class Watchdog:
     Leaving the ``with`` block by an error tells the other ranks, which then end too; the first error is the one shown.
     """
 
-    def __init__(self, store: TCPStore, rank: int, ranks: int, timeout: float) -> None:
+    def __init__(self, store: Store, rank: int, ranks: int, timeout: float) -> None:
         self.store, self.rank, self.ranks, self.timeout = store, rank, ranks, timeout
         self.doing, self.since, self.deadline = "starting", time.monotonic(), time.monotonic() + PATIENCE
         self.done = threading.Event()

@@ -15,10 +15,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mlp_mixer.errors import RunError, UserError
-from mlp_mixer.training.watchdog import Watchdog, stores
+from mlp_mixer.training.watchdog import CONNECTING, PATIENCE, Watchdog, meeting_place
 
 T = TypeVar("T")
-SAVE_TIMEOUT = timedelta(hours=1)  # of the processes for each other while a checkpoint is written
 AFTER_THE_WATCHDOG = timedelta(minutes=2)  # until PyTorch itself gives up, which cannot say for whom it waited
 
 
@@ -93,45 +92,74 @@ class World:
         """This process's own, of the kind that is named."""
         return torch.device("cuda", self.local_rank) if self.ranks > 1 and named.type == "cuda" else named
 
-    @contextlib.contextmanager
-    def turns(self) -> Iterator[None]:
-        """One process of each machine passes before its others: what it downloads, they find."""
-        if self.ranks > 1 and self.local_rank > 0:
-            dist.barrier(group=self.control)
-        yield
-        if self.ranks > 1 and self.local_rank == 0:
-            dist.barrier(group=self.control)
+    def in_turns(self, action: Callable[[], T]) -> T:
+        """What the action returns; one process of each machine does it before the others: what it downloads, they find.
+
+        A failure of one of these is raised on all.
+        """
+        if self.ranks == 1:
+            return action()
+        done, failure = [], None
+        if self.local_rank == 0:
+            try:
+                done.append(action())
+            except (UserError, RunError, OSError) as error:
+                failure = error
+        failures = [error for error in self.gather(failure) if error is not None]
+        if failures:
+            raise failures[0]
+        return done[0] if done else action()
 
 
 ALONE = World()
 
 
 @contextlib.contextmanager
-def joined(timeout_seconds: float) -> Iterator[World]:
+def joined(timeout_seconds: float, device: str = "auto") -> Iterator[World]:
     """The world of the processes that torchrun, or ``--processes``, has started; of this one alone where none has.
 
     Args:
         timeout_seconds: without any progress, after which the run ends and the stuck rank is named.
+        device: the recipe's: each process takes a GPU of its own, unless it is the CPU.
+
+    Raises:
+        UserError: variables of the environment that say which process this is are missing, or no numbers.
     """
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    ranks = number_of("WORLD_SIZE", 1)
     if ranks == 1:
         yield ALONE
         return
-    rank, local_rank = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
-    timeout = timedelta(seconds=timeout_seconds) + AFTER_THE_WATCHDOG
-    if torch.cuda.is_available():
+    rank, local_rank = number_of("RANK"), number_of("LOCAL_RANK", 0)
+    if not os.environ.get("MASTER_ADDR"):
+        raise UserError("MASTER_ADDR is not set: start the run by --processes or torchrun, or unset WORLD_SIZE")
+    number_of("MASTER_PORT")
+    on_gpus = torch.cuda.is_available() and not device.startswith("cpu")
+    if on_gpus:
         torch.cuda.set_device(local_rank)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timeout)
-    watchdog = Watchdog(stores(timeout), rank, ranks, timeout_seconds)
+    timeout = timedelta(seconds=max(timeout_seconds, PATIENCE)) + AFTER_THE_WATCHDOG
+    backend, place = "cpu:gloo,cuda:nccl" if on_gpus else "gloo", meeting_place(timeout, opens=rank == 0)
+    dist.init_process_group(backend, store=place, rank=rank, world_size=ranks, timeout=timeout)
+    watchdog = Watchdog(meeting_place(CONNECTING), rank, ranks, timeout_seconds)
     world = World(
         rank=rank,
         ranks=ranks,
         local_rank=local_rank,
-        local_ranks=int(os.environ.get("LOCAL_WORLD_SIZE", ranks)),
+        local_ranks=number_of("LOCAL_WORLD_SIZE", ranks),
         watchdog=watchdog,
-        saving=dist.new_group(backend="gloo", timeout=SAVE_TIMEOUT),
+        saving=dist.new_group(backend="gloo", timeout=timeout),
         control=dist.new_group(backend="gloo", timeout=timeout),
     )
     with watchdog:
         yield world
     dist.destroy_process_group()  # only after a good end: with a rank gone, it would wait for it
+
+
+def number_of(variable: str, default: int | None = None) -> int:
+    """A variable of the environment, as torchrun sets it."""
+    told = os.environ.get(variable, "" if default is None else str(default))
+    if not told.isdecimal():
+        raise UserError(
+            f"{variable}={told!r} in the environment: a number that says which of several processes this is; start the "
+            "run by --processes or torchrun, or unset WORLD_SIZE and RANK"
+        )
+    return int(told)
