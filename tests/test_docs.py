@@ -1,7 +1,12 @@
 """What the documents say of published files and recipes is what the code says."""
 
+import re
 from pathlib import Path
 
+import pytest
+
+from mlp_mixer.cli.arguments import option_names
+from mlp_mixer.cli.train import Arguments
 from mlp_mixer.recipes.finetune import FINETUNE
 from mlp_mixer.recipes.pretrain import PRETRAIN
 from mlp_mixer.weights.known import CHECKPOINTS
@@ -60,3 +65,14 @@ def test_the_fine_tuning_recipes_are_in_the_table() -> None:
             rates,
             f"{transfer.search.search_fraction:.0%}".replace("%", " %"),
         ]
+
+
+@pytest.mark.parametrize("file", ["cluster/slurm.sh", "cluster/kubernetes.yaml", "runs.md", "../README.md"])
+def test_the_options_of_mixer_train_exist(file: str) -> None:
+    """In the job files and the examples, to the end of each command."""
+    text = (DOCS / file).read_text(encoding="utf-8").replace("\\\n", " ").replace("mixer, train, ", "mixer train ")
+    text = re.sub(r"(mixer train [^]]*)\]", lambda found: found[1].replace(",", " ").replace("\n", " "), text)
+    commands = re.findall(r"mixer train ([^\n#`]*)", text)
+    used = {option for command in commands for option in re.findall(r"(--[a-z0-9-]+)", command)}
+    assert used <= {"--help", *option_names(Arguments)}
+    assert "--resume" in used
