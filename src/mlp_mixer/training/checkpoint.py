@@ -54,7 +54,7 @@ def write(folder: Path, tensors: dict[str, Tensor], state: dict[str, Any], world
 
 def clear(temporary: Path) -> None:
     shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
-    temporary.mkdir(parents=True)
+    temporary.mkdir()  # not its parents: storage that has vanished is not to be made again elsewhere
 
 
 def save(tensors: dict[str, Tensor], temporary: Path, world: World) -> None:
