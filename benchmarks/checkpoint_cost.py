@@ -117,6 +117,7 @@ def resuming(words: list[str], pairs: int) -> dict[str, object]:
         for number in range(pairs):
             fresh, copy = Path(folder) / "new", Path(folder) / "copy"
             shutil.copytree(base, copy)
+            (copy / "consumed.jsonl").unlink()  # whose first line is then the first new step
             for kind in (new, resumed) if number % 2 == 0 else (resumed, new):
                 run = fresh if kind is new else copy
                 kind.append(first_step([*words, "--out", str(run), "--resume", "auto"], run))
@@ -151,23 +152,25 @@ def main() -> None:
     parser.add_argument("--cifar10", type=Path, required=True, help="CIFAR-10 as a folder or .zip of image files")
     parser.add_argument("--photos", type=Path, required=True, help="photographs, one folder a class")
     parser.add_argument("--pairs", type=int, default=2)
+    parser.add_argument("--only", choices=("resuming", "saving"), help="and leave the other's results as they are")
     chosen = parser.parse_args()
     keep_freed_memory()
-    results, rows = {"machine": machine(CPU)}, []
+    stored = Path(__file__).parent / "results" / "checkpoint_cost.json"
+    results = json.loads(stored.read_text()) if chosen.only and stored.exists() else {}
     big = ["imagenet-b16", "--global-batch-size", "32", "--micro-batch-size", "None", "--data", str(chosen.photos)]
     for name, words in (("cifar10", ["cifar10", "--data", str(chosen.cifar10)]), ("B/16, batch 32", big)):
-        told = resuming(["train", *words], chosen.pairs)
-        results[f"resuming, {name}"] = told
-        rows.append([f"first step of a resumed run, {name}", f"{told['ratio']:.3f} × that of a new run"])
+        if chosen.only != "saving":
+            told = resuming(["train", *words], chosen.pairs)
+            results[f"first step of a resumed run, {name}"] = told | {"machine": machine(CPU)}
     for name, make, stretch, pairs in (
         ("cifar10", lambda: cifar10(chosen.cifar10), 20, 8 * chosen.pairs),
         ("B/16, batch 32", b16, 5, 2 * chosen.pairs),
     ):
-        told = saving(*make(), stretch, pairs)
-        results[f"saving, {name}"] = told
-        rows.append([f"a save every {stretch} steps, {name}", f"{told['ratio']:.4f} × the time without"])
+        if chosen.only != "resuming":
+            told = saving(*make(), stretch, pairs)
+            results[f"a save every {stretch} steps, {name}"] = told | {"machine": machine(CPU)}
     write_results("checkpoint_cost", results)
-    print_table(["what", "cost"], rows)
+    print_table(["what", "cost"], [[what, f"{told['ratio']:.4f} × the time without"] for what, told in results.items()])
 
 
 if __name__ == "__main__":
