@@ -40,6 +40,7 @@ def zeros(like: dict[str, Tensor]) -> dict[str, Tensor]:
 def folder(tmp_path: Path) -> Path:
     """A sound checkpoint."""
     path = tmp_path / "checkpoints" / "step-00000004"
+    path.parent.mkdir(exist_ok=True)
     write(path, tensors(), STATE_OF_4, ALONE)
     return path
 
@@ -102,6 +103,7 @@ def test_all_files_are_synced_before_the_folder_has_its_name(tmp_path: Path, mon
     monkeypatch.setattr(os, "fsync", noted_fsync)
     monkeypatch.setattr(Path, "rename", noted_rename)
     path = tmp_path / "checkpoints" / "step-00000004"
+    path.parent.mkdir()
     write(path, tensors(), STATE_OF_4, ALONE)
     at = seen.index(path.name)
     before, after = seen[:at], seen[at + 1 :]

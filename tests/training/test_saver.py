@@ -26,6 +26,7 @@ def tensors(value: float) -> dict[str, Tensor]:
 
 
 def put(folder: Path, *steps: int) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
     for step in steps:
         write(folder / name(step), tensors(step), {"step": step}, ALONE)
     return folder
@@ -122,9 +123,19 @@ def test_a_failure_is_told_once_and_the_next_can_be_saved(tmp_path: Path) -> Non
     assert not saving.failed
     saving.wait()
     folder.unlink()
+    folder.mkdir()
     saving.save(3, tensors(3), {"step": 3})
     saving.wait()
     assert found(folder) == 3
+
+
+def test_storage_that_has_vanished_is_not_made_again(tmp_path: Path) -> None:
+    """As where it was mounted: what is written below the empty place would be lost once it is back."""
+    keeper = Saver(tmp_path / "gone", ALONE, keep=2)
+    keeper.save(1, {"w": torch.zeros(3)}, {"step": 1})
+    with pytest.raises(RunError, match=r"cannot be written \(No such file or directory\)"):
+        keeper.wait()
+    assert not (tmp_path / "gone").exists()
 
 
 def test_without_a_background_the_failure_is_told_at_once(tmp_path: Path) -> None:
