@@ -57,7 +57,7 @@ def launch(plan: Plan, words: Sequence[str]) -> int:
     try:
         for local_rank in range(plan.processes):
             children.append(start(plan, local_rank, host, int(port), words))
-        return wait_for(children)
+        return wait_for(children, plan.machine * plan.processes)
     finally:
         for child in children:
             if child.poll() is None:
@@ -86,9 +86,9 @@ def start(plan: Plan, local_rank: int, host: str, port: int, words: Sequence[str
     )
 
 
-def wait_for(children: Sequence[subprocess.Popen[bytes]]) -> int:
+def wait_for(children: Sequence[subprocess.Popen[bytes]], first_rank: int = 0) -> int:
     status, deadline = 0, float("inf")
-    running = dict(enumerate(children))
+    running = dict(enumerate(children, start=first_rank))
     while running and time.monotonic() < deadline:
         time.sleep(0.05)
         for rank, child in list(running.items()):

@@ -106,7 +106,8 @@ def train(
         if found is not None:
             saver.last = found.state["step"]
             check_same(found.state, source, str(precision).removeprefix("torch."), found.folder)
-            log.info("going on after step %d, from %s (one of your own: trusted)", found.state["step"], found.folder)
+            whose = "trusted as you asked" if trusted else "trusted: one of your own"
+            log.info("going on after step %d, from %s (%s)", found.state["step"], found.folder, whose)
         world.once(lambda: take(recipe, out, found))
         model = start.skeleton(source.classes)
         if recipe.run.shard and world.ranks > 1:
