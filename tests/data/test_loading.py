@@ -194,6 +194,10 @@ def test_evaluation_covers_each_image_once_in_order(batch_size: int, workers: in
     assert torch.equal(torch.cat([batch.images for batch in batches])[7], EVALUATION(part.image(7)))
 
 
+def test_of_no_images_there_are_no_batches() -> None:
+    assert list(evaluation_batches(part_of(10).subset(np.arange(0)), EVALUATION, batch_size=4, workers=0)) == []
+
+
 # Unreadable images
 
 

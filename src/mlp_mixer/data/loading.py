@@ -160,7 +160,7 @@ def evaluation_batches(
     """
     if batch_size < 1:
         raise UserError(f"batch size {batch_size}: at least 1 image")
-    size = min(batch_size, len(part))
+    size = min(batch_size, len(part)) or 1  # of no images, no batches
     rounds = -(-len(part) // (size * ranks))
     starts = [(turn * ranks + rank) * size for turn in range(rounds)]
     order = [[(0, i if i < len(part) else PADDING) for i in range(at, at + size)] for at in starts]
