@@ -73,9 +73,9 @@ def main() -> None:
 
 
 def ours(name: str, seed: int, data: str, epochs: int, choose: bool) -> dict[str, float]:
-    from mlp_mixer.evaluation.classification import classify
-    from mlp_mixer.training.recipe import DataRecipe, ModelRecipe, OptimizationRecipe, Recipe, RunRecipe
-    from mlp_mixer.training.run import train
+    from allmlp.evaluation.classification import classify
+    from allmlp.config.recipe import DataRecipe, ModelRecipe, OptimizationRecipe, Recipe, RunRecipe
+    from allmlp.training.run import train
 
     recipe = Recipe(
         name="augment",
@@ -107,15 +107,15 @@ def timms(name: str, seed: int, data: str, epochs: int, choose: bool) -> dict[st
     import torch
     from timm.data import Mixup, create_dataset, create_loader
     from timm.loss import SoftTargetCrossEntropy
-    from timm.models.mlp_mixer import MlpMixer
+    from timm.models.allmlp import MlpMixer
     from timm.optim import create_optimizer_v2
     from timm.scheduler import create_scheduler_v2
     from timm.utils import random_seed
     from torch import nn
 
-    from mlp_mixer.data.split import stratified
-    from mlp_mixer.device import autocast, select_precision
-    from mlp_mixer.training.memory import keep_freed_memory
+    from allmlp.data.split import stratified
+    from allmlp.device import autocast, select_precision
+    from allmlp.training.memory import keep_freed_memory
 
     keep_freed_memory()
     device = torch.device("cpu")

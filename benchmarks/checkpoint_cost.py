@@ -28,22 +28,22 @@ import numpy as np
 import torch
 from common import machine, print_table, write_results
 
-from mlp_mixer.data.parts import Part, Source
-from mlp_mixer.data.stores import ArrayStore
-from mlp_mixer.device import select_precision
-from mlp_mixer.recipes import get_recipe
-from mlp_mixer.training.compilation import made_ready
-from mlp_mixer.training.control import Control
-from mlp_mixer.training.fit import make_batches, make_mixing, make_optimizer
-from mlp_mixer.training.loop import train_steps
-from mlp_mixer.training.losses import LOSSES
-from mlp_mixer.training.memory import keep_freed_memory
-from mlp_mixer.training.recipe import Recipe
-from mlp_mixer.training.run import find_source
-from mlp_mixer.training.schedules import learning_rate
-from mlp_mixer.training.start import prepare
-from mlp_mixer.training.state import TrainingState
-from mlp_mixer.training.update import Update
+from allmlp.data.dataset import Part, Source
+from allmlp.data.stores import ArrayStore
+from allmlp.device import select_precision
+from allmlp.recipes import get_recipe
+from allmlp.training.compilation import made_ready
+from allmlp.training.preemption import Control
+from allmlp.training.fit import make_batches, make_mixing, make_optimizer
+from allmlp.training.loop import train_steps
+from allmlp.training.losses import LOSSES
+from allmlp.training.memory import keep_freed_memory
+from allmlp.config.recipe import Recipe
+from allmlp.training.run import find_source
+from allmlp.training.schedules import learning_rate
+from allmlp.training.initialization import prepare
+from allmlp.training.state import TrainingState
+from allmlp.training.optimizer_step import Update
 
 CPU = torch.device("cpu")
 
@@ -132,7 +132,7 @@ def first_step(words: list[str], run: Path, then: int = 0) -> float:
     log, errors = run / "consumed.jsonl", run.parent / "errors"
     newest = (run / "checkpoints").glob("step-*")
     before = max((int(path.name.removeprefix("step-")) for path in newest), default=0)
-    begun, seconds, command = time.perf_counter(), None, [sys.executable, "-m", "mlp_mixer.cli", *words]
+    begun, seconds, command = time.perf_counter(), None, [sys.executable, "-m", "allmlp.cli", *words]
     with errors.open("w") as file, subprocess.Popen(command, stdout=file, stderr=file) as process:
         while True:
             done = log.read_text().splitlines() if log.exists() else []

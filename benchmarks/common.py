@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from mlp_mixer.training.provenance import current_commit, describe_device
+from allmlp.runs.provenance import current_commit, describe_device
 
 
 def machine(device: torch.device) -> dict[str, str | None]:

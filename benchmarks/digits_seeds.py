@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from common import machine, print_table, write_results
 
-from mlp_mixer.evaluation.classification import classify
-from mlp_mixer.recipes import get_recipe
-from mlp_mixer.training.run import train
+from allmlp.evaluation.classification import classify
+from allmlp.recipes import get_recipe
+from allmlp.training.run import train
 
 
 class Silent:

@@ -1,4 +1,4 @@
-"""Loading Mixer-B/16: time and peak memory of mlp_mixer.load, against timm.create_model and load_state_dict.
+"""Loading Mixer-B/16: time and peak memory of allmlp.load, against timm.create_model and load_state_dict.
 
 Each load has a process of its own, after the imports; the contestants alternate, and medians are shown. The files hold
 the same random weights: our safetensors, the authors' .npz, timm's names as .safetensors and .pth.
@@ -17,14 +17,14 @@ from pathlib import Path
 import torch
 from common import machine, print_table, write_results
 
-from mlp_mixer.variants import create
-from mlp_mixer.weights.export import export
+from allmlp.variants import create
+from allmlp.weights.export import export
 
 CONTESTANTS = {  # what is shown → (who loads, which file)
-    "mlp_mixer.load, our safetensors": ("ours", "own.safetensors"),
-    "mlp_mixer.load, the authors' .npz": ("ours", "authors.npz"),
-    "mlp_mixer.load, timm's safetensors": ("ours", "timm.safetensors"),
-    "mlp_mixer.load, timm's .pth": ("ours", "timm.pth"),
+    "allmlp.load, our safetensors": ("ours", "own.safetensors"),
+    "allmlp.load, the authors' .npz": ("ours", "authors.npz"),
+    "allmlp.load, timm's safetensors": ("ours", "timm.safetensors"),
+    "allmlp.load, timm's .pth": ("ours", "timm.pth"),
     "timm, its safetensors": ("timm", "timm.safetensors"),
     "timm, its .pth": ("timm", "timm.pth"),
 }
@@ -33,7 +33,7 @@ import json, pathlib, sys, time
 who, path = sys.argv[1:]
 import torch
 if who == "ours":
-    from mlp_mixer.weights.load import load
+    from allmlp.weights.load import load
 else:
     import timm
     from safetensors.torch import load_file

@@ -27,12 +27,12 @@ from PIL import Image
 from timm.data import auto_augment, create_transform
 from torchvision.transforms import functional as TF
 
-from mlp_mixer.card import Preprocessing
-from mlp_mixer.data import randaugment, transforms
-from mlp_mixer.data.loading import TrainingOrder, sample_generator, training_batches
-from mlp_mixer.data.randaugment import FILL, SIDE, RandAugment, apply
-from mlp_mixer.data.sources import Part, load_source
-from mlp_mixer.data.transforms import TrainingView
+from allmlp.metadata import Preprocessing
+from allmlp.data import randaugment, transforms
+from allmlp.data.loader import TrainingOrder, sample_generator, training_batches
+from allmlp.data.randaugment import FILL, SIDE, RandAugment, apply
+from allmlp.data.sources import Part, load_source
+from allmlp.data.transforms import TrainingView
 
 MAGNITUDE = 10
 

@@ -1,7 +1,7 @@
 """What a change of resolution costs and keeps: a small Mixer trained on CIFAR-10 at 32 px, then resized.
 
 At 64 px (Supplement C, K = 2), 48, 40 and 24 px: test top-1 straight after the resize, and after one epoch of
-fine-tuning, for mlp_mixer.resize, for plain bilinear interpolation of W1 and W2 over the grid, and for new random
+fine-tuning, for allmlp.resize, for plain bilinear interpolation of W1 and W2 over the grid, and for new random
 token-mixing weights. Paired: for each seed, the three start from one trained model and see the same batches.
 
 python benchmarks/resize_cifar10.py --data cifar10.zip       # about 50 minutes on two cores
@@ -23,20 +23,20 @@ import torch.nn.functional as F
 from common import machine, print_table, write_results
 from torch import Tensor
 
-from mlp_mixer.card import Preprocessing
-from mlp_mixer.data.loading import Batch
-from mlp_mixer.data.sources import Part, load_source
-from mlp_mixer.data.transforms import normalise
-from mlp_mixer.model import Mixer
-from mlp_mixer.training.loop import train_steps
-from mlp_mixer.training.losses import softmax
-from mlp_mixer.training.optimizer import adamw, sgd
-from mlp_mixer.training.schedules import learning_rate
-from mlp_mixer.training.update import Update
-from mlp_mixer.variants import create
-from mlp_mixer.weights.load import load
-from mlp_mixer.weights.own import save
-from mlp_mixer.weights.resize import resize
+from allmlp.metadata import Preprocessing
+from allmlp.data.loader import Batch
+from allmlp.data.sources import Part, load_source
+from allmlp.data.transforms import normalise
+from allmlp.model import Mixer
+from allmlp.training.loop import train_steps
+from allmlp.training.losses import softmax
+from allmlp.training.optimizer import adamw, sgd
+from allmlp.training.schedules import learning_rate
+from allmlp.training.optimizer_step import Update
+from allmlp.variants import create
+from allmlp.weights.load import load
+from allmlp.weights.native import save
+from allmlp.weights.resize import resize
 
 SIZES = (64, 48, 40, 24)
 METHODS = ("resize", "bilinear", "random")

@@ -12,13 +12,13 @@ from collections.abc import Callable
 
 import torch
 from common import machine, print_table, write_results
-from timm.models.mlp_mixer import MlpMixer
+from timm.models.allmlp import MlpMixer
 from torch import Tensor, nn
 
-import mlp_mixer
-from mlp_mixer.training.compilation import made_ready
-from mlp_mixer.training.losses import softmax
-from mlp_mixer.training.recompute import recompute_blocks
+import allmlp
+from allmlp.training.compilation import made_ready
+from allmlp.training.losses import softmax
+from allmlp.training.recompute import recompute_blocks
 
 CPU = torch.device("cpu")
 
@@ -43,7 +43,7 @@ def kept_bytes(forward: Callable[[Tensor], Tensor], model: nn.Module, batch: int
 
 
 def ours(recompute: bool, compile_it: bool, batch: int) -> int:
-    model = mlp_mixer.create("B/16", num_classes=1000, seed=0)
+    model = allmlp.create("B/16", num_classes=1000, seed=0)
     if recompute:
         recompute_blocks(model)
     mode = "on" if compile_it else "off"

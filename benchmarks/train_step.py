@@ -22,22 +22,22 @@ from multiprocessing.connection import Connection
 import torch
 import torch.nn.functional as F
 from common import machine, print_table, write_results
-from timm.models.mlp_mixer import MlpMixer
+from timm.models.allmlp import MlpMixer
 from torch import nn
 
-import mlp_mixer
-from mlp_mixer.card import Preprocessing
-from mlp_mixer.data.loading import Batch
-from mlp_mixer.data.transforms import normalise
-from mlp_mixer.device import autocast, select_device, select_precision
-from mlp_mixer.recipes import get_recipe
-from mlp_mixer.training.compilation import made_ready
-from mlp_mixer.training.loop import train_steps
-from mlp_mixer.training.losses import softmax
-from mlp_mixer.training.memory import keep_freed_memory
-from mlp_mixer.training.optimizer import adamw
-from mlp_mixer.training.update import Update
-from mlp_mixer.variants import VARIANTS
+import allmlp
+from allmlp.metadata import Preprocessing
+from allmlp.data.loader import Batch
+from allmlp.data.transforms import normalise
+from allmlp.device import autocast, select_device, select_precision
+from allmlp.recipes import get_recipe
+from allmlp.training.compilation import made_ready
+from allmlp.training.loop import train_steps
+from allmlp.training.losses import softmax
+from allmlp.training.memory import keep_freed_memory
+from allmlp.training.optimizer import adamw
+from allmlp.training.optimizer_step import Update
+from allmlp.variants import VARIANTS
 
 BATCHES = {"cifar10": (10, 128, 4), "B/16": (1000, 32, 1)}  # classes, batch, steps a round (GPU: 25 times as many)
 VIEW = Preprocessing()
@@ -61,7 +61,7 @@ def random_batches(batch_size: int, image_size: int, classes: int) -> Iterator[B
 
 
 def ours(sizes: dict[str, int], classes: int, batch: int, device: torch.device, precision: torch.dtype) -> Step:
-    model = mlp_mixer.create(num_classes=classes, seed=0, **sizes).to(device)
+    model = allmlp.create(num_classes=classes, seed=0, **sizes).to(device)
     forward, _ = made_ready(model, "on", batch_size=batch, training_flop=1.0, device=device, precision=precision)
     steps = train_steps(
         model,

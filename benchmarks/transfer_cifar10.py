@@ -19,12 +19,12 @@ import numpy as np
 import torch
 from common import machine, print_table, write_results
 
-from mlp_mixer.evaluation.classification import classify
-from mlp_mixer.evaluation.showcase import report
-from mlp_mixer.recipes import get_transfer
-from mlp_mixer.training.recipe import DataRecipe, ModelRecipe, OptimizationRecipe, Recipe, RunRecipe, Transfer
-from mlp_mixer.training.run import train
-from mlp_mixer.training.transfer import transfer
+from allmlp.evaluation.classification import classify
+from allmlp.evaluation.run_report import report
+from allmlp.recipes import get_transfer
+from allmlp.config.recipe import DataRecipe, ModelRecipe, OptimizationRecipe, Recipe, RunRecipe, Transfer
+from allmlp.training.run import train
+from allmlp.training.sweep import transfer
 
 FIRST = ("airplane", "automobile", "bird", "cat", "deer")
 OTHER = ("dog", "frog", "horse", "ship", "truck")

@@ -45,9 +45,9 @@ class Answer:
 
 def call(*words: object) -> Answer:
     """``mixer WORDS`` in this process; the logger is left as it was."""
-    from mlp_mixer.cli import main
+    from allmlp.cli import main
 
-    ours = logging.getLogger("mlp_mixer")
+    ours = logging.getLogger("allmlp")
     before = ours.handlers, ours.propagate, ours.level
     out, err = io.StringIO(), io.StringIO()
     try:
@@ -123,13 +123,13 @@ def colour_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Weights that tell blue, green and red pictures of 16×16 apart: nearest mean of the features of fresh weights."""
     import torch
 
-    import mlp_mixer
-    from mlp_mixer.card import Preprocessing
-    from mlp_mixer.data.transforms import normalise
+    import allmlp
+    from allmlp.metadata import Preprocessing
+    from allmlp.data.transforms import normalise
 
     torch.manual_seed(0)
     sizes = {"patch_size": 8, "num_blocks": 1, "hidden_dim": 16, "tokens_mlp_dim": 8, "channels_mlp_dim": 32}
-    model = mlp_mixer.create(num_classes=3, image_size=16, **sizes)
+    model = allmlp.create(num_classes=3, image_size=16, **sizes)
     solid = torch.tensor(list(COLOURS.values()), dtype=torch.uint8)[..., None, None].expand(3, 3, 16, 16)
     with torch.no_grad():
         means = model.features(normalise(solid, Preprocessing()))
@@ -137,7 +137,7 @@ def colour_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
         model.head.weight.copy_(8 * means)
         model.head.bias.copy_(-4 * means.square().sum(1))
     path = tmp_path_factory.mktemp("weights") / "colours.safetensors"
-    mlp_mixer.save(model, path, classes=list(COLOURS))
+    allmlp.save(model, path, classes=list(COLOURS))
     return path
 
 

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from mlp_mixer.cli.arguments import option_names
-from mlp_mixer.cli.train import Arguments
-from mlp_mixer.recipes.finetune import FINETUNE
-from mlp_mixer.recipes.pretrain import PRETRAIN
-from mlp_mixer.weights.known import CHECKPOINTS
+from allmlp.cli.arguments import option_names
+from allmlp.cli.train import Arguments
+from allmlp.recipes.finetune import FINETUNE
+from allmlp.recipes.pretrain import PRETRAIN
+from allmlp.weights.published import CHECKPOINTS
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mlp_mixer.files import replacing, write_text
+from allmlp.files import replacing, write_text
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = "mlp_mixer"
+ROOT = "allmlp"
 SOURCES = Path(__file__).resolve().parents[1] / "src" / ROOT
 
 FOUNDATION = ("errors", "card", "device", "files", "masks")
@@ -49,7 +49,7 @@ def violations(path: str, source: str) -> list[str]:
                 continue
             inner = target.removeprefix(ROOT).removeprefix(".")
             allowed = any(inner == name or inner.startswith(f"{name}.") for name in (own, *MAY_IMPORT[own]))
-            through_root = inner.split(".")[0] not in MAY_IMPORT  # mlp_mixer itself, or a name that it offers
+            through_root = inner.split(".")[0] not in MAY_IMPORT  # allmlp itself, or a name that it offers
             if not allowed and not (own == "cli" and through_root):
                 found.append(f"{path}:{line}: {own} imports {target}; it may import {', '.join(MAY_IMPORT[own])}")
     return found
@@ -105,31 +105,31 @@ def test_importing_the_package_imports_no_torch() -> None:
 @pytest.mark.parametrize(
     ("path", "source"),
     [
-        ("errors.py", "from mlp_mixer.model import Mixer"),
-        ("model.py", "from mlp_mixer.variants import create"),
-        ("model.py", "import mlp_mixer.variants as names"),
-        ("model.py", "from mlp_mixer import variants"),
+        ("errors.py", "from allmlp.model import Mixer"),
+        ("model.py", "from allmlp.variants import create"),
+        ("model.py", "import allmlp.variants as names"),
+        ("model.py", "from allmlp import variants"),
         ("model.py", "from . import errors, variants"),
-        ("model.py", "def f():\n    from mlp_mixer.weights import load"),
-        ("model.py", "if TYPE_CHECKING:\n    from mlp_mixer.data import Source"),
-        ("model.py", "import importlib\nimportlib.import_module('mlp_mixer.training')"),
-        ("model.py", "import mlp_mixer"),
-        ("model.py", "from mlp_mixer import create"),
+        ("model.py", "def f():\n    from allmlp.weights import load"),
+        ("model.py", "if TYPE_CHECKING:\n    from allmlp.data import Source"),
+        ("model.py", "import importlib\nimportlib.import_module('allmlp.training')"),
+        ("model.py", "import allmlp"),
+        ("model.py", "from allmlp import create"),
         ("weights/npz.py", "from ..data.sources import folder"),
         ("weights/__init__.py", "from ..training import loop"),
-        ("data/sources.py", "from mlp_mixer.training.recipe import Recipe"),
-        ("training/loop.py", "from mlp_mixer.evaluation import evaluate"),
-        ("training/loop.py", "from mlp_mixer.inference import optimize"),
-        ("training/loop.py", "from mlp_mixer.recipes import digits"),
-        ("evaluation/report.py", "from mlp_mixer.inference import predict"),
-        ("inference/predict.py", "from mlp_mixer.training.recipe import Recipe"),
-        ("recipes/digits.py", "from mlp_mixer.training import Recipe"),
-        ("recipes/digits.py", "from mlp_mixer.training import loop"),
-        ("recipes/digits.py", "from mlp_mixer.training.recipe_tools import x"),
-        ("recipes/digits.py", "from mlp_mixer.model import Mixer"),
-        ("evaluation/report.py", "from mlp_mixer.cli import main"),
-        ("recipes/digits.py", "import mlp_mixer.cli.main"),
-        ("__init__.py", "from mlp_mixer.variants import create"),
+        ("data/sources.py", "from allmlp.config.recipe import Recipe"),
+        ("training/loop.py", "from allmlp.evaluation import evaluate"),
+        ("training/loop.py", "from allmlp.inference import optimize"),
+        ("training/loop.py", "from allmlp.recipes import digits"),
+        ("evaluation/report.py", "from allmlp.inference import predict"),
+        ("inference/predict.py", "from allmlp.config.recipe import Recipe"),
+        ("recipes/digits.py", "from allmlp.training import Recipe"),
+        ("recipes/digits.py", "from allmlp.training import loop"),
+        ("recipes/digits.py", "from allmlp.training.recipe_tools import x"),
+        ("recipes/digits.py", "from allmlp.model import Mixer"),
+        ("evaluation/report.py", "from allmlp.cli import main"),
+        ("recipes/digits.py", "import allmlp.cli.main"),
+        ("__init__.py", "from allmlp.variants import create"),
         ("__init__.py", "from .variants import create"),
         ("__init__.py", "import torch.nn"),
         ("__init__.py", "try:\n    import torch\nexcept ImportError:\n    pass"),
@@ -143,26 +143,26 @@ def test_checker_catches_a_violation(path: str, source: str) -> None:
 @pytest.mark.parametrize(
     ("path", "source"),
     [
-        ("device.py", "import torch\nfrom mlp_mixer.errors import UserError"),
-        ("variants.py", "from mlp_mixer.model import Mixer\nfrom . import errors"),
+        ("device.py", "import torch\nfrom allmlp.errors import UserError"),
+        ("variants.py", "from allmlp.model import Mixer\nfrom . import errors"),
         (
             "weights/npz.py",
-            "from mlp_mixer.weights.layout import names\nfrom .layout import names\nfrom . import layout",
+            "from allmlp.weights.layout import names\nfrom .layout import names\nfrom . import layout",
         ),
         ("weights/npz.py", "from ..model import Mixer"),
-        ("evaluation/fewshot.py", "from mlp_mixer.training.losses import softmax\nfrom mlp_mixer.data import sources"),
-        ("inference/predict.py", "from mlp_mixer import model, variants, weights, data"),
-        ("recipes/digits.py", "from mlp_mixer.training.recipe import Recipe\nfrom mlp_mixer.training import recipe"),
-        ("recipes/digits.py", "from mlp_mixer.recipes.cifar import base"),
+        ("evaluation/fewshot.py", "from allmlp.training.losses import softmax\nfrom allmlp.data import sources"),
+        ("inference/predict.py", "from allmlp import model, variants, weights, data"),
+        ("recipes/digits.py", "from allmlp.config.recipe import Recipe\nfrom allmlp.config import recipe"),
+        ("recipes/digits.py", "from allmlp.recipes.cifar import base"),
         (
             "cli/main.py",
-            "import mlp_mixer\nfrom mlp_mixer import create, inference\nfrom mlp_mixer.recipes import digits",
+            "import allmlp\nfrom allmlp import create, inference\nfrom allmlp.recipes import digits",
         ),
-        ("model.py", "import mlp_mixer_extras\nfrom torch import nn"),
-        ("__init__.py", "def __getattr__(name):\n    from mlp_mixer import variants\n    import torch"),
+        ("model.py", "import allmlp_extras\nfrom torch import nn"),
+        ("__init__.py", "def __getattr__(name):\n    from allmlp import variants\n    import torch"),
         (
             "__init__.py",
-            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from mlp_mixer.variants import create",
+            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from allmlp.variants import create",
         ),
     ],
 )

@@ -10,11 +10,11 @@ import torch
 from reference import gelu_erf, gelu_tanh, numpy_forward, randomise
 from torch import Tensor, nn
 
-from mlp_mixer import masks
-from mlp_mixer.errors import UserError
-from mlp_mixer.masks import sample_keys
-from mlp_mixer.model import Mixer, MixerBlock, MlpBlock, gelu
-from mlp_mixer.variants import create
+from allmlp import masks
+from allmlp.errors import UserError
+from allmlp.rng import sample_keys
+from allmlp.model import Mixer, MixerBlock, MlpBlock, gelu
+from allmlp.variants import create
 
 SMALL = {
     "num_classes": 5,
@@ -362,7 +362,7 @@ def test_each_mask_of_the_model_has_a_place_of_its_own(monkeypatch: pytest.Monke
         places.append((place, tuple(like.shape)))
         return masks.uniform(keys, place, like)
 
-    monkeypatch.setattr("mlp_mixer.model.uniform", uniform)
+    monkeypatch.setattr("allmlp.model.uniform", uniform)
     model = small(dropout=0.1, stochastic_depth=0.5).train()  # 9 tokens, 16 channels
     model(torch.zeros(2, 3, 12, 12), torch.arange(2))
     assert len({place for place, _ in places}) == len(places) == 3 * 4 + 2 * 2  # the first block drops no branch

@@ -7,8 +7,8 @@ import torch
 from reference import randomise
 from torch import Tensor
 
-from mlp_mixer.model import Mixer
-from mlp_mixer.variants import create
+from allmlp.model import Mixer
+from allmlp.variants import create
 
 timm = pytest.importorskip("timm")
 

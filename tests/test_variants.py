@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from mlp_mixer.errors import UserError
-from mlp_mixer.model import Mixer
-from mlp_mixer.variants import VARIANTS, create, resolve_variant
+from allmlp.errors import UserError
+from allmlp.model import Mixer
+from allmlp.variants import VARIANTS, create, resolve_variant
 
 PAPER = Path(__file__).resolve().parents[2] / "shared" / "paper"
 

@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--trials", type=int, help="at most so many of each")
     chosen = parser.parse_args()
     lines, failed = [], 0
-    logging.getLogger("mlp_mixer").addHandler(logging.NullHandler())  # it names what is broken on purpose
+    logging.getLogger("allmlp").addHandler(logging.NullHandler())  # it names what is broken on purpose
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
         lab = Lab(Path(folder))
         for number in chosen.rows:

@@ -22,16 +22,16 @@ from types import SimpleNamespace
 from typing import Any
 
 PLACES = {
-    "step": "mlp_mixer.training.update:Update.__call__",
-    "evaluation": "mlp_mixer.evaluation.classification:normalise",
-    "compile": "mlp_mixer.training.compilation:warm_up",
-    "save": "mlp_mixer.training.saver:write",
+    "step": "allmlp.training.optimizer_step:Update.__call__",
+    "evaluation": "allmlp.evaluation.classification:normalise",
+    "compile": "allmlp.training.compilation:warm_up",
+    "save": "allmlp.checkpointing.manager:write",
     "copy": "torch.distributed.checkpoint.staging:DefaultStager.stage",
-    "write": "mlp_mixer.training.checkpoint:save_distributed",
+    "write": "allmlp.checkpointing.checkpoint:save_distributed",
     "fsync": "os:fsync",
     "rename": "pathlib:Path.rename",
-    "retention": "mlp_mixer.training.saver:retain",
-    "removal": "mlp_mixer.training.saver:shutil.rmtree",
+    "retention": "allmlp.checkpointing.manager:retain",
+    "removal": "allmlp.checkpointing.manager:shutil.rmtree",
 }
 
 
@@ -107,7 +107,7 @@ class Fault:
 
 def spoil_losses(nth: int) -> None:
     """The loss of one call is no number."""
-    losses: Any = importlib.import_module("mlp_mixer.training.losses")
+    losses: Any = importlib.import_module("allmlp.training.losses")
     original, calls = losses.LOSSES["softmax"], [0]
 
     def spoilt(*args: Any, **keywords: Any) -> Any:
@@ -119,7 +119,7 @@ def spoil_losses(nth: int) -> None:
 
 def note_pixels() -> None:
     """SHA-256 of the pixels of each batch that training computes."""
-    loop: Any = importlib.import_module("mlp_mixer.training.loop")
+    loop: Any = importlib.import_module("allmlp.training.loop")
     original = loop.normalise
 
     def noted(images: Any, *rest: Any) -> Any:
@@ -133,7 +133,7 @@ def note_tensors() -> None:
     """SHA-256 of each whole tensor after a checkpoint was loaded."""
     from torch.distributed.tensor import DTensor
 
-    state: Any = importlib.import_module("mlp_mixer.training.state").TrainingState
+    state: Any = importlib.import_module("allmlp.training.state").TrainingState
     original = state.load
 
     def noted(self: Any, *args: Any) -> Any:
@@ -150,7 +150,7 @@ def note_tensors() -> None:
 
 
 def start_ranks_here() -> None:
-    launch: Any = importlib.import_module("mlp_mixer.training.launch")
+    launch: Any = importlib.import_module("allmlp.distributed.launcher")
 
     def popen(command: list[str], **keywords: Any) -> subprocess.Popen[bytes]:
         return subprocess.Popen([command[0], __file__, *command[3:]], **keywords)
@@ -172,7 +172,7 @@ def main() -> int:
     if os.environ.get("NOTE") == "tensors" and not launches:
         note_tensors()
     start_ranks_here()
-    from mlp_mixer.cli import main
+    from allmlp.cli import main
 
     return main()
 

@@ -122,7 +122,7 @@ def exact(run: Path) -> str:
 
 def sound(run: Path) -> list[int]:
     """Steps of the checkpoints that hold what their manifests say."""
-    from mlp_mixer.training.checkpoint import Damaged, verify
+    from allmlp.checkpointing.checkpoint import Damaged, verify
 
     found = []
     for path in checkpoints(run):

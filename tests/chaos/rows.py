@@ -193,12 +193,12 @@ def one_and_two(lab: Lab, rng: random.Random, trials: int) -> Result:
     """Row 6: two ranks against one process in float64, after 20 steps."""
     import torch
 
-    import mlp_mixer
+    import allmlp
 
     sizes = {"patch_size": 2, "num_blocks": 2, "hidden_dim": 16, "tokens_mlp_dim": 7, "channels_mlp_dim": 32}
-    model = mlp_mixer.create(num_classes=3, image_size=8, seed=0, **sizes).double()
+    model = allmlp.create(num_classes=3, image_size=8, seed=0, **sizes).double()
     weights = lab.root / "float64.safetensors"
-    mlp_mixer.save(model, weights)
+    allmlp.save(model, weights)
     words = (
         *("train", "digits", "--weights", weights, "--steps", 20, "--evaluate-every-steps", 10, "--log-every-steps", 1),
         *("--global-batch-size", 48, "--warmup-steps", 4, "--learning-rate", 3e-3, "--compile", "off", "--workers", 0),
@@ -340,8 +340,8 @@ def no_room(lab: Lab, rng: random.Random, trials: int) -> Result:
 
 def flipped(lab: Lab, rng: random.Random, trials: int) -> Result:
     """Row 10: one bit in each file of a checkpoint."""
-    from mlp_mixer.training.checkpoint import Damaged, verify
-    from mlp_mixer.training.saver import newest
+    from allmlp.checkpointing.checkpoint import Damaged, verify
+    from allmlp.checkpointing.manager import newest
 
     uninterrupted(lab, "2 FSDP2")
     tally = Tally()
@@ -373,7 +373,7 @@ def flipped(lab: Lab, rng: random.Random, trials: int) -> Result:
 
 def no_number(lab: Lab, rng: random.Random, trials: int) -> Result:
     """Row 11: the loss of one rank is NaN at a step that is not logged."""
-    import mlp_mixer
+    import allmlp
 
     tally = Tally()
     for way in ("2 DDP", "2 FSDP2")[: max(trials, 1)]:
@@ -385,7 +385,7 @@ def no_number(lab: Lab, rng: random.Random, trials: int) -> Result:
         told = f"{way}, step {step}: {hurt.status}: {hurt.err[-400:]} {reference.err[-100:]}"
         kept = [int(path.name.removeprefix("step-")) for path in checkpoints(run)]
         good = tensors(lab.root / f"sane {way}" / "checkpoints" / f"step-{step - 1:08d}")
-        last = mlp_mixer.load(run / "checkpoints" / "last.safetensors") if hurt.status == 1 else None
+        last = allmlp.load(run / "checkpoints" / "last.safetensors") if hurt.status == 1 else None
         same = last is not None and all((good[f"model.{name}"] == p).all() for name, p in last.named_parameters())
         tally.add(
             (hurt.status != 1 or f"step {step}:" not in hurt.err or "diverged" not in hurt.err) and told,

@@ -16,10 +16,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import mlp_mixer
-from mlp_mixer.data.loading import PADDING, evaluation_batches, training_batches
-from mlp_mixer.data.sources import load_source
-from mlp_mixer.data.transforms import EvaluationView, TrainingView
+import allmlp
+from allmlp.data.loader import PADDING, evaluation_batches, training_batches
+from allmlp.data.sources import load_source
+from allmlp.data.transforms import EvaluationView, TrainingView
 
 SMALL = ("--image-size", "16", "--patch-size", "8", "--epochs", "1", "--compile", "off")
 MANY = {"train/red": 60, "train/blue": 60, "val/red": 3, "val/blue": 3, "test/red": 3, "test/blue": 3}
@@ -208,10 +208,10 @@ def test_predict_needs_an_image(mixer, colour_weights) -> None:
 
 
 def test_predict_needs_a_trained_head(mixer, pictures, tmp_path) -> None:
-    model = mlp_mixer.create(
+    model = allmlp.create(
         num_classes=2, image_size=8, patch_size=8, num_blocks=1, hidden_dim=4, tokens_mlp_dim=2, channels_mlp_dim=4
     )
-    mlp_mixer.save(model, tmp_path / "fresh.safetensors")
+    allmlp.save(model, tmp_path / "fresh.safetensors")
     answer = mixer("predict", tmp_path / "fresh.safetensors", pictures(tmp_path / "data", {"red": 1}))
     assert_mistake(answer, "all zero", "train it first", "mixer finetune")
 
@@ -360,7 +360,7 @@ def test_a_place_is_masked_and_filled_by_no_other_image(pictures, bad_picture, t
     _, data, _ = bad_picture
     root = pictures(tmp_path / "data", {"red": 6, "blue": 6})
     options = {"val_fraction": 0, "test_fraction": 0}
-    model = mlp_mixer.create(
+    model = allmlp.create(
         num_classes=2, image_size=16, patch_size=8, num_blocks=1, hidden_dim=4, tokens_mlp_dim=2, channels_mlp_dim=4
     )
     seen_by = {"image_size": (16, 16), "preprocessing": model.card.preprocessing}
@@ -397,7 +397,7 @@ def assert_nothing_half_written(out: Path) -> None:
         if path.suffix == ".json":
             json.loads(path.read_text())
         elif path.suffix == ".safetensors":
-            mlp_mixer.load(path)
+            allmlp.load(path)
         elif path.suffix == ".html":
             assert path.read_text().rstrip().endswith("</html>")
 
@@ -462,7 +462,7 @@ def test_a_full_disk(mixer, tiny, small_disk, filler) -> None:
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
 @pytest.mark.parametrize("words", [["info", "B/16", "--json"], ["--help"], ["info", "--help"]], ids=" ".join)
 def test_a_full_disk_below_standard_output(words) -> None:
-    command = [sys.executable, "-c", "import sys; from mlp_mixer.cli import main; sys.exit(main())"]
+    command = [sys.executable, "-c", "import sys; from allmlp.cli import main; sys.exit(main())"]
     with Path("/dev/full").open("w") as full:
         done = subprocess.run([*command, *words], stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 1

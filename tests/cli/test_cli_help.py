@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from mlp_mixer.cli import VERBS
+from allmlp.cli import VERBS
 
 HEAVY = ("torch", "timm", "torchvision", "numpy", "PIL", "matplotlib", "sklearn", "rich")
-RUN = "import sys; from mlp_mixer.cli import main; sys.exit(main(sys.argv[1:]))"
+RUN = "import sys; from allmlp.cli import main; sys.exit(main(sys.argv[1:]))"
 
 
 def command() -> list[str]:
@@ -37,13 +37,13 @@ def test_help_is_there_at_once(words: list[str], limit: float) -> None:
 @pytest.mark.parametrize("words", [["--help"], *([verb, "--help"] for verb in VERBS)], ids=" ".join)
 def test_help_imports_nothing_heavy(words: list[str]) -> None:
     code = (
-        "import sys\nfrom mlp_mixer.cli import main\n"
+        "import sys\nfrom allmlp.cli import main\n"
         "try:\n    main(sys.argv[1:])\nexcept SystemExit as end:\n    assert not end.code\n"
         "print(*sys.modules, file=sys.stderr)"
     )
     done = subprocess.run([sys.executable, "-c", code, *words], check=True, capture_output=True, text=True)
     loaded = set(done.stderr.split())
-    assert "mlp_mixer.cli" in loaded
+    assert "allmlp.cli" in loaded
     assert not loaded & ({"torch", "timm"} if words != ["--help"] else set(HEAVY))
 
 
@@ -78,7 +78,7 @@ def default_of(option: str, text: str) -> str:
     "recipe", ["digits", "cifar10", "photos", "imagenet-b16", "imagenet-b16-small", "jft-h14", "imagenet21k-l16"]
 )
 def test_help_of_a_recipe_shows_its_defaults(mixer, recipe: str) -> None:
-    from mlp_mixer.recipes import get_recipe
+    from allmlp.recipes import get_recipe
 
     answer, expected = mixer("train", recipe, "--help"), get_recipe(recipe)
     assert f"those of the recipe {recipe}." in " ".join(answer.out.split())
@@ -90,7 +90,7 @@ def test_help_of_a_recipe_shows_its_defaults(mixer, recipe: str) -> None:
 
 
 def test_help_of_a_fine_tuning_recipe_shows_its_defaults(mixer) -> None:
-    from mlp_mixer.recipes import get_transfer
+    from allmlp.recipes import get_transfer
 
     for words, recipe in (
         (["w.npz", "pets"], "pets"),
@@ -108,7 +108,7 @@ def test_help_of_a_fine_tuning_recipe_shows_its_defaults(mixer) -> None:
 
 
 def test_help_names_every_recipe(mixer) -> None:
-    from mlp_mixer.recipes import RECIPES, TRANSFERS
+    from allmlp.recipes import RECIPES, TRANSFERS
 
     for verb, recipes in (("train", RECIPES), ("finetune", TRANSFERS)):
         listed = re.search(r"RECIPE is one of (.*?); without one", " ".join(mixer(verb, "--help").out.split()))
@@ -118,6 +118,6 @@ def test_help_names_every_recipe(mixer) -> None:
 
 
 def test_the_package_imports_nothing_heavy() -> None:
-    code = "import sys, mlp_mixer; dir(mlp_mixer); print(*sys.modules)"
+    code = "import sys, allmlp; dir(allmlp); print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert not set(done.stdout.split()) & set(HEAVY)

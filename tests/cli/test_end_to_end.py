@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-import mlp_mixer
-from mlp_mixer.data.sources import load_source
+import allmlp
+from allmlp.data.sources import load_source
 
 SUMMARY_KEYS = {
     *("model", "parameters", "data", "steps", "images_per_second", "train_seconds", "peak_memory_bytes", "val_top1"),
     *("test_top1", "seed", "command", "commit", "versions", "unreadable_images"),
 }
-COMMAND = [sys.executable, "-c", "import sys; from mlp_mixer.cli import main; sys.exit(main())"]
+COMMAND = [sys.executable, "-c", "import sys; from allmlp.cli import main; sys.exit(main())"]
 
 
 def one_object(text: str) -> dict:
@@ -53,13 +53,13 @@ def test_a_run_writes_its_folder(digits_run) -> None:
 
 def test_the_summary_says_what_was_done(digits_run) -> None:
     summary = one_object(digits_run.answer.out)
-    model = mlp_mixer.load(digits_run.out / "model.safetensors")
+    model = allmlp.load(digits_run.out / "model.safetensors")
     assert summary["parameters"] == sum(p.numel() for p in model.parameters())
     assert summary["data"] == "digits"
     assert summary["seed"] == 0
     assert summary["unreadable_images"] == 0
     assert summary["command"].startswith("mixer train --epochs 2 --num-blocks 1")
-    assert {"python", "torch", "mlp-mixer"} <= summary["versions"].keys()
+    assert {"python", "torch", "allmlp"} <= summary["versions"].keys()
     parts = summary["images"]
     assert sum(parts.values()) == 1797
     assert parts["test"] >= 0.2 * 1797
@@ -120,7 +120,7 @@ def test_a_folder_or_zip_without_a_recipe_uses_that_for_photos(mixer, tiny, pict
         assert recipe["name"] == "photos"
         weights.append(load_file(tmp_path / name / "model.safetensors"))
     assert all((weights[0][name].numpy() == weights[1][name].numpy()).all() for name in weights[0])
-    assert mlp_mixer.load(tmp_path / "a" / "model.safetensors").card.classes == ("blue", "red")
+    assert allmlp.load(tmp_path / "a" / "model.safetensors").card.classes == ("blue", "red")
 
 
 # evaluate
@@ -304,21 +304,21 @@ def test_info_of_a_weights_file(mixer, digits_run) -> None:
 
 
 def test_the_library_in_four_lines(digits_run, tmp_path) -> None:
-    model = mlp_mixer.load(digits_run.out / "model.safetensors")
+    model = allmlp.load(digits_run.out / "model.safetensors")
     image = digits_run.out / "examples" / "3-3.png"
-    (found,) = mlp_mixer.predict(model, [str(image)], top=2)
+    (found,) = allmlp.predict(model, [str(image)], top=2)
     assert found.image == str(image)
     assert len(found.classes) == 2
-    mlp_mixer.save(model, tmp_path / "named.safetensors", classes=[f"digit {i}" for i in range(10)])
-    (again,) = mlp_mixer.predict(mlp_mixer.load(tmp_path / "named.safetensors"), [image], top=2)
+    allmlp.save(model, tmp_path / "named.safetensors", classes=[f"digit {i}" for i in range(10)])
+    (again,) = allmlp.predict(allmlp.load(tmp_path / "named.safetensors"), [image], top=2)
     assert again.classes == tuple((f"digit {name}", probability) for name, probability in found.classes)
-    assert isinstance(model, mlp_mixer.Mixer)
+    assert isinstance(model, allmlp.Mixer)
 
 
 def test_an_unknown_name_says_what_there_is() -> None:
     with pytest.raises(AttributeError, match=r"no attribute 'lod'.*create, load, predict, push_to_hub, resize, save"):
-        mlp_mixer.lod  # noqa: B018
-    assert {"create", "load", "predict", "push_to_hub", "resize", "save"} <= set(dir(mlp_mixer))
+        allmlp.lod  # noqa: B018
+    assert {"create", "load", "predict", "push_to_hub", "resize", "save"} <= set(dir(allmlp))
 
 
 def test_nothing_but_the_run_is_written(mixer, colour_weights, pictures, tmp_path, monkeypatch) -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from mlp_mixer import cli
-from mlp_mixer.cli.train import base_recipe, dashed
+from allmlp import cli
+from allmlp.cli.train import base_recipe, dashed
 
 
 def test_an_error_of_ours_is_one_line(monkeypatch, capsys) -> None:
@@ -31,7 +31,7 @@ def test_an_error_of_ours_is_one_line(monkeypatch, capsys) -> None:
 
 
 def test_sigterm_ends_a_run_with_143_and_leaves_nothing_half_written(tmp_path: Path) -> None:
-    words = [sys.executable, "-c", "import sys; from mlp_mixer.cli import main; sys.exit(main())"]
+    words = [sys.executable, "-c", "import sys; from allmlp.cli import main; sys.exit(main())"]
     words += ["train", "--out", str(tmp_path / "new" / "run"), "--evaluate-every-epochs", "1000", "--epochs", "1000"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=environment)

@@ -9,11 +9,11 @@ import torch
 from reference import randomise
 from safetensors.torch import load_file
 
-import mlp_mixer
-from mlp_mixer.model import Mixer
-from mlp_mixer.training.start import headed, take
-from mlp_mixer.weights.known import synset_names
-from mlp_mixer.weights.resize import resize
+import allmlp
+from allmlp.model import Mixer
+from allmlp.training.initialization import headed, take
+from allmlp.weights.published import synset_names
+from allmlp.weights.resize import resize
 
 SMALL = {"patch_size": 8, "num_blocks": 1, "hidden_dim": 16, "tokens_mlp_dim": 8, "channels_mlp_dim": 32}
 
@@ -29,7 +29,7 @@ def assert_mistake(answer, *words: str) -> None:
 
 
 def same_tensors(a, b) -> bool:
-    left, right = mlp_mixer.load(a).state_dict(), mlp_mixer.load(b).state_dict()
+    left, right = allmlp.load(a).state_dict(), allmlp.load(b).state_dict()
     return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
@@ -65,7 +65,7 @@ def test_classes_and_normalisation_from_the_command_travel(mixer, colour_weights
     names.write_text("azur\nvert\nrouge\n")
     out = tmp_path / "named.safetensors"
     assert_done(mixer("convert", colour_weights, out, "--classes", names, "--mean", 0, "--std", 0.2, 0.3, 0.4))
-    card = mlp_mixer.load(out).card
+    card = allmlp.load(out).card
     assert card.classes == ("azur", "vert", "rouge")
     assert (card.preprocessing.mean, card.preprocessing.std) == ((0, 0, 0), (0.2, 0.3, 0.4))
     answer = mixer("predict", out, pictures(tmp_path / "data", {"red": 1}), "--json")
@@ -89,15 +89,15 @@ def test_convert_mistakes(mixer, colour_weights, tmp_path) -> None:
 
 
 def test_a_rectangular_npz_needs_its_size_and_takes_it(mixer, tmp_path) -> None:
-    model = mlp_mixer.create(num_classes=2, image_size=(8, 24), **SMALL)
+    model = allmlp.create(num_classes=2, image_size=(8, 24), **SMALL)
     randomise(model, 0)
-    mlp_mixer.save(model, tmp_path / "wide.safetensors")
+    allmlp.save(model, tmp_path / "wide.safetensors")
     told = mixer("convert", tmp_path / "wide.safetensors", tmp_path / "wide.npz")
     assert_done(told)
     assert "image_size=(8, 24)" in told.err
     assert_mistake(mixer("convert", tmp_path / "wide.npz", tmp_path / "b.safetensors"), "image_size=")
     assert_done(mixer("convert", tmp_path / "wide.npz", tmp_path / "b.safetensors", "--image-size", 8, 24))
-    assert mlp_mixer.load(tmp_path / "b.safetensors").image_size == (8, 24)
+    assert allmlp.load(tmp_path / "b.safetensors").image_size == (8, 24)
 
 
 # resize, and --image-size elsewhere
@@ -106,8 +106,8 @@ def test_a_rectangular_npz_needs_its_size_and_takes_it(mixer, tmp_path) -> None:
 def test_resize_writes_what_the_function_makes(mixer, colour_weights, tmp_path) -> None:
     answer = mixer("resize", colour_weights, tmp_path / "big.safetensors", "--image-size", 24, 32, "--json")
     assert_done(answer)
-    model, told = mlp_mixer.load(tmp_path / "big.safetensors"), json.loads(answer.out)
-    expected = resize(mlp_mixer.load(colour_weights), (24, 32))
+    model, told = allmlp.load(tmp_path / "big.safetensors"), json.loads(answer.out)
+    expected = resize(allmlp.load(colour_weights), (24, 32))
     assert model.image_size == (24, 32)
     assert model.card.classes == ("blue", "green", "red")
     assert all(torch.equal(tensor, expected.state_dict()[name]) for name, tensor in model.state_dict().items())
@@ -154,9 +154,9 @@ def test_info_of_b16_at_448_is_the_papers_supplement_c(mixer) -> None:
 
 
 def test_info_names_the_published_files_that_these_may_be(mixer, tmp_path) -> None:
-    model = mlp_mixer.create("S/32")
+    model = allmlp.create("S/32")
     randomise(model, 0)
-    mlp_mixer.save(model, tmp_path / "a.safetensors")
+    allmlp.save(model, tmp_path / "a.safetensors")
     assert_done(mixer("convert", tmp_path / "a.safetensors", tmp_path / "b.npz"))
     own, npz = (mixer("info", tmp_path / name) for name in ("a.safetensors", "b.npz"))
     assert "gsam/Mixer-S_32.npz" in npz.out
@@ -167,11 +167,11 @@ def test_info_names_the_published_files_that_these_may_be(mixer, tmp_path) -> No
 def test_imagenet_folders_named_by_synset_are_matched(mixer, pictures, tmp_path) -> None:
     """The authors' weights, and ImageNet's validation images in folders such as n01440764."""
     synsets = list(synset_names(1000))
-    model = mlp_mixer.create(num_classes=1000, image_size=16, **SMALL)
+    model = allmlp.create(num_classes=1000, image_size=16, **SMALL)
     with torch.no_grad():
         model.head.bias[7] = 1.0  # it always answers the cock
         model.head.weight[0, 0] = 1e-6
-    mlp_mixer.save(model, tmp_path / "a.safetensors")
+    allmlp.save(model, tmp_path / "a.safetensors")
     mixer("convert", tmp_path / "a.safetensors", tmp_path / "b.npz")
     data = pictures(tmp_path / "data", {f"val/{synsets[7]}": 3, f"val/{synsets[0]}": 1, "train/" + synsets[0]: 1})
     answer = mixer("evaluate", tmp_path / "b.npz", "--data", data / "val", "--part", "all", "--json")
@@ -188,13 +188,13 @@ def test_evaluate_and_info_take_height_and_width(mixer, colour_weights, pictures
 
 
 def test_evaluate_refuses_a_head_of_zeros(mixer, tmp_path) -> None:
-    mlp_mixer.save(mlp_mixer.create(num_classes=10, image_size=8, **SMALL), tmp_path / "fresh.safetensors")
+    allmlp.save(allmlp.create(num_classes=10, image_size=8, **SMALL), tmp_path / "fresh.safetensors")
     assert_mistake(mixer("evaluate", tmp_path / "fresh.safetensors", "--data", "digits"), "all zero", "mixer finetune")
 
 
 def test_odd_provenance_is_no_stumbling_block(mixer, colour_weights, pictures, tmp_path) -> None:
     odd = tmp_path / "odd.safetensors"
-    mlp_mixer.save(mlp_mixer.load(colour_weights), odd, source="my camera", recipe={"data": "mine"}, val_top1="high")
+    allmlp.save(allmlp.load(colour_weights), odd, source="my camera", recipe={"data": "mine"}, val_top1="high")
     data = pictures(tmp_path / "data", {"red": 2, "blue": 2, "green": 2})
     assert_done(mixer("info", odd))
     assert_done(mixer("evaluate", odd, "--data", data, "--part", "all"))
@@ -202,7 +202,7 @@ def test_odd_provenance_is_no_stumbling_block(mixer, colour_weights, pictures, t
 
 
 def test_info_offers_no_published_file_for_weights_that_are_nobody_elses(mixer, tmp_path) -> None:
-    model = mlp_mixer.create("S/32")
+    model = allmlp.create("S/32")
     randomise(model, 0)
     torch.save(model.state_dict(), tmp_path / "plain.pth")
     answer = mixer("info", tmp_path / "plain.pth")
@@ -222,7 +222,7 @@ def test_finetune_to_a_rectangle(mixer, colour_weights, pictures, tmp_path) -> N
     words = ("--steps", 2, "--global-batch-size", 4, "--compile", "off", "--out", tmp_path / "run")
     words += ("--learning-rate", 0.01)
     assert_done(mixer("finetune", colour_weights, "--data", data, "--image-size", 16, 24, *words))
-    assert mlp_mixer.load(tmp_path / "run" / "model.safetensors").image_size == (16, 24)
+    assert allmlp.load(tmp_path / "run" / "model.safetensors").image_size == (16, 24)
 
 
 @pytest.fixture(scope="module")
@@ -254,7 +254,7 @@ def test_one_learning_rate_is_one_plain_run(tuned) -> None:
 
 def test_finetune_learns_other_classes_at_another_size(tuned) -> None:
     folder, answer = tuned
-    summary, model = json.loads(answer.out), mlp_mixer.load(folder / "run" / "model.safetensors")
+    summary, model = json.loads(answer.out), allmlp.load(folder / "run" / "model.safetensors")
     assert model.card.classes == ("noise", "red")
     assert model.image_size == (32, 32)
     assert summary["started_from"].endswith("colours.safetensors")
@@ -380,8 +380,8 @@ def test_frozen_leaves_all_but_the_head(mixer, colour_weights, photographs, tmp_
     for size in (16, 32):
         out = tmp_path / str(size)
         assert_done(mixer("finetune", colour_weights, *words, "--image-size", size, "--out", out))
-        tuned = mlp_mixer.load(out / "model.safetensors").state_dict()
-        start = with_zero_head(resize(mlp_mixer.load(colour_weights), size), 2).state_dict()
+        tuned = allmlp.load(out / "model.safetensors").state_dict()
+        start = with_zero_head(resize(allmlp.load(colour_weights), size), 2).state_dict()
         assert tuned.keys() == start.keys()
         changed = {name for name, tensor in tuned.items() if not torch.equal(tensor, start[name])}
         assert changed == {"head.weight", "head.bias"}
@@ -391,9 +391,9 @@ def test_frozen_leaves_all_but_the_head(mixer, colour_weights, photographs, tmp_
 def test_frozen_goes_through_the_search_too(mixer, colour_weights, photographs, tmp_path) -> None:
     words = ("--data", photographs, "--frozen", "--learning-rates", 0.1, 0.2, "--steps", 2, *QUICK)
     assert_done(mixer("finetune", colour_weights, *words, "--global-batch-size", 8, "--out", tmp_path / "run"))
-    start = with_zero_head(mlp_mixer.load(colour_weights), 2).state_dict()
+    start = with_zero_head(allmlp.load(colour_weights), 2).state_dict()
     for run in ("", "search/rate-0.1", "search/rate-0.2", "seed-0"):
-        tuned = mlp_mixer.load(tmp_path / "run" / run / "model.safetensors").state_dict()
+        tuned = allmlp.load(tmp_path / "run" / run / "model.safetensors").state_dict()
         changed = {name for name, tensor in tuned.items() if not torch.equal(tensor, start[name])}
         assert changed == {"head.weight", "head.bias"}
 

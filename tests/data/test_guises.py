@@ -12,15 +12,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-import mlp_mixer
-from mlp_mixer.card import Preprocessing
-from mlp_mixer.data.images import UnreadableImage
-from mlp_mixer.data.loading import PADDING, evaluation_batches, training_batches
-from mlp_mixer.data.sources import Part, load_source
-from mlp_mixer.data.stores import FolderStore, ZipStore
-from mlp_mixer.data.transforms import EvaluationView, TrainingView, normalise
-from mlp_mixer.evaluation.classification import classify
-from mlp_mixer.inference.predict import find_images, predict_stream
+import allmlp
+from allmlp.metadata import Preprocessing
+from allmlp.data.decode import UnreadableImage
+from allmlp.data.loader import PADDING, evaluation_batches, training_batches
+from allmlp.data.sources import Part, load_source
+from allmlp.data.stores import FolderStore, ZipStore
+from allmlp.data.transforms import EvaluationView, TrainingView, normalise
+from allmlp.evaluation.classification import classify
+from allmlp.inference.predict import find_images, predict_stream
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 48, 3)).astype(np.uint8))
@@ -115,7 +115,7 @@ def paths(request, guises) -> dict[str, dict[str, Tensor]]:
     root, limits = guises
     part = load_source(str(root), val_fraction=0, test_fraction=0).part("train")
     assert set(part.names) == set(limits)
-    model = mlp_mixer.create(
+    model = allmlp.create(
         num_classes=2,
         image_size=(16, 24),
         patch_size=8,
@@ -125,7 +125,7 @@ def paths(request, guises) -> dict[str, dict[str, Tensor]]:
         channels_mlp_dim=4,
     )
     torch.nn.init.normal_(model.head.weight, generator=torch.Generator().manual_seed(0))
-    model.card = mlp_mixer.model.Card(classes=part.classes, preprocessing=request.param)
+    model.card = allmlp.model.Card(classes=part.classes, preprocessing=request.param)
     seen_by = {"image_size": model.image_size, "preprocessing": request.param}
     view = TrainingView(**seen_by, crop="none", crop_padding=0, flip=False)
     training = training_batches(part, view, batch_size=len(part), steps=1, seed=5)
@@ -192,8 +192,8 @@ def test_the_upright_picture_is_upright(paths) -> None:
 
 def test_a_large_photograph_is_decoded_at_a_fraction_in_all_three_paths() -> None:
     """And what is left is as good: the view differs from that of the full decoding by little."""
-    from mlp_mixer.data.images import decode
-    from mlp_mixer.data.transforms import EvaluationView, TrainingView
+    from allmlp.data.decode import decode
+    from allmlp.data.transforms import EvaluationView, TrainingView
 
     across, down = np.meshgrid(np.linspace(0, 255, 1600), np.linspace(0, 255, 1200))
     pixels = np.stack([across, down, 255 - across], axis=-1).astype(np.uint8)

@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 from scipy.stats import chi2_contingency, chisquare
 
-from mlp_mixer.data import randaugment
-from mlp_mixer.data.randaugment import OPERATIONS, SIGNED, STRENGTHS, RandAugment, apply
+from allmlp.data import randaugment
+from allmlp.data.randaugment import OPERATIONS, SIGNED, STRENGTHS, RandAugment, apply
 
 Array = np.ndarray
 

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mlp_mixer.data.images import UnreadableImage
-from mlp_mixer.data.sources import Part, Source, hold_out, load_source
-from mlp_mixer.data.stores import ArrayStore
-from mlp_mixer.errors import UserError
+from allmlp.data.decode import UnreadableImage
+from allmlp.data.sources import Part, Source, hold_out, load_source
+from allmlp.data.stores import ArrayStore
+from allmlp.errors import UserError
 
 CLASSES = ("ant", "bee", "cat")
 

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from mlp_mixer.data.split import stratified
+from allmlp.data.split import stratified
 
 LABELS = np.array([0] * 30 + [1] * 7 + [2] * 2 + [5])
 NAMES = [f"{label}/image {i}.jpg" for i, label in enumerate(LABELS)]

@@ -23,8 +23,8 @@ from typing import Any, BinaryIO, NamedTuple
 
 LIMIT = 60.0  # seconds for one question
 PRELOADED = (
-    *("torch", "torch.distributed.tensor", "torch.utils.tensorboard", "mlp_mixer.cli.train", "mlp_mixer.cli.display"),
-    *("mlp_mixer.training.run", "mlp_mixer.evaluation.showcase", "torch.distributed.fsdp", "torch._dynamo"),
+    *("torch", "torch.distributed.tensor", "torch.utils.tensorboard", "allmlp.cli.train", "allmlp.cli.display"),
+    *("allmlp.training.run", "allmlp.evaluation.run_report", "torch.distributed.fsdp", "torch._dynamo"),
     "torch._decomp.decompositions_for_rng",
 )
 
@@ -81,7 +81,7 @@ def values(function: Callable[..., Any], ranks: int, *words: Any, limit: float =
 
 
 def in_world(function: Callable[..., Any], *words: Any) -> Any:
-    from mlp_mixer.training.world import joined
+    from allmlp.distributed.context import joined
 
     with joined(30) as world:
         return function(world, *words)

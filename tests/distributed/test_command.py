@@ -22,7 +22,7 @@ WORDS = (
 
 
 def command(*words: str) -> int:
-    from mlp_mixer.cli import main
+    from allmlp.cli import main
 
     return main(list(words))
 
@@ -132,7 +132,7 @@ def test_the_rate_of_a_transfer_is_searched_on_two_processes(
 
 
 def called(*words: object, **options: Any) -> "subprocess.CompletedProcess[str]":
-    line = [sys.executable, "-m", "mlp_mixer.cli", *map(str, words)]
+    line = [sys.executable, "-m", "allmlp.cli", *map(str, words)]
     return subprocess.run(line, capture_output=True, text=True, timeout=120, **options)
 
 
@@ -168,7 +168,7 @@ def alive(pid: int) -> bool:
 @pytest.mark.parametrize("steps", [0, 3], ids=["as it begins", "in its steps"])
 def test_ranks_end_soon_after_their_launcher_was_killed(steps: int, tmp_path: Path) -> None:
     words = [100_000 if word == 4 else word for word in WORDS]
-    line = [sys.executable, "-m", "mlp_mixer.cli", *map(str, words), "--processes", "2", "--out", str(tmp_path / "run")]
+    line = [sys.executable, "-m", "allmlp.cli", *map(str, words), "--processes", "2", "--out", str(tmp_path / "run")]
     process = subprocess.Popen(line, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     consumed = tmp_path / "run/consumed.jsonl"
@@ -192,7 +192,7 @@ def test_ranks_end_soon_after_their_launcher_was_killed(steps: int, tmp_path: Pa
 
 AGAIN = """
 import os, sys
-from mlp_mixer.training.update import Update
+from allmlp.training.optimizer_step import Update
 original, calls = Update.__call__, []
 def failing(*words):
     calls.append(1)
@@ -200,7 +200,7 @@ def failing(*words):
         raise ArithmeticError("in the first attempt")
     return original(*words)
 Update.__call__ = failing
-from mlp_mixer.cli import main
+from allmlp.cli import main
 sys.exit(main())
 """
 

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from torch.utils.data import DataLoader
 
-from mlp_mixer.card import Preprocessing
-from mlp_mixer.data.loading import PADDING, TrainingOrder, evaluation_batches
-from mlp_mixer.data.parts import Part
-from mlp_mixer.data.stores import ArrayStore
-from mlp_mixer.data.transforms import EvaluationView
+from allmlp.metadata import Preprocessing
+from allmlp.data.loader import PADDING, TrainingOrder, evaluation_batches
+from allmlp.data.dataset import Part
+from allmlp.data.stores import ArrayStore
+from allmlp.data.transforms import EvaluationView
 
 COMBINATIONS = list(itertools.product([1, 2, 5, 7, 24, 97], [1, 2, 3, 8, 50], [1, 2, 3, 4, 7]))
 

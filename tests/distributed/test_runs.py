@@ -17,16 +17,16 @@ import torch
 from PIL import Image
 from ranks import values
 
-from mlp_mixer.data.images import UnreadableImage
-from mlp_mixer.data.parts import Part, Source
-from mlp_mixer.data.stores import ArrayStore
-from mlp_mixer.errors import UserError
-from mlp_mixer.evaluation.classification import Classification, classify
-from mlp_mixer.model import Mixer
-from mlp_mixer.training.control import Control
-from mlp_mixer.training.fit import fit
-from mlp_mixer.training.parallel import shard, whole
-from mlp_mixer.training.recipe import (
+from allmlp.data.decode import UnreadableImage
+from allmlp.data.dataset import Part, Source
+from allmlp.data.stores import ArrayStore
+from allmlp.errors import UserError
+from allmlp.evaluation.classification import Classification, classify
+from allmlp.model import Mixer
+from allmlp.training.preemption import Control
+from allmlp.training.fit import fit
+from allmlp.distributed.parallelize import shard, whole
+from allmlp.config.recipe import (
     DataRecipe,
     ModelRecipe,
     OptimizationRecipe,
@@ -35,11 +35,11 @@ from mlp_mixer.training.recipe import (
     check,
     check_ranks,
 )
-from mlp_mixer.training.saver import Saver
-from mlp_mixer.training.signals import Signals
-from mlp_mixer.training.start import prepare
-from mlp_mixer.training.world import ALONE, World
-from mlp_mixer.weights.own import save
+from allmlp.checkpointing.manager import Saver
+from allmlp.training.signals import Signals
+from allmlp.training.initialization import prepare
+from allmlp.distributed.context import ALONE, World
+from allmlp.weights.native import save
 
 CLASSES = ("a", "b", "c")
 CPU = torch.device("cpu")

@@ -9,12 +9,12 @@ import torch
 from PIL import Image
 from torch import nn
 
-import mlp_mixer
-from mlp_mixer.card import Card, Preprocessing
-from mlp_mixer.data.images import UnreadableImage
-from mlp_mixer.data.sources import Part
-from mlp_mixer.errors import UserError
-from mlp_mixer.evaluation.classification import classify
+import allmlp
+from allmlp.metadata import Card, Preprocessing
+from allmlp.data.decode import UnreadableImage
+from allmlp.data.sources import Part
+from allmlp.errors import UserError
+from allmlp.evaluation.classification import classify
 
 # of each image: its true class (None: unreadable, of class 4), and the classes as the model ranks them
 IMAGES = [
@@ -98,7 +98,7 @@ def test_scores_by_hand(batch_size: int, workers: int) -> None:
 
 
 def test_top5_of_five_classes_says_nothing() -> None:
-    model = mlp_mixer.create(
+    model = allmlp.create(
         num_classes=5, image_size=4, patch_size=4, num_blocks=1, hidden_dim=4, tokens_mlp_dim=2, channels_mlp_dim=4
     )
     few = Part(store=Numbered(), names=("1", "2"), labels=np.array([0, 4]), classes=CLASSES[:5])
@@ -135,7 +135,7 @@ def test_progress_reaches_the_number_of_images() -> None:
 
 
 def test_gradients_are_not_kept(colour_weights: Path) -> None:
-    model = mlp_mixer.load(colour_weights)
+    model = allmlp.load(colour_weights)
     few = Part(store=Numbered(), names=("1", "2"), labels=np.array([0, 2]), classes=("blue", "green", "red"))
     scored(model, few)
     assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mlp_mixer.evaluation.charts import curve, smooth, thin
-from mlp_mixer.evaluation.report import Example, data_uri, duration, wilson, write_report
+from allmlp.evaluation.charts import curve, smooth, thin
+from allmlp.evaluation.report import Example, data_uri, duration, wilson, write_report
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 ATTACK = "<script>alert(1)</script>"

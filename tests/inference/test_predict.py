@@ -8,16 +8,16 @@ import pytest
 import torch
 from PIL import Image
 
-import mlp_mixer
-from mlp_mixer.data.images import UnreadableImage
-from mlp_mixer.errors import UserError
-from mlp_mixer.inference.predict import ahead, find_images, predict, predict_stream
+import allmlp
+from allmlp.data.decode import UnreadableImage
+from allmlp.errors import UserError
+from allmlp.inference.predict import ahead, find_images, predict, predict_stream
 
 SIZES = {"patch_size": 4, "num_blocks": 1, "hidden_dim": 4, "tokens_mlp_dim": 2, "channels_mlp_dim": 4}
 
 
 def small_model(classes: int = 3, head: bool = True):
-    model = mlp_mixer.create(num_classes=classes, image_size=8, **SIZES)
+    model = allmlp.create(num_classes=classes, image_size=8, **SIZES)
     if head and classes:
         torch.nn.init.normal_(model.head.weight, generator=torch.Generator().manual_seed(0))
     return model

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-import mlp_mixer
-from mlp_mixer.errors import UserError
-from mlp_mixer.recipes import RECIPES, TRANSFERS, get_recipe, get_transfer
-from mlp_mixer.recipes.finetune import resolution, vtab
-from mlp_mixer.training.fit import make_mixing, make_optimizer, make_view
-from mlp_mixer.training.recipe import Recipe, Transfer, check, check_transfer
-from mlp_mixer.training.run import Run, train
-from mlp_mixer.training.start import prepare
+import allmlp
+from allmlp.errors import UserError
+from allmlp.recipes import RECIPES, TRANSFERS, get_recipe, get_transfer
+from allmlp.recipes.finetune import resolution, vtab
+from allmlp.training.fit import make_mixing, make_optimizer, make_view
+from allmlp.config.recipe import Recipe, Transfer, check, check_transfer
+from allmlp.training.run import Run, train
+from allmlp.training.initialization import prepare
 
 PAPER = Path(__file__).resolve().parents[3] / "shared" / "paper"
 OWN = ("digits", "cifar10", "photos")
@@ -144,7 +144,7 @@ def test_only_jft_stops_early(name: str) -> None:
 def test_pretraining_makes_the_model_of_table_1(name: str) -> None:
     recipe = get_recipe(name)
     with torch.device("meta"):
-        model, plain = prepare(recipe)(CLASSES), mlp_mixer.create(TABLE_4[name][0], num_classes=10)
+        model, plain = prepare(recipe)(CLASSES), allmlp.create(TABLE_4[name][0], num_classes=10)
     depth = recipe.model.stochastic_depth
     assert model.config == plain.config | {"stochastic_depth": depth}
     assert model.blocks[0].drop_path == 0.0
@@ -310,7 +310,7 @@ def one_step(recipe: Recipe, out: Path) -> Run[Any]:
     return train(recipe, out, lambda *_, **__: SimpleNamespace(top1=0.5, loss=1.0, unreadable={}), Silent())
 
 
-def moved(model: mlp_mixer.Mixer, start: mlp_mixer.Mixer) -> bool:
+def moved(model: allmlp.Mixer, start: allmlp.Mixer) -> bool:
     return any(not torch.equal(a, b) for a, b in zip(model.parameters(), start.parameters(), strict=True))
 
 
@@ -350,7 +350,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Of a Mixer for 8 × 8 pixels."""
     sizes = {"patch_size": 4, "num_blocks": 1, "hidden_dim": 8, "tokens_mlp_dim": 4, "channels_mlp_dim": 8}
     path = tmp_path_factory.mktemp("weights") / "w.safetensors"
-    mlp_mixer.save(mlp_mixer.create(num_classes=3, image_size=8, **sizes), path, classes=["a", "b", "c"])
+    allmlp.save(allmlp.create(num_classes=3, image_size=8, **sizes), path, classes=["a", "b", "c"])
     return str(path)
 
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 
-from mlp_mixer.errors import RunError
-from mlp_mixer.model import Mixer
-from mlp_mixer.training.compilation import WORTHWHILE_FLOP, made_ready
+from allmlp.errors import RunError
+from allmlp.model import Mixer
+from allmlp.training.compilation import WORTHWHILE_FLOP, made_ready
 
 MANY = 1e18
 
@@ -90,7 +90,7 @@ def test_a_compiled_model_is_warmed_up_on_a_batch_of_its_size(
 
 def test_auto_trains_without_a_compiler_that_does_not_work(broken: None, caplog: pytest.LogCaptureFixture) -> None:
     model = tiny()
-    with caplog.at_level(logging.WARNING, "mlp_mixer"):
+    with caplog.at_level(logging.WARNING, "allmlp"):
         assert compile_it(model, "auto") is model
     assert [record.getMessage() for record in caplog.records] == [
         "torch.compile does not work here (no compiler found): training without it, slower"

@@ -14,14 +14,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from mlp_mixer.data.parts import Part, Source
-from mlp_mixer.data.stores import ArrayStore
-from mlp_mixer.errors import RunError
-from mlp_mixer.evaluation.classification import classify
-from mlp_mixer.model import Mixer
-from mlp_mixer.training import run
-from mlp_mixer.training.fit import Fitted, fit, lengths
-from mlp_mixer.training.recipe import (
+from allmlp.data.dataset import Part, Source
+from allmlp.data.stores import ArrayStore
+from allmlp.errors import RunError
+from allmlp.evaluation.classification import classify
+from allmlp.model import Mixer
+from allmlp.training import run
+from allmlp.training.fit import Fitted, fit, lengths
+from allmlp.config.recipe import (
     DataRecipe,
     ModelRecipe,
     OptimizationRecipe,
@@ -29,9 +29,9 @@ from mlp_mixer.training.recipe import (
     RunRecipe,
     check,
 )
-from mlp_mixer.training.start import prepare
-from mlp_mixer.weights.load import load
-from mlp_mixer.weights.own import save
+from allmlp.training.initialization import prepare
+from allmlp.weights.load import load
+from allmlp.weights.native import save
 
 CLASSES = ("a", "b", "c")
 CPU = torch.device("cpu")
@@ -365,7 +365,7 @@ import pathlib, resource, sys
 import torch.utils.tensorboard
 sys.path.insert(0, {folder!r})
 from test_fit import Watched, recipe
-from mlp_mixer.errors import RunError
+from allmlp.errors import RunError
 sizes = dict(global_batch_size=1024, hidden_dim=1024, channels_mlp_dim=4096, patch_size=2, num_blocks=1, steps=2)
 seen = Watched(pathlib.Path({out!r}), recipe(**sizes))
 used = int(pathlib.Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()

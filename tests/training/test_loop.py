@@ -10,16 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mlp_mixer.card import Preprocessing
-from mlp_mixer.data.loading import Batch
-from mlp_mixer.data.mixing import Mixing
-from mlp_mixer.data.transforms import normalise
-from mlp_mixer.masks import sample_keys
-from mlp_mixer.model import Mixer
-from mlp_mixer.training.loop import Step, in_groups, train_steps
-from mlp_mixer.training.losses import LOSSES, Loss
-from mlp_mixer.training.optimizer import adamw, sgd
-from mlp_mixer.training.update import Update
+from allmlp.metadata import Preprocessing
+from allmlp.data.loader import Batch
+from allmlp.data.mixup import Mixing
+from allmlp.data.transforms import normalise
+from allmlp.rng import sample_keys
+from allmlp.model import Mixer
+from allmlp.training.loop import Step, in_groups, train_steps
+from allmlp.training.losses import LOSSES, Loss
+from allmlp.training.optimizer import adamw, sgd
+from allmlp.training.optimizer_step import Update
 
 Forward = Callable[[Tensor, Tensor], Tensor]
 

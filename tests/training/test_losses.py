@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mlp_mixer.training.losses import LOSSES, Loss
+from allmlp.training.losses import LOSSES, Loss
 
 
 def example(classes: int = 5, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ import pytest
 PROGRAM = """
 import resource
 import numpy as np
-from mlp_mixer.training.memory import keep_freed_memory
+from allmlp.training.memory import keep_freed_memory
 if {keep}:
     keep_freed_memory()
 def faults():

@@ -13,15 +13,15 @@ import torch
 from reference import numpy_forward, numpy_gradients, randomise
 from torch import Tensor
 
-from mlp_mixer.card import Preprocessing
-from mlp_mixer.data.loading import Batch
-from mlp_mixer.data.mixing import Mixing
-from mlp_mixer.model import Mixer
-from mlp_mixer.training.loop import train_steps
-from mlp_mixer.training.losses import LOSSES
-from mlp_mixer.training.optimizer import adamw, sgd, trainable
-from mlp_mixer.training.schedules import learning_rate
-from mlp_mixer.training.update import Update
+from allmlp.metadata import Preprocessing
+from allmlp.data.loader import Batch
+from allmlp.data.mixup import Mixing
+from allmlp.model import Mixer
+from allmlp.training.loop import train_steps
+from allmlp.training.losses import LOSSES
+from allmlp.training.optimizer import adamw, sgd, trainable
+from allmlp.training.schedules import learning_rate
+from allmlp.training.optimizer_step import Update
 
 Array = np.ndarray
 Arrays = dict[str, Array]

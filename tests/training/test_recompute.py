@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from mlp_mixer.masks import sample_keys
-from mlp_mixer.model import Mixer
-from mlp_mixer.training.recompute import recompute_blocks
+from allmlp.rng import sample_keys
+from allmlp.model import Mixer
+from allmlp.training.recompute import recompute_blocks
 
 SIZES = {"num_classes": 3, "image_size": 8, "patch_size": 2, "num_blocks": 3, "hidden_dim": 8}
 NOISY = {"dropout": 0.3, "stochastic_depth": 0.6}

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from mlp_mixer.training.schedules import learning_rate
+from allmlp.training.schedules import learning_rate
 
 
 def rates(steps: int, warmup: int, decay: str, peak: float = 1.0) -> list[float]:

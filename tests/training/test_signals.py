@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from mlp_mixer.errors import Stopped
-from mlp_mixer.training import signals as module
-from mlp_mixer.training.control import Control
-from mlp_mixer.training.saver import Saver
-from mlp_mixer.training.signals import Signals, deferred
-from mlp_mixer.training.world import ALONE
+from allmlp.errors import Stopped
+from allmlp.training import signals as module
+from allmlp.training.preemption import Control
+from allmlp.checkpointing.manager import Saver
+from allmlp.training.signals import Signals, deferred
+from allmlp.distributed.context import ALONE
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
 BOTH = [signal.SIGTERM, signal.SIGINT]
@@ -164,7 +164,7 @@ def test_which_second_signal_ends_the_process(
 
 PROGRAM = """
 import os, signal, time
-from mlp_mixer.training.signals import deferred
+from allmlp.training.signals import deferred
 with deferred() as signals:
     print("ready", flush=True)
     while not signals.received:
@@ -224,7 +224,7 @@ def test_time_makes_a_checkpoint_due_and_a_checkpoint_begins_a_new_wait(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = [1000.0]
-    monkeypatch.setattr("mlp_mixer.training.control.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("allmlp.training.preemption.time.monotonic", lambda: clock[0])
     asks = control(tmp_path, Signals(), save_seconds=60)
     for passed, due in ((59, 0), (2, 1), (100, 1)):
         clock[0] += passed

@@ -21,12 +21,12 @@ from layouts import Array, bfloat16, current, older, random_weights, timm
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-import mlp_mixer
-from mlp_mixer.errors import UserError
-from mlp_mixer.model import Mixer
-from mlp_mixer.weights import containers
-from mlp_mixer.weights.export import export
-from mlp_mixer.weights.load import load
+import allmlp
+from allmlp.errors import UserError
+from allmlp.model import Mixer
+from allmlp.weights import containers
+from allmlp.weights.export import export
+from allmlp.weights.load import load
 
 SECONDS, BYTES = 1.0, 200e6  # issue 3, row 5: at most, to refuse a file
 
@@ -92,8 +92,8 @@ def write_npz(path: Path, arrays: dict[str, Array], forged: dict[str, bytes], ki
 MEASURE = """
 import os, resource, sys, time
 import torch
-from mlp_mixer.errors import UserError
-from mlp_mixer.weights.load import load
+from allmlp.errors import UserError
+from allmlp.weights.load import load
 
 torch.set_num_threads(1)
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -504,7 +504,7 @@ def sound_files(folder: Path) -> dict[str, Path]:
     torch.save(arrays, folder / "legacy.pt", _use_new_zipfile_serialization=False)
     save_file(arrays, folder / "plain.safetensors")
     model = load(folder / "plain.safetensors")
-    mlp_mixer.save(model, folder / "own.safetensors", classes=["a", "é"])
+    allmlp.save(model, folder / "own.safetensors", classes=["a", "é"])
     export(model, folder / "timm.safetensors", "timm")
     names = ("zip.pt", "legacy.pt", "plain.safetensors", "own.safetensors", "timm.safetensors")
     return found | {name: folder / name for name in names}

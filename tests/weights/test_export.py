@@ -14,11 +14,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from mlp_mixer.card import Card, Preprocessing
-from mlp_mixer.errors import RunError, UserError
-from mlp_mixer.model import Mixer
-from mlp_mixer.weights.export import ENDINGS, Format, export
-from mlp_mixer.weights.load import load
+from allmlp.metadata import Card, Preprocessing
+from allmlp.errors import RunError, UserError
+from allmlp.model import Mixer
+from allmlp.weights.export import ENDINGS, Format, export
+from allmlp.weights.load import load
 
 FORMATS: tuple[Format, ...] = ("own", "npz", "timm")
 BITS = {torch.float64: torch.int64, torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
@@ -115,7 +115,7 @@ def test_own_is_what_save_writes(tmp_path: Path) -> None:
     model = make()
     model.card = Card(classes=("a", "b", "c"), provenance={"seed": 1})
     export(model, tmp_path / "a.safetensors", "own")
-    from mlp_mixer.weights.own import save
+    from allmlp.weights.native import save
 
     save(model, tmp_path / "b.safetensors")
     with safe_open(tmp_path / "a.safetensors", "pt") as a, safe_open(tmp_path / "b.safetensors", "pt") as b:
@@ -181,7 +181,7 @@ def test_npz_holds_arrays_alone(tmp_path: Path) -> None:
 
 
 def test_timm_takes_its_own_and_computes_the_same(tmp_path: Path) -> None:
-    timm = pytest.importorskip("timm.models.mlp_mixer")
+    timm = pytest.importorskip("timm.models.allmlp")
     model = make(gelu="erf")
     export(model, tmp_path / "m.safetensors", "timm")
     theirs = timm.MlpMixer(
@@ -196,7 +196,7 @@ def test_timm_takes_its_own_and_computes_the_same(tmp_path: Path) -> None:
 
 
 def test_timm_without_a_head(tmp_path: Path) -> None:
-    timm = pytest.importorskip("timm.models.mlp_mixer")
+    timm = pytest.importorskip("timm.models.allmlp")
     model = make(gelu="erf", num_classes=0)
     export(model, tmp_path / "m.safetensors", "timm")
     theirs = timm.MlpMixer(
@@ -238,8 +238,8 @@ def test_a_change_of_timms_tensors_or_of_what_stands_beside_is_found(tmp_path: P
     assert said["format"] == "pt"  # without which others do not read it
     changed = {name: tensor.clone() for name, tensor in tensors.items()}
     changed["head.bias"][0] += 1
-    card = json.dumps(json.loads(said["mlp_mixer.card"]) | {"classes": ["x", "y", "z"]})
-    for broken, metadata in ((changed, said), (tensors, said | {"mlp_mixer.card": card})):
+    card = json.dumps(json.loads(said["allmlp.metadata"]) | {"classes": ["x", "y", "z"]})
+    for broken, metadata in ((changed, said), (tensors, said | {"allmlp.metadata": card})):
         save_file(broken, path, metadata)
         with pytest.raises(UserError, match=r"m\.safetensors was changed or damaged since it was saved"):
             load(path)

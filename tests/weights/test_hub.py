@@ -17,14 +17,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import mlp_mixer
-from mlp_mixer.card import Card, Preprocessing
-from mlp_mixer.errors import RunError, UserError
-from mlp_mixer.model import Mixer
-from mlp_mixer.weights.export import export
-from mlp_mixer.weights.known import class_names
-from mlp_mixer.weights.load import load
-from mlp_mixer.weights.own import save
+import allmlp
+from allmlp.metadata import Card, Preprocessing
+from allmlp.errors import RunError, UserError
+from allmlp.model import Mixer
+from allmlp.weights.export import export
+from allmlp.weights.published import class_names
+from allmlp.weights.load import load
+from allmlp.weights.native import save
 
 COMMIT, OTHER = "0123456789abcdef0123456789abcdef01234567", "f" * 40
 REPO, ADDRESS = "owner/name", "hf-hub:owner/name"
@@ -111,7 +111,7 @@ def warnings_of(caplog: pytest.LogCaptureFixture) -> str:
 def test_a_repository_in_the_cache_loads_offline(cache: Callable, tmp_path: Path, write: Callable) -> None:
     model = make()
     cache(REPO, {"model.safetensors": write(tmp_path, model), "config.json": b"{}"})
-    again = mlp_mixer.load(ADDRESS)
+    again = allmlp.load(ADDRESS)
     assert same(again, model)
     assert not again.training
     images = torch.randn(2, 3, 8, 8)
@@ -223,7 +223,7 @@ def test_the_revision_travels_with_what_is_saved(cache: Callable, tmp_path: Path
     cache(REPO, {"model.safetensors": write(tmp_path, make()), "config.json": b"{}"})
     model = load(ADDRESS)
     save(model, tmp_path / "m.safetensors")
-    export(mlp_mixer.resize(model, 16), tmp_path / "n.safetensors", "timm")
+    export(allmlp.resize(model, 16), tmp_path / "n.safetensors", "timm")
     for path in (tmp_path / "m.safetensors", tmp_path / "n.safetensors"):
         source = load(path).card.provenance["source"]
         assert (source["hub"], source["revision"]) == (REPO, COMMIT)
@@ -564,7 +564,7 @@ def test_losing_the_connection_after_the_weights_is_no_hindrance(
 
 def test_without_the_library_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(UserError, match=r"the Hugging Face hub needs its library: pip install 'mlp-mixer\[hub\]'"):
+    with pytest.raises(UserError, match=r"the Hugging Face hub needs its library: pip install 'allmlp\[hub\]'"):
         load(ADDRESS)
 
 
@@ -572,8 +572,8 @@ def test_local_files_need_no_library(tmp_path: Path) -> None:
     """Nor is it imported for them, nor with the package."""
     save(make(), tmp_path / "m.safetensors")
     program = (
-        "import sys; sys.modules['huggingface_hub'] = None; import mlp_mixer;"
-        f"print(mlp_mixer.load({str(tmp_path / 'm.safetensors')!r}).config['num_classes'])"
+        "import sys; sys.modules['huggingface_hub'] = None; import allmlp;"
+        f"print(allmlp.load({str(tmp_path / 'm.safetensors')!r}).config['num_classes'])"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout == "3\n"

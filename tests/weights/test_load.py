@@ -14,11 +14,11 @@ from reference import numpy_forward, randomise
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-import mlp_mixer
-from mlp_mixer.errors import UserError
-from mlp_mixer.model import Mixer
-from mlp_mixer.weights.export import export
-from mlp_mixer.weights.load import load
+import allmlp
+from allmlp.errors import UserError
+from allmlp.model import Mixer
+from allmlp.weights.export import export
+from allmlp.weights.load import load
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}  # relative
 
@@ -131,7 +131,7 @@ def test_what_a_checkpoint_holds_beside_the_weights_is_left_out_and_said(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     np.savez(tmp_path / "w.npz", **wrapped(current(random_weights()), "opt/target/"))
-    with caplog.at_level(logging.INFO, "mlp_mixer"):
+    with caplog.at_level(logging.INFO, "allmlp"):
         load(tmp_path / "w.npz")
     (said,) = (record.getMessage() for record in caplog.records if "left out" in record.getMessage())
     assert str(tmp_path / "w.npz") in said
@@ -165,7 +165,7 @@ def test_content_tells_not_the_name(tmp_path: Path) -> None:
             torch.save(exact, tmp_path / name, _use_new_zipfile_serialization=zipped)
             agrees(load(tmp_path / name), weights, "erf", torch.float64)
     model = load(tmp_path / "none")
-    mlp_mixer.save(model, tmp_path / "own.safetensors")
+    allmlp.save(model, tmp_path / "own.safetensors")
     (tmp_path / "own.safetensors").rename(tmp_path / "own.npz")
     agrees(load(tmp_path / "own.npz"), weights, "erf", torch.float64)
 
@@ -178,7 +178,7 @@ def test_an_npz_comes_out_as_it_went_in(tmp_path: Path) -> None:
         expected = current(weights)
         for i, arrays in enumerate((expected, wrapped(older(weights, numbers=(3, 10)), "opt/target/params/"))):
             np.savez(tmp_path / f"{i}.npz", **arrays)
-            mlp_mixer.save(load(tmp_path / f"{i}.npz"), tmp_path / f"{i}.safetensors")
+            allmlp.save(load(tmp_path / f"{i}.npz"), tmp_path / f"{i}.safetensors")
             export(load(tmp_path / f"{i}.safetensors"), tmp_path / f"{i}-again.npz", "npz")
             with np.load(tmp_path / f"{i}-again.npz") as again:
                 assert set(again) == set(expected)
@@ -275,7 +275,7 @@ def test_state_dicts_in_their_wrappings(tmp_path: Path, wrap, left_out: str, cap
     for zipped in (True, False):
         caplog.clear()
         torch.save(wrap(state), tmp_path / "w.pth", _use_new_zipfile_serialization=zipped)
-        with caplog.at_level(logging.INFO, "mlp_mixer"):
+        with caplog.at_level(logging.INFO, "allmlp"):
             model = load(tmp_path / "w.pth")
         agrees(model, weights, "erf", torch.float32)
         said = [r.getMessage() for r in caplog.records if "left out" in r.getMessage()]
@@ -335,7 +335,7 @@ def test_lucidrains_models(tmp_path: Path, options: dict, given: dict, as_torch:
     assert (model.config["gelu"], model.config["norm_eps"]) == ("erf", 1e-5)
     depth = options.get("depth", 2)
     agrees_with(model, peer, peer[depth + 2])
-    mlp_mixer.save(model, tmp_path / "own.safetensors")
+    allmlp.save(model, tmp_path / "own.safetensors")
     agrees_with(load(tmp_path / "own.safetensors"), peer, peer[depth + 2])
 
 
@@ -427,7 +427,7 @@ def test_an_image_size_that_is_not_the_files(tmp_path: Path, size: int | tuple[i
 
 def test_what_is_given_must_agree_with_a_file_of_ours_too(tmp_path: Path) -> None:
     np.savez(tmp_path / "w.npz", **current(random_weights(12)))
-    mlp_mixer.save(load(tmp_path / "w.npz"), tmp_path / "own.safetensors")
+    allmlp.save(load(tmp_path / "w.npz"), tmp_path / "own.safetensors")
     for name in ("w.npz", "own.safetensors"):
         said = message(tmp_path / name, in_channels=1)
         assert "in_channels=1, but its stem takes 3: leave it out" in said
@@ -574,7 +574,7 @@ def test_a_head_of_zeros_gives_features_and_refuses_to_predict(
     with torch.no_grad():
         assert relative(model.features(images), expected) <= TOLERANCE[torch.float64]
     with pytest.raises(UserError, match=r"all zero.*(finetune|features)"):
-        mlp_mixer.predict(model, [])
+        allmlp.predict(model, [])
 
 
 def test_a_head_that_was_trained_warns_of_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

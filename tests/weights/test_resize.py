@@ -12,15 +12,15 @@ import torch.nn.functional as F
 from reference import numpy_forward, randomise
 from torch import Tensor
 
-import mlp_mixer
-from mlp_mixer.card import Card, Preprocessing
-from mlp_mixer.cost import cost
-from mlp_mixer.errors import UserError
-from mlp_mixer.model import Mixer
-from mlp_mixer.variants import VARIANTS
-from mlp_mixer.weights.load import load
-from mlp_mixer.weights.own import save
-from mlp_mixer.weights.resize import axis_parts, resampling, resize, resized_config
+import allmlp
+from allmlp.metadata import Card, Preprocessing
+from allmlp.flops import cost
+from allmlp.errors import UserError
+from allmlp.model import Mixer
+from allmlp.variants import VARIANTS
+from allmlp.weights.load import load
+from allmlp.weights.native import save
+from allmlp.weights.resize import axis_parts, resampling, resize, resized_config
 
 Pair = tuple[int, int]
 SQUARE, OBLONG, TALL_PATCHES = ((12, 12), (4, 4)), ((8, 12), (4, 4)), ((8, 9), (4, 3))  # image, patch
@@ -402,7 +402,7 @@ AT_448 = {
 
 def config_of(name: str, num_classes: int) -> dict:
     with torch.device("meta"):
-        return mlp_mixer.create(name, num_classes=num_classes).config
+        return allmlp.create(name, num_classes=num_classes).config
 
 
 @pytest.mark.parametrize("name", AT_448)
@@ -573,4 +573,4 @@ def test_sizes_as_numpy_and_lists_give_them() -> None:
 
 
 def test_the_name_in_the_package() -> None:
-    assert mlp_mixer.resize is resize
+    assert allmlp.resize is resize

@@ -1,0 +1,1 @@
+"""Checkpoints that are there whole or not at all."""

@@ -1,0 +1,1 @@
+"""What to train and how: recipes, typed, and to and from JSON."""

@@ -1,0 +1,64 @@
+"""Labelled images: one part of a data set, and the parts that make a SOURCE."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from PIL import Image
+
+from allmlp.data.decode import MAX_PIXELS
+from allmlp.data.stores import Store
+from allmlp.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """Labelled images: ``names[i]`` in ``store`` shows ``classes[labels[i]]``."""
+
+    store: Store
+    names: tuple[str, ...]
+    labels: np.ndarray  # (N,) int64
+    classes: tuple[str, ...]
+    max_pixels: int = MAX_PIXELS
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def image(self, index: int, enough: int | None = None) -> Image.Image:
+        """Upright RGB; a JPEG perhaps at a fraction of its size, its shorter side still of ``enough`` pixels."""
+        return self.store.open(self.names[index], self.max_pixels, enough)
+
+    def subset(self, indices: np.ndarray) -> "Part":
+        return replace(self, names=tuple(self.names[i] for i in indices), labels=self.labels[indices])
+
+    def relabelled(self, classes: Sequence[str]) -> "Part":
+        """The same images with labels by name in another list of classes (a model's), so a missing one shifts none."""
+        position = {name: i for i, name in enumerate(classes)}
+        unknown = [name for name in self.classes if name not in position]
+        if unknown:
+            raise UserError(
+                f"{len(unknown)} class(es) of the data are unknown to the model ({', '.join(map(repr, unknown[:5]))}); "
+                f"it knows {', '.join(map(repr, list(classes)[:10]))}{' …' if len(classes) > 10 else ''}: "
+                "rename the class folders, or train on them"
+            )
+        labels = np.array([position[name] for name in self.classes], dtype=np.int64)[self.labels]
+        return replace(self, classes=tuple(classes), labels=labels)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """The parts that are there ("train", "val", "test"), and how they came about, in words for the user."""
+
+    parts: dict[str, Part]
+    classes: tuple[str, ...]
+    how: str
+    left_out: dict[str, int] = field(default_factory=dict)  # files that are no images, by ending
+
+    def part(self, name: str) -> Part:
+        if name == "all":
+            first = next(iter(self.parts.values()))
+            labels = np.concatenate([part.labels for part in self.parts.values()])
+            return replace(first, names=tuple(n for part in self.parts.values() for n in part.names), labels=labels)
+        if name not in self.parts:
+            raise UserError(f"there is no {name} part in this source: it has {', '.join(self.parts)}, or all")
+        return self.parts[name]

@@ -1,0 +1,144 @@
+"""Where the bytes of images are: a folder, a zip, arrays in memory. Each opens one image by its name.
+
+A store can be pickled and sent to a worker process; a zip is opened again there.
+"""
+
+import lzma
+import os
+import stat
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from PIL import Image
+
+from allmlp.data.decode import UnreadableImage, decode
+from allmlp.errors import UserError, printable
+
+MAX_BYTES = 1 << 30  # of one image file; a larger one is refused before it is read
+
+
+class Store(Protocol):
+    def open(self, name: str, max_pixels: int, enough: int | None = None) -> Image.Image:
+        """The upright RGB image of that name (see ``decode``); an UnreadableImage where it cannot be read."""
+        ...
+
+
+class FolderStore:
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def open(self, name: str, max_pixels: int, enough: int | None = None) -> Image.Image:
+        path = os.path.join(self.root, name)  # noqa: PTH118 (pathlib takes longer than a small file's reading)
+        try:
+            data = read_regular(path)
+        except OSError as error:
+            why = f"{path} cannot be read: {error.strerror}; check the file and its permissions"
+            raise UnreadableImage(printable(why)) from None
+        return decode(data, path, max_pixels, enough)
+
+    def names(self) -> Iterator[str]:
+        """Every file below the root, relative, with forward slashes, in the same order on every machine."""
+        for folder, _, files in self.walk():
+            for file in sorted(files):
+                yield (Path(folder) / file).relative_to(self.root).as_posix()
+
+    def folders(self) -> list[str]:
+        """Every folder below the root, however empty."""
+        return [(Path(at) / name).relative_to(self.root).as_posix() for at, names, _ in self.walk() for name in names]
+
+    def walk(self) -> Iterator[tuple[str, list[str], list[str]]]:
+        """os.walk, sorted, through links to folders but never twice into the same one."""
+        seen = {self.root.resolve()}
+        for folder, folders, files in os.walk(self.root, followlinks=True):
+            new = {name: (Path(folder) / name).resolve() for name in sorted(folders)}
+            folders[:] = [name for name, place in new.items() if place not in seen]
+            seen |= set(new.values())
+            yield folder, folders, files
+
+    def inside(self, folder: str) -> "FolderStore":
+        """The store of a folder below the root; names are relative to it."""
+        return FolderStore(self.root / folder)
+
+
+class ZipStore:
+    def __init__(self, path: Path, prefix: str = "") -> None:
+        self.path, self.prefix = path, prefix  # "" or "folder/": only what lies in it
+        self.opened: tuple[int, zipfile.ZipFile] | None = None  # by which process: a file's position cannot be shared
+
+    def archive(self) -> zipfile.ZipFile:
+        if self.opened is None or self.opened[0] != os.getpid():
+            try:
+                self.opened = (os.getpid(), zipfile.ZipFile(self.path))
+            except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError) as error:
+                raise UserError(f"{self.path} is not a sound zip file ({error}): pack or copy it again") from None
+        return self.opened[1]
+
+    def open(self, name: str, max_pixels: int, enough: int | None = None) -> Image.Image:
+        label = f"{self.path}/{self.prefix}{name}"
+        check_bytes(self.archive().getinfo(self.prefix + name).file_size, label)
+        try:
+            data = self.archive().read(self.prefix + name)
+        except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, OSError, RuntimeError, EOFError) as error:
+            raise UnreadableImage(printable(f"{label} cannot be unpacked: {error}; pack the zip again")) from None
+        return decode(data, label, max_pixels, enough)
+
+    def names(self) -> Iterator[str]:
+        yield from (name for name in self.entries() if not name.endswith("/"))
+
+    def folders(self) -> list[str]:
+        found = set()
+        for name in self.entries():
+            pieces = name.split("/")[:-1]
+            found |= {"/".join(pieces[: i + 1]) for i in range(len(pieces))}
+        return sorted(found)
+
+    def entries(self) -> list[str]:
+        inside = (name.removeprefix(self.prefix) for name in self.archive().namelist() if name.startswith(self.prefix))
+        return sorted({name for name in inside if name})  # a name may have been written twice: the last is read
+
+    def inside(self, folder: str) -> "ZipStore":
+        return ZipStore(self.path, f"{self.prefix}{folder}/")
+
+    def __getstate__(self) -> dict:
+        return {"path": self.path, "prefix": self.prefix, "opened": None}
+
+
+class ArrayStore:
+    """Images in memory: (N, H, W, 3) uint8, named in that order."""
+
+    def __init__(self, pixels: np.ndarray, names: tuple[str, ...]) -> None:
+        self.pixels = pixels
+        self.index = {name: i for i, name in enumerate(names)}
+
+    def open(self, name: str, max_pixels: int, enough: int | None = None) -> Image.Image:
+        return Image.fromarray(self.pixels[self.index[name]])
+
+
+READ_ONLY = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)  # a pipe is not waited for
+
+
+def read_regular(path: str) -> bytes:
+    """A file's bytes, with four calls to the system: Python's own files take as long as decoding a small image does."""
+    descriptor = os.open(path, READ_ONLY)
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise UnreadableImage(printable(f"{path} cannot be read: it is no regular file; remove it"))
+        check_bytes(status.st_size, path)
+        data = os.read(descriptor, status.st_size)
+        while len(data) < status.st_size and (more := os.read(descriptor, status.st_size - len(data))):
+            data += more
+        return data
+    finally:
+        os.close(descriptor)
+
+
+def check_bytes(size: int, name: str) -> None:
+    if size > MAX_BYTES:
+        raise UnreadableImage(
+            f"{name} cannot be read: {size:,} bytes, over the limit of {MAX_BYTES:,}; make it smaller"
+        )

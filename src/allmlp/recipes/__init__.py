@@ -1,0 +1,51 @@
+"""What to train: one function a recipe, by name; each of the paper's has a reduced twin, NAME-small."""
+
+import difflib
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+from allmlp.errors import UserError
+from allmlp.recipes.cifar10 import cifar10
+from allmlp.recipes.digits import digits
+from allmlp.recipes.finetune import FINETUNE
+from allmlp.recipes.photos import photos
+from allmlp.recipes.pretrain import PRETRAIN
+from allmlp.recipes.small import small, small_transfer
+from allmlp.config.recipe import Recipe, Transfer
+
+T = TypeVar("T")
+
+RECIPES: dict[str, Callable[[], Recipe]] = {
+    "digits": digits,
+    "cifar10": cifar10,
+    "photos": photos,
+    **PRETRAIN,
+    **{f"{name}-small": lambda make=make: small(make()) for name, make in PRETRAIN.items()},
+}
+TRANSFERS: dict[str, Callable[[], Transfer]] = {
+    **FINETUNE,
+    **{f"{name}-small": lambda make=make: small_transfer(make()) for name, make in FINETUNE.items()},
+}
+
+
+def get_recipe(name: str) -> Recipe:
+    """The recipe of that name; a UserError, with the nearest, for one that does not exist."""
+    return pick(RECIPES, name)()
+
+
+def get_transfer(name: str) -> Transfer:
+    """The fine-tuning recipe of that name; a UserError, with the nearest, for one that does not exist."""
+    return pick(TRANSFERS, name)()
+
+
+def pick(recipes: Mapping[str, T], name: str) -> T:
+    if name not in recipes:
+        near = difflib.get_close_matches(name, recipes, 2)
+        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        raise UserError(f"unknown recipe {name!r}: {hint}there are {listed(recipes)}")
+    return recipes[name]
+
+
+def listed(recipes: Mapping[str, object]) -> str:
+    """The names for a line of text; the twins are implied."""
+    return ", ".join(name for name in recipes if not name.endswith("-small"))

@@ -1,0 +1,47 @@
+"""Where a result comes from: hardware, versions, commit."""
+
+import functools
+import importlib.metadata
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: of the device's allocator on a GPU, of the whole process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource  # POSIX alone has it
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def describe_device(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {torch.get_num_threads()} threads"
+
+
+def current_commit() -> str | None:
+    """Of the checkout this package runs from, "-dirty" where it was changed; None where there is none."""
+    tracked = git("ls-files", "--error-unmatch", Path(__file__).name)  # else the repository is somebody else's
+    return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*") if tracked else None
+
+
+def git(*words: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None
+
+
+@functools.cache  # it reads about every package that is installed
+def versions() -> dict[str, str]:
+    installed = {found.metadata["Name"].lower(): found.version for found in importlib.metadata.distributions()}
+    names = ("allmlp", "torch", "numpy", "pillow")
+    return {"python": platform.python_version()} | {name: installed.get(name, "from source") for name in names}

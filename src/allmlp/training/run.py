@@ -1,0 +1,230 @@
+"""A whole run: from a recipe to the folder that holds all there is to know about it."""
+
+import datetime
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic
+
+import torch
+
+from allmlp.data.dataset import Source
+from allmlp.data.sources import hold_out, load_source
+from allmlp.device import select_device, select_precision
+from allmlp.errors import UserError
+from allmlp.files import to_json, write_text
+from allmlp.model import Mixer
+from allmlp.training.preemption import Control
+from allmlp.training.fit import Fitted, fit
+from allmlp.runs.folder import locked, run_folder
+from allmlp.training.memory import keep_freed_memory
+from allmlp.distributed.parallelize import shard
+from allmlp.runs.provenance import current_commit, describe_device, peak_memory, versions
+from allmlp.config.recipe import Recipe, check, check_ranks
+from allmlp.runs.resume import check_same, claim, take
+from allmlp.checkpointing.manager import Saver
+from allmlp.training.signals import deferred
+from allmlp.training.initialization import prepare
+from allmlp.training.watch import Progress, R
+from allmlp.distributed.context import ALONE, World
+from allmlp.weights.published import variant_of
+from allmlp.weights.native import save
+
+log = logging.getLogger(__name__)
+
+
+Evaluate = Callable[..., R]  # (model, part, *, device, precision, on_progress, world) -> R
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run(Generic[R]):
+    """What a finished run leaves: its folder, its summary, the model, and the evaluation of each held-out part."""
+
+    out: Path
+    recipe: Recipe
+    summary: dict[str, Any]
+    metrics: list[dict[str, float]]
+    model: Mixer
+    source: Source
+    results: dict[str, R]  # "val", "test", where there are such parts
+
+
+def train(
+    recipe: Recipe,
+    out: Path,
+    evaluate: Evaluate[R],
+    progress: Progress,
+    command: str = "",
+    *,
+    world: World = ALONE,
+    resume: bool = False,
+    trusted: bool = False,
+    again: str = "the same command and --resume auto",
+) -> Run[R]:
+    """Trains a model, new or from weights, and writes the run's folder, all of it but the report.
+
+    Args:
+        recipe: what to train, and how.
+        out: the run's folder.
+        evaluate: measures a model on a part.
+        progress: is told how far the run is.
+        command: for the summary.
+        world: the processes that train together; each calls this with the same arguments.
+        resume: go on with the run in ``out`` from its newest sound checkpoint, if there is such a run.
+        trusted: take checkpoints that are not this user's own.
+        again: the words that go on with the run, for the message when a signal ends it.
+
+    Raises:
+        UserError: a mistake in the recipe or the data; a folder this call made is removed again.
+        RunError: a loss that is not finite, a batch that does not fit the memory, or a full disk.
+        Stopped: by SIGTERM or SIGINT, after a checkpoint.
+    """
+    check_ranks(check(recipe), world.ranks)
+    if not resume and world.once(out.exists):
+        raise UserError(f"{out} exists: go on with it by --resume {out}, name another folder with --out, or remove it")
+    if world.once(lambda: out.exists() and not out.is_dir()):
+        raise UserError(f"{out} is a file: name a folder with --out")
+    device = world.device(select_device(recipe.run.device))
+    precision = select_precision(recipe.run.precision, device)
+    start = prepare(recipe)  # a mistake in the sizes is told before any data is read
+    if device.type == "cpu":
+        keep_freed_memory()
+    world.beat("reading the data", slow=True)
+    source = world.in_turns(lambda: read_source(recipe))
+    origin = {
+        "seed": recipe.run.seed,
+        "command": command,
+        "commit": current_commit(),
+        "versions": versions(),
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+    with deferred() as signals, run_folder(out, world.first), locked(out, world.first):
+        saver = Saver(out / "checkpoints", world, recipe.run.keep_checkpoints, recipe.run.save_in_background)
+        control = Control(world, signals, saver, 60 * recipe.run.save_every_minutes, again)
+        found = world.once(lambda: claim(recipe, out, trusted))
+        if found is not None:
+            saver.last = found.state["step"]
+            check_same(found.state, source, str(precision).removeprefix("torch."), found.folder)
+            whose = "trusted as you asked" if trusted else "trusted: one of your own"
+            log.info("going on after step %d, from %s (%s)", found.state["step"], found.folder, whose)
+        world.once(lambda: take(recipe, out, found))
+        model = start.skeleton(source.classes)
+        if recipe.run.shard and world.ranks > 1:
+            shard(model, world, device)
+        model.to_empty(device=device)
+        if found is None:
+            start.fill(model)
+
+        def examine(model: Mixer, part: str) -> R:
+            def show(done: int, total: int) -> None:
+                world.beat(f"evaluating on {part}")
+                control.poll()
+                progress.update(done, total, f"evaluating on {part}")
+
+            return evaluate(
+                model, source.parts[part], device=device, precision=precision, on_progress=show, world=world
+            )
+
+        fitted = fit(recipe, out, source, model, device, precision, examine, progress, control, found)
+        model = fitted.model
+        results = {"val": fitted.val} if fitted.val else {}
+        if world.first:
+            save(model, out / "model.safetensors", **origin)
+        results |= {"test": examine(model, "test")} if "test" in source.parts else {}
+        summary = summarise(recipe, source, model, fitted, results, device, precision, world) | origin
+        measured = {key: summary[key] for key in ("data", "split", "epochs", "val_top1", "test_top1")}
+        if world.first:
+            save(model, out / "model.safetensors", **origin, **measured)
+            write_text(out / "summary.json", to_json(summary, indent=2) + "\n")
+    metrics = fitted.metrics
+    return Run(out=out, recipe=recipe, summary=summary, metrics=metrics, model=model, source=source, results=results)
+
+
+def summarise(
+    recipe: Recipe,
+    source: Source,
+    model: Mixer,
+    fitted: Fitted[R],
+    results: dict[str, R],
+    device: torch.device,
+    precision: torch.dtype,
+    world: World,
+) -> dict[str, Any]:
+    """What summary.json holds, but for where it comes from."""
+    images = fitted.steps * recipe.optimization.global_batch_size
+    bad = fitted.unreadable + [name for result in results.values() for name in result.unreadable]
+    return {
+        "model": describe_model(model),
+        "started_from": recipe.model.weights,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "data": recipe.data.data,
+        "split": source.how,
+        "images": {name: len(part) for name, part in source.parts.items()},
+        "left_out": source.left_out,
+        "steps": fitted.steps,
+        "kept_step": fitted.kept_step,
+        "warmup_steps": fitted.warmup_steps,
+        "epochs": images / len(source.parts["train"]),
+        "images_per_second": images / fitted.step_seconds,
+        "train_seconds": fitted.compile_seconds + fitted.step_seconds,
+        "compile_seconds": fitted.compile_seconds,
+        "peak_memory_bytes": peak_memory(device),
+        "val_top1": results["val"].top1 if "val" in results else None,
+        "test_top1": results["test"].top1 if "test" in results else None,
+        "device": describe_device(device),
+        "processes": world.ranks,
+        "sharded": recipe.run.shard and world.ranks > 1,
+        "precision": str(precision).removeprefix("torch."),
+        "compiled": fitted.compiled,
+        "unreadable_images": len(bad),
+        "unreadable": bad,
+    }
+
+
+def read_source(recipe: Recipe) -> Source:
+    """The recipe's data, said to the user; a UserError where a classifier cannot be trained on it."""
+    data = recipe.data
+    source = find_source(recipe)
+    if data.holdout:
+        source = hold_out(source, data.holdout, data.split_seed)
+    parts = ", ".join(f"{len(part):,} {name}" for name, part in source.parts.items())
+    log.info("%s: %d classes; images: %s", source.how, len(source.classes), parts)
+    for ending, count in source.left_out.items():
+        log.warning("%d files left out: %s", count, ending)
+    source.part("train")
+    if len(source.classes) < 2:
+        raise UserError(f"{data.data} has one class, {', '.join(source.classes)}: a classifier needs at least two")
+    require_validation(recipe, source)
+    return source
+
+
+def find_source(recipe: Recipe) -> Source:
+    data = recipe.data
+    return load_source(
+        data.data,
+        val_fraction=0.0 if data.holdout else data.val_fraction,
+        test_fraction=data.test_fraction,
+        split_seed=data.split_seed,
+        max_pixels=data.max_pixels,
+    )
+
+
+def check_validation(recipe: Recipe) -> None:
+    """A UserError where the recipe goes by validation images that its data does not have."""
+    if recipe.run.keep == "best" or recipe.run.patience is not None:
+        require_validation(recipe, find_source(recipe))
+
+
+def require_validation(recipe: Recipe, source: Source) -> None:
+    chooses = {"--keep best": recipe.run.keep == "best", "--patience": recipe.run.patience is not None}
+    for choice, asked in chooses.items():
+        if asked and "val" not in source.parts:
+            raise UserError(f"{choice} goes by validation images, and there are none: give a --val-fraction above 0")
+
+
+def describe_model(model: Mixer) -> str:
+    sizes, variant = model.config, variant_of(model.config)
+    named = f"Mixer-{variant}" if variant else "Mixer"
+    patch = "×".join(map(str, sizes["patch_size"]))
+    return f"{named}: {sizes['num_blocks']} blocks, C {sizes['hidden_dim']}, patch {patch}"

@@ -1,0 +1,447 @@
+"""SOURCEs by name: the digits, and torchvision's own classes reading small copies in the true formats. No network."""
+
+import http.client
+import io
+import pickle
+import random
+import re
+import shutil
+import sys
+import urllib.error
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from allmlp.data.decode import UnreadableImage
+from allmlp.data.builtin import FOLDERS
+from allmlp.data.sources import Part, load_source
+from allmlp.errors import RunError, UserError
+
+torchvision_sets = pytest.importorskip("torchvision.datasets")
+
+BREEDS = ("Abyssinian", "american_bulldog", "Maine_Coon", *(f"breed_{i:02d}" for i in range(34)))
+CLASSES = {
+    "cifar10": tuple(f"thing {i}" for i in range(10)),
+    "cifar100": tuple(f"fine {i}" for i in range(100)),
+    "pets": ("Abyssinian", "American Bulldog", "Maine Coon", *(f"Breed {i:02d}" for i in range(34))),
+    "flowers102": tuple(torchvision_sets.Flowers102.classes),
+}
+SPLITS = {"train": 0, "val": 100, "test": 200}  # torchvision's, and the blue in which each is painted here
+PER_CLASS = {"train": 2, "val": 1, "test": 1}
+
+# Every image is of one colour that says its class and its split, so that what is read can be held against what was
+# written, whatever the lists say.
+
+
+def colour(label: int, split: str) -> tuple[int, int, int]:
+    return 20 * (label % 11), 20 * (label // 11), SPLITS[split]
+
+
+def meaning(pixels: np.ndarray) -> tuple[int, str]:
+    """The class and the split that an image is painted in; JPEG is some units off."""
+    red, green, blue = (float(pixels[..., i].mean()) for i in range(3))
+    return round(red / 20) + 11 * round(green / 20), {v: k for k, v in SPLITS.items()}[100 * round(blue / 100)]
+
+
+def shuffled(name: str, *splits: str) -> list[tuple[int, str]]:
+    """(label, split) of the images of a copy, in no order."""
+    labels = range(len(CLASSES[name]))
+    images = [(label, split) for split in splits for label in labels for _ in range(PER_CLASS[split])]
+    return random.Random(1).sample(images, len(images))
+
+
+def write_jpeg(path: Path, label: int, split: str) -> None:
+    file = io.BytesIO()
+    Image.new("RGB", (6, 5), colour(label, split)).save(file, "JPEG", quality=95)
+    path.write_bytes(file.getvalue())
+
+
+def write_cifar(root: Path, name: str, batches: dict[str, str], labels_key: str, meta: tuple[str, str]) -> None:
+    """Python pickles as the authors' (rows of 1,024 reds, greens, blues); ``batches``: file → split."""
+    folder = root / FOLDERS[name]
+    folder.mkdir(parents=True)
+    for file, split in batches.items():
+        images = shuffled(name, split)
+        rows = np.array([np.repeat(colour(*image), 32 * 32) for image in images], dtype=np.uint8)
+        labels = [label for label, _ in images]
+        entry = {"data": rows, labels_key: labels, "coarse_labels": [label // 5 for label in labels]}
+        (folder / file).write_bytes(pickle.dumps(entry))
+    (folder / meta[0]).write_bytes(pickle.dumps({meta[1]: list(CLASSES[name]), "coarse_label_names": ["coarse"] * 20}))
+
+
+def write_cifar10(root: Path) -> None:
+    batches = {f"data_batch_{i}": "train" for i in range(1, 6)} | {"test_batch": "test"}
+    write_cifar(root, "cifar10", batches, "labels", ("batches.meta", "label_names"))
+
+
+def write_cifar100(root: Path) -> None:
+    write_cifar(root, "cifar100", {"train": "train", "test": "test"}, "fine_labels", ("meta", "fine_label_names"))
+
+
+def write_pets(root: Path) -> None:
+    """JPEGs, and lists of image, class, species and breed, each counted from 1."""
+    folder = root / FOLDERS["pets"]
+    for name in ("images", "annotations"):
+        (folder / name).mkdir(parents=True)
+    number = 0
+    for file, split in (("trainval.txt", "train"), ("test.txt", "test")):
+        lines = []
+        for label, _ in shuffled("pets", split):
+            number += 1
+            lines.append(f"{BREEDS[label]}_{number} {label + 1} {1 if BREEDS[label][0].isupper() else 2} 1\n")
+            write_jpeg(folder / "images" / f"{BREEDS[label]}_{number}.jpg", label, split)
+        (folder / "annotations" / file).write_text("".join(lines))
+
+
+def write_flowers102(root: Path) -> None:
+    """JPEGs numbered from 1; their labels (from 1) in one file for MATLAB, the numbers of each split in another."""
+    savemat = pytest.importorskip("scipy.io").savemat
+    folder = root / FOLDERS["flowers102"]
+    (folder / "jpg").mkdir(parents=True)
+    images = shuffled("flowers102", *SPLITS)
+    for number, (label, split) in enumerate(images, 1):
+        write_jpeg(folder / "jpg" / f"image_{number:05d}.jpg", label, split)
+    savemat(folder / "imagelabels.mat", {"labels": np.array([[label + 1 for label, _ in images]], dtype=np.uint8)})
+    numbers = {split: [n for n, (_, of) in enumerate(images, 1) if of == split] for split in SPLITS}
+    keys = {"train": "trnid", "val": "valid", "test": "tstid"}
+    savemat(folder / "setid.mat", {keys[split]: np.array([found], dtype=np.uint16) for split, found in numbers.items()})
+
+
+WRITERS: dict[str, Callable[[Path], None]] = {
+    "cifar10": write_cifar10,
+    "cifar100": write_cifar100,
+    "pets": write_pets,
+    "flowers102": write_flowers102,
+}
+PHOTOGRAPHS = ("pets", "flowers102")
+every_name = pytest.mark.parametrize("name", WRITERS)
+
+
+@pytest.fixture(scope="module")
+def copies(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """name → a folder that holds a copy of that data set alone; not to be written to."""
+    made = {name: tmp_path_factory.mktemp(name) for name in WRITERS}
+    for name, folder in made.items():
+        WRITERS[name](folder)
+    return made
+
+
+@pytest.fixture(autouse=True)
+def without_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every download fails; of a file, only that it is there is checked, for the small ones have other sums."""
+    on_download(monkeypatch, urllib.error.URLError("no network"))
+    for module in (torchvision_sets.cifar, torchvision_sets.flowers102):
+        monkeypatch.setattr(module, "check_integrity", lambda path, _md5=None: Path(path).is_file())
+
+
+def on_download(monkeypatch: pytest.MonkeyPatch, effect: Exception | Callable[[], None]) -> list[Path]:
+    """What happens where torchvision would fetch an archive; the folders it asked to have it in."""
+    asked: list[Path] = []
+
+    def fetch(_url: str, download_root: str | Path, **_options: object) -> None:
+        asked.append(Path(download_root))
+        if isinstance(effect, Exception):
+            raise effect
+        effect()
+
+    for module in (torchvision_sets.cifar, torchvision_sets.oxford_iiit_pet, torchvision_sets.flowers102):
+        monkeypatch.setattr(module, "download_and_extract_archive", fetch)
+    monkeypatch.setattr(torchvision_sets.flowers102, "download_url", lambda *_args, **_options: None)
+    return asked
+
+
+@pytest.fixture
+def kept_in(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], Path]:
+    def name_the_folder(folder: Path) -> Path:
+        monkeypatch.setenv("ALLMLP_DATA", str(folder))
+        return folder
+
+    return name_the_folder
+
+
+def painted(part: Part) -> list[tuple[int, str]]:
+    return [meaning(np.asarray(part.image(i))) for i in range(len(part))]
+
+
+# What is read
+
+
+@every_name
+def test_images_labels_and_classes_belong_together(name: str, copies: dict[str, Path], kept_in) -> None:
+    kept_in(copies[name])
+    source = load_source(name)
+    assert source.classes == CLASSES[name]
+    for part in source.parts.values():
+        assert part.classes == CLASSES[name]
+        assert part.labels.dtype == np.int64
+        assert [label for label, _ in painted(part)] == part.labels.tolist()
+        assert set(part.labels) == set(range(len(CLASSES[name])))
+
+
+@every_name
+def test_validation_is_cut_from_train_and_test_is_kept(name: str, copies: dict[str, Path], kept_in) -> None:
+    kept_in(copies[name])
+    source = load_source(name, val_fraction=0.1)
+    assert list(source.parts) == ["train", "val", "test"]
+    splits = {part: [split for _, split in painted(images)] for part, images in source.parts.items()}
+    assert set(splits["test"]) == {"test"}
+    together = splits["train"] + splits["val"]
+    of_torchvision = ("train", "val") if name == "flowers102" else ("train",)
+    batches = 5 if name == "cifar10" else 1
+    assert {split: together.count(split) for split in set(together)} == {
+        split: batches * PER_CLASS[split] * len(CLASSES[name]) for split in of_torchvision
+    }
+    assert len(splits["test"]) == PER_CLASS["test"] * len(CLASSES[name])
+    assert len(splits["val"]) == len(CLASSES[name])  # a tenth of two to ten images of a class is one
+    assert source.how.startswith(f"{name}, built in; 10% of each training class cut off for validation")
+
+
+def test_flowers_for_training_are_torchvisions_train_and_val(copies: dict[str, Path], kept_in) -> None:
+    kept_in(copies["flowers102"])
+    source = load_source("flowers102", val_fraction=0)
+    assert set(source.parts) == {"train", "test"}
+    assert sorted(painted(source.part("train"))) == sorted(shuffled("flowers102", "train", "val"))
+    assert sorted(painted(source.part("test"))) == sorted(shuffled("flowers102", "test"))
+
+
+@every_name
+def test_all_is_every_image_of_every_part_once(name: str, copies: dict[str, Path], kept_in) -> None:
+    kept_in(copies[name])
+    source = load_source(name)
+    part = source.part("all")
+    assert len(part) == len(set(part.names)) == sum(map(len, source.parts.values()))
+    assert [label for label, _ in painted(part)] == part.labels.tolist()
+
+
+@every_name
+def test_names_are_the_same_wherever_the_copy_lies(name: str, copies: dict[str, Path], tmp_path: Path, kept_in) -> None:
+    kept_in(copies[name])
+    here = load_source(name)
+    shutil.copytree(copies[name], kept_in(tmp_path), dirs_exist_ok=True)
+    there = load_source(name)
+    assert [part.names for part in there.parts.values()] == [part.names for part in here.parts.values()]
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern"),
+    [
+        ("cifar10", r"(train|test)/thing \d/\d{5}\.png"),
+        ("cifar100", r"(train|test)/fine \d+/\d{5}\.png"),
+        ("pets", r"images/[A-Za-z_0-9]+_\d+\.jpg"),
+        ("flowers102", r"jpg/image_\d{5}\.jpg"),
+    ],
+)
+def test_names_of_images(name: str, pattern: str, copies: dict[str, Path], kept_in) -> None:
+    kept_in(copies[name])
+    names = "\n".join(load_source(name).part("all").names)
+    assert re.fullmatch(rf"({pattern}\n?)+", names)
+
+
+# Photographs stay on disk
+
+
+@pytest.mark.parametrize("name", PHOTOGRAPHS)
+def test_photographs_are_decoded_when_asked_for_by_our_decoder(
+    name: str, copies: dict[str, Path], tmp_path: Path, kept_in
+) -> None:
+    folder = kept_in(tmp_path) / FOLDERS[name]
+    shutil.copytree(copies[name], tmp_path, dirs_exist_ok=True)
+    for i, path in enumerate(sorted(folder.rglob("*.jpg"))):
+        path.write_bytes(b"no picture")
+        if i % 2:  # some of Pets are GIFs by another name
+            Image.new("P", (7, 4)).save(path, "GIF")
+    part = load_source(name).part("all")
+    for i in range(len(part)):
+        if (folder / part.names[i]).read_bytes().startswith(b"GIF"):
+            assert part.image(i).mode == "RGB"
+            assert part.image(i).size == (7, 4)
+        else:
+            with pytest.raises(UnreadableImage, match=r"\.jpg cannot be read: it is none of JPEG"):
+                part.image(i)
+
+
+@pytest.mark.parametrize("name", PHOTOGRAPHS)
+def test_max_pixels_reaches_the_decoder(name: str, copies: dict[str, Path], kept_in) -> None:
+    kept_in(copies[name])
+    with pytest.raises(UnreadableImage, match="6 × 5 pixels, above the limit of 29"):
+        load_source(name, max_pixels=29).part("test").image(0)
+
+
+# Where the data are
+
+
+@every_name
+def test_what_is_missing_is_downloaded_into_the_data_folder(
+    name: str, tmp_path: Path, kept_in, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = kept_in(tmp_path / "data")
+
+    def arrive() -> None:
+        if not (folder / FOLDERS[name]).exists():  # pets come in two archives
+            WRITERS[name](folder)
+
+    asked = on_download(monkeypatch, arrive)
+    assert load_source(name).classes == CLASSES[name]
+    assert set(asked) == {folder if name.startswith("cifar") else folder / FOLDERS[name]}
+
+
+@pytest.mark.parametrize("unset", [True, False])
+def test_the_data_folder_is_in_the_cache_by_default(
+    unset: bool, copies: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    monkeypatch.setenv("ALLMLP_DATA", "")
+    if unset:
+        monkeypatch.delenv("ALLMLP_DATA")
+    shutil.copytree(copies["pets"], tmp_path / ".cache" / "allmlp")
+    assert load_source("pets").classes == CLASSES["pets"]
+
+
+@every_name
+def test_a_folder_that_holds_a_copy_is_that_data_set(
+    name: str, copies: dict[str, Path], tmp_path: Path, kept_in
+) -> None:
+    kept_in(tmp_path)  # where nothing is
+    source = load_source(str(copies[name]))
+    assert source.classes == CLASSES[name]
+    assert source.how.startswith(f"{name} in {copies[name]}; ")
+
+
+def test_a_folder_that_holds_two_copies(tmp_path: Path) -> None:
+    write_pets(tmp_path)
+    write_cifar100(tmp_path)
+    with pytest.raises(
+        UserError, match=r"holds cifar100 and pets: give the name of one, with ALLMLP_DATA="
+    ) as caught:
+        load_source(str(tmp_path))
+    assert str(caught.value).endswith(str(tmp_path))
+
+
+def test_a_folder_named_like_a_data_set_is_not_taken_unsaid(
+    copies: dict[str, Path], tmp_path: Path, kept_in, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept_in(copies["pets"])
+    monkeypatch.chdir(tmp_path)
+    assert "not the folder" not in load_source("pets").how
+    for kind in ("cat", "dog"):
+        (tmp_path / "pets" / kind).mkdir(parents=True)
+        for i in range(4):
+            write_jpeg(tmp_path / "pets" / kind / f"{i}.jpg", 0, "train")
+    assert load_source("pets").how.startswith("pets, built in (not the folder ./pets)")
+    assert load_source("./pets").classes == ("cat", "dog")
+
+
+# What cannot be had
+
+
+@every_name
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("not found\nor corrupted"),
+        urllib.error.URLError("no route"),
+        TimeoutError(),
+        http.client.BadStatusLine("<html>"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_failed_download_is_a_failed_run(
+    name: str, error: Exception, tmp_path: Path, kept_in, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept_in(tmp_path)
+    asked = on_download(monkeypatch, error)
+    with pytest.raises(RunError, match=rf"^{name} could not be had \(.+\): check the network, or put") as caught:
+        load_source(name)
+    assert asked
+    assert "\n" not in str(caught.value)
+    assert f"a copy of it at {tmp_path / FOLDERS[name]} (ALLMLP_DATA names another place)" in str(caught.value)
+
+
+@every_name
+def test_without_torchvision_the_extra_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchvision.datasets", None)
+    with pytest.raises(UserError, match=rf"^{name} by name needs torchvision: pip install 'allmlp\[datasets\]'$"):
+        load_source(name)
+
+
+@every_name
+def test_an_empty_copy_in_a_folder_is_not_downloaded(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / FOLDERS[name]).mkdir()
+    asked = on_download(monkeypatch, AssertionError())
+    with pytest.raises(RunError, match=rf"^{name} could not be had \(Dataset not found.*\): copy .* again") as caught:
+        load_source(str(tmp_path))
+    assert not asked
+    assert "download=" not in str(caught.value)  # an argument of torchvision's, none of ours
+
+
+@pytest.mark.parametrize("name", PHOTOGRAPHS)
+def test_photographs_that_are_missing_are_told_before_a_run(
+    name: str, copies: dict[str, Path], tmp_path: Path, kept_in
+) -> None:
+    shutil.copytree(copies[name], kept_in(tmp_path), dirs_exist_ok=True)
+    images = sorted((tmp_path / FOLDERS[name]).rglob("*.jpg"))
+    for path in images[:3]:
+        path.unlink()
+    said = rf"the copy of {name} in .* is not whole \(3 of its {len(images)} images are missing, \S+\.jpg the first\)"
+    with pytest.raises(RunError, match=said):
+        load_source(name)
+
+
+@pytest.mark.parametrize("file", ["trainval.txt", "test.txt"])
+@pytest.mark.parametrize(
+    ("kept", "said"),
+    [
+        (lambda text: "", r"its list of \w+ images leaves classes out"),
+        (
+            lambda text: "".join(sorted(text.splitlines(keepends=True))[:9]),
+            r"its list of \w+ images leaves classes out",
+        ),
+        (lambda text: text[:-4], "could not be had .*; what is damaged there, remove first"),
+    ],
+    ids=["empty", "some lines", "in mid-line"],
+)
+def test_a_list_that_was_cut_off(
+    file: str, kept: Callable[[str], str], said: str, copies: dict[str, Path], tmp_path: Path, kept_in
+) -> None:
+    shutil.copytree(copies["pets"], kept_in(tmp_path), dirs_exist_ok=True)
+    path = tmp_path / FOLDERS["pets"] / "annotations" / file
+    path.write_text(kept(path.read_text()))
+    with pytest.raises(RunError, match=said):
+        load_source("pets")
+
+
+# The digits of scikit-learn
+
+
+def test_digits_are_those_of_scikit_learn() -> None:
+    from sklearn.datasets import load_digits
+
+    expected = load_digits()
+    part = load_source("digits").part("all")
+    assert len(part) == 1797
+    assert part.classes == tuple("0123456789")
+    seen = set()
+    for i, name in enumerate(part.names):
+        index = int(name.split("/")[1].removesuffix(".png"))
+        seen.add(index)
+        assert part.labels[i] == expected.target[index]
+        pixels = np.asarray(part.image(i)).astype(float)
+        assert pixels.shape == (8, 8, 3)
+        assert np.abs(pixels - expected.images[index][..., None] * 255 / 16).max() <= 0.5
+    assert seen == set(range(1797))
+
+
+def test_digits_are_split_by_class() -> None:
+    source = load_source("digits")
+    assert list(source.parts) == ["train", "val", "test"]
+    for label in range(10):
+        counts = {name: int((part.labels == label).sum()) for name, part in source.parts.items()}
+        total = sum(counts.values())
+        assert 0.2 * total <= counts["test"] < 0.2 * total + 1
+        assert 0.1 * (total - counts["test"]) <= counts["val"] < 0.1 * (total - counts["test"]) + 1

@@ -1,0 +1,412 @@
+"""One picture in every guise comes out the same; everything else is refused in one line."""
+
+import io
+import pickle
+import random
+import struct
+import time
+import warnings
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image, features
+
+from allmlp.data.decode import FORMATS, MAX_PIXELS, UnreadableImage, decode, is_image_name
+from allmlp.errors import UserError
+
+RED, GREEN, BLUE, YELLOW = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0)
+ORIENTATION = 0x0112
+
+
+def quarters(size: tuple[int, int] = (48, 32)) -> Image.Image:
+    """Four colours and unequal sides: every turn and flip of it differs."""
+    image = Image.new("RGB", size, RED)
+    width, height = size
+    image.paste(GREEN, (width // 2, 0, width, height // 2))
+    image.paste(BLUE, (0, height // 2, width // 2, height))
+    image.paste(YELLOW, (width // 2, height // 2, width, height))
+    return image
+
+
+def encode(image: Image.Image, kind: str, **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def pixels(data: bytes, **options) -> np.ndarray:
+    image = decode(data, "photo", **options)
+    assert image.mode == "RGB"
+    return np.asarray(image)
+
+
+def first_pixel(data: bytes) -> tuple[int, ...]:
+    return tuple(pixels(data)[0, 0].tolist())
+
+
+def assert_same(data: bytes, expected: Image.Image, within: int = 0) -> None:
+    actual, wanted = pixels(data).astype(int), np.asarray(expected).astype(int)
+    assert actual.shape == wanted.shape
+    assert np.abs(actual - wanted).max() <= within
+
+
+def refusal(data: bytes, name: str = "photos/a.jpg", **options) -> str:
+    with pytest.raises(UnreadableImage) as caught:
+        decode(data, name, **options)
+    message = str(caught.value)
+    assert message.isprintable()  # so without a newline
+    assert "0x" not in message
+    assert message.startswith(f"{name} cannot be read: ")
+    assert "; " in message  # the remedy
+    return message
+
+
+def png(size: tuple[int, int], bits: int, colour: int, rows: bytes, *extra: tuple[bytes, bytes]) -> bytes:
+    """By hand, for what Pillow cannot write. ``rows``: each with its leading filter byte."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", *size, bits, colour, 0, 0, 0))
+    body = b"".join(chunk(*one) for one in extra) + chunk(b"IDAT", zlib.compress(rows))
+    return b"\x89PNG\r\n\x1a\n" + header + body + chunk(b"IEND", b"")
+
+
+def tiff(width: int, strip: bytes, bits: tuple[int, ...], photometric: int, **extra: tuple[int, ...]) -> bytes:
+    """One row, little-endian, uncompressed, by hand, for what Pillow cannot write. ``extra``: tags as tag_N=values."""
+    tags = {256: (width,), 257: (1,), 258: bits, 259: (1,), 262: (photometric,), 277: (len(bits),), 278: (1,)}
+    tags |= {279: (len(strip),), 273: (200,)} | {int(name.removeprefix("tag_")): value for name, value in extra.items()}
+    entries, tail = b"", strip
+    for tag, values in sorted(tags.items()):
+        body = struct.pack(f"<{len(values)}H", *values).ljust(4, b"\0")
+        if len(body) > 4:
+            body, tail = struct.pack("<I", 200 + len(tail)), tail + body
+        entries += struct.pack("<HHI", tag, 3, len(values)) + body
+    return (b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4)).ljust(200, b"\0") + tail
+
+
+# How to store an upright picture so that the orientation of that number brings it back (EXIF 2.32, tag 0x0112)
+STORED_BY_ORIENTATION = {
+    1: lambda a: a,
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.transpose(1, 0, 2),
+    6: lambda a: np.rot90(a, 1),  # shown after a quarter turn clockwise, so stored turned counter-clockwise
+    7: lambda a: a[::-1, ::-1].transpose(1, 0, 2),
+    8: lambda a: np.rot90(a, -1),
+}
+
+
+@pytest.mark.parametrize("orientation", STORED_BY_ORIENTATION)
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "compressed TIFF", "MPO"])
+def test_orientation_is_applied_once(kind: str, orientation: int) -> None:
+    stored = Image.fromarray(np.ascontiguousarray(STORED_BY_ORIENTATION[orientation](np.asarray(quarters()))))
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    options = {
+        "JPEG": {"quality": 95, "subsampling": 0},
+        "MPO": {"quality": 95, "subsampling": 0, "save_all": True, "append_images": [Image.new("RGB", (8, 8))]},
+        "WEBP": {"lossless": True},
+        "compressed TIFF": {"compression": "tiff_lzw"},
+    }.get(kind, {})
+    data = encode(stored, kind.split()[-1], exif=exif, **options)
+    assert_same(data, quarters(), within=4 if kind in ("JPEG", "MPO") else 0)
+    assert ORIENTATION not in decode(data, "photo").getexif()  # else the next to look turns it again
+
+
+def test_orientation_of_grey_and_16_bit() -> None:
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    for image in (Image.new("L", (2, 1)), Image.new("I;16", (2, 1))):
+        image.putpixel((1, 0), 255 if image.mode == "L" else 65535)
+        assert pixels(encode(image, "PNG", exif=exif))[:, 0, 0].tolist() == [0, 255]
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "within"),
+    [
+        ("JPEG", {"quality": 95, "subsampling": 0}, 4),
+        ("JPEG", {"quality": 95, "subsampling": 0, "progressive": True}, 4),
+        ("PNG", {}, 0),
+        ("WEBP", {"lossless": True}, 0),
+        ("BMP", {}, 0),
+        ("GIF", {}, 0),
+        ("TIFF", {}, 0),
+        ("TIFF", {"compression": "tiff_adobe_deflate"}, 0),
+        ("TIFF", {"big_tiff": True}, 0),
+    ],
+)
+def test_formats_agree(kind: str, options: dict, within: int) -> None:
+    assert_same(encode(quarters(), kind, **options), quarters(), within)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "TIFF"])
+def test_cmyk(kind: str) -> None:
+    """Adobe's inverted JPEG (which Pillow too writes) and TIFF's, which is not."""
+    data = encode(quarters().convert("CMYK"), kind, **({"quality": 95} if kind == "JPEG" else {}))
+    if kind == "JPEG":
+        assert b"Adobe" in data
+    assert_same(data, quarters(), within=4 if kind == "JPEG" else 0)
+
+
+def test_ycbcr_and_lab() -> None:
+    assert_same(encode(quarters().convert("YCbCr"), "TIFF", compression="raw"), quarters(), within=2)
+    if features.check("littlecms2"):
+        grey = Image.new("RGB", (4, 4), (119, 119, 119))
+        assert_same(encode(Image.new("LAB", (4, 4), (127, 128, 128)), "TIFF"), grey, within=3)
+
+
+def test_palette_grey_and_one_bit() -> None:
+    assert_same(encode(quarters().quantize(4), "PNG"), quarters())
+    grey = Image.linear_gradient("L")
+    for kind in ("PNG", "BMP", "TIFF", "GIF"):
+        assert_same(encode(grey, kind), grey.convert("RGB"))
+    bits = Image.new("1", (9, 3), 0)
+    bits.putpixel((8, 2), 1)
+    for kind in ("PNG", "BMP", "TIFF", "GIF"):
+        assert_same(encode(bits, kind), bits.convert("RGB"))
+
+
+def test_transparent_palette() -> None:
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([*RED, *BLUE])
+    palette.putpixel((1, 0), 1)
+    one_clear = [list(RED), [255, 255, 255]]
+    assert pixels(encode(palette, "PNG", transparency=1))[0].tolist() == one_clear
+    assert pixels(encode(palette, "GIF", transparency=1))[0].tolist() == one_clear
+    graded = pixels(encode(palette, "PNG", transparency=bytes([255, 51])))[0].tolist()
+    assert graded == [list(RED), [204, 204, 255]]  # blue at 51/255: 0.2 · 0 + 0.8 · 255
+    table = [0] * 768  # all reds, all greens, all blues, in 16 bits
+    table[0], table[512 + 1] = 65535, 65535
+    beside = tiff(
+        2, bytes([0, 255, 1, 51]), (8, 8), 3, tag_320=tuple(table), tag_338=(2,)
+    )  # index, alpha, index, alpha
+    assert pixels(beside)[0].tolist() == [list(RED), [204, 204, 255]]
+
+
+def test_alpha_over_white() -> None:
+    half = (255, 127, 127)  # 255 · (1 − 128/255) = 127
+    for kind, options in (("PNG", {}), ("WEBP", {"lossless": True}), ("TIFF", {})):
+        assert first_pixel(encode(Image.new("RGBA", (3, 2), (*RED, 128)), kind, **options)) == half
+        clear = Image.new("RGBA", (3, 2), (0, 0, 0, 0))
+        assert first_pixel(encode(clear, kind, **options)) == (255, 255, 255)
+    assert first_pixel(encode(Image.new("LA", (3, 2), (0, 128)), "PNG")) == (127, 127, 127)
+    assert first_pixel(tiff(1, bytes([64, 128]), (8, 8), 1, tag_338=(1,))) == (191, 191, 191)  # premultiplied: 64 + 127
+
+
+def test_transparent_colour() -> None:
+    """The tRNS chunk of pictures with neither palette nor alpha, in every depth; other colours keep theirs."""
+    grey = Image.new("L", (2, 1), 7)
+    grey.putpixel((1, 0), 8)
+    assert pixels(encode(grey, "PNG", transparency=7))[0, :, 0].tolist() == [255, 8]
+    red_blue = Image.new("RGB", (2, 1), RED)
+    red_blue.putpixel((1, 0), BLUE)
+    assert pixels(encode(red_blue, "PNG", transparency=RED))[0].tolist() == [[255] * 3, list(BLUE)]
+    bits = Image.new("1", (2, 1), 0)
+    assert first_pixel(encode(bits, "PNG", transparency=0)) == (255, 255, 255)
+    four_bits = png((2, 1), 4, 0, b"\0\x35", (b"tRNS", struct.pack(">H", 3)))
+    assert pixels(four_bits)[0, :, 0].tolist() == [255, 5 * 17]
+    wide = png((2, 1), 16, 0, b"\0" + struct.pack(">2H", 514, 513), (b"tRNS", struct.pack(">H", 514)))
+    assert pixels(wide)[0, :, 0].tolist() == [255, 2]
+    key = struct.pack(">3H", 0x1234, 0x5678, 0x9ABC)
+    rgb = png((2, 1), 16, 2, b"\0" + key + struct.pack(">3H", 0x3400, 0x7800, 0xBC00), (b"tRNS", key))
+    assert pixels(rgb)[0].tolist() == [[255, 255, 255], [0x34, 0x78, 0xBC]]
+
+
+SIXTEEN = np.array([[0, 257, 32896, 65535, 128, 129]], dtype=np.uint16)
+EIGHT = [0, 1, 128, 255, 0, 1]
+
+
+def test_16_bit_grey_is_scaled_not_clipped() -> None:
+    image = Image.fromarray(SIXTEEN)
+    wide = Image.fromarray(SIXTEEN.astype(np.int32))
+    big_endian = Image.frombytes("I;16B", image.size, SIXTEEN.astype(">u2").tobytes())
+    for data in (encode(image, "PNG"), encode(image, "TIFF"), encode(image, "TIFF", compression="tiff_lzw")):
+        assert pixels(data)[0].tolist() == [[value] * 3 for value in EIGHT]
+    assert pixels(encode(big_endian, "TIFF"))[0, :, 0].tolist() == EIGHT
+    assert pixels(encode(wide, "TIFF"))[0, :, 0].tolist() == EIGHT
+    ends_first = tiff(6, SIXTEEN.astype("<u2").tobytes(), (16,), 0)  # white is zero
+    assert pixels(ends_first)[0, :, 0].tolist() == [255 - value for value in EIGHT]
+    twelve = tiff(2, bytes([0xFF, 0xF8, 0x08]), (12,), 1)  # 4095 and 2056
+    assert pixels(twelve)[0, :, 0].tolist() == [255, 128]
+
+
+def test_32_bit_grey_beyond_16_bits_is_refused() -> None:
+    for value in (-1, 65536):
+        message = refusal(encode(Image.new("I", (2, 2), value), "TIFF"))
+        assert "65535" in message
+        assert "save it with 8 or 16 bits" in message
+
+
+def test_16_bit_colour() -> None:
+    colour = png((2, 1), 16, 2, b"\0" + struct.pack(">6H", 0, 32896, 65535, 65535, 257, 0))
+    assert pixels(colour)[0].tolist() == [[0, 128, 255], [255, 1, 0]]
+    with_alpha = png((1, 1), 16, 6, b"\0" + struct.pack(">4H", 65535, 0, 0, 32896))
+    assert first_pixel(with_alpha) == (255, 127, 127)
+    grey_with_alpha = png((1, 1), 16, 4, b"\0" + struct.pack(">2H", 0, 32896))
+    assert first_pixel(grey_with_alpha) == (127, 127, 127)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF", "MPO"])
+def test_of_several_frames_the_first(kind: str) -> None:
+    options = {"WEBP": {"lossless": True}, "MPO": {"quality": 95, "subsampling": 0}}.get(kind, {})
+    others = [Image.new("RGB", (48, 32), "black"), Image.new("RGB", (48, 32), "white")]
+    data = encode(quarters(), kind, save_all=True, append_images=others, **options)
+    with Image.open(io.BytesIO(data)) as opened:
+        assert opened.n_frames == 3
+        assert opened.format == kind
+    assert_same(data, quarters(), within=4 if kind == "MPO" else 0)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("size", [(1, 1), (1, 7), (7, 1)])
+def test_tiny(kind: str, size: tuple[int, int]) -> None:
+    assert decode(encode(Image.new("RGB", size), kind), "dot").size == size
+
+
+def test_result_holds_pixels_alone() -> None:
+    image = decode(encode(quarters(), "JPEG", comment=b"x" * 999), "photo")
+    assert type(image) is Image.Image
+    assert image.info == {}
+    assert pickle.loads(pickle.dumps(image)).tobytes() == image.tobytes()
+
+
+def test_image_names() -> None:
+    assert all(is_image_name(name) for name in ("a.jpg", "A.JPEG", "dir.x/b.Png", "c.tif", "d.TIFF", "e.webp", "f.gif"))
+    assert not any(is_image_name(name) for name in ("jpg", "a.txt", "a.jpg.txt", "notes", ".jpg", "a.svg", "a.jpg/b"))
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")  # Pillow's, of a TIFF's tags
+def test_truncated() -> None:
+    photo = Image.effect_noise((64, 64), 90)
+    for kind in ("JPEG", "PNG", "GIF", "BMP"):
+        data = encode(photo, kind)
+        message = refusal(data[: len(data) // 2], f"photos/a.{kind.lower()}")
+        assert message == f"photos/a.{kind.lower()} cannot be read: the file is truncated; replace it or remove it"
+    for kind in FORMATS:
+        data = encode(photo, kind)
+        for length in (1, 4, 13, 25, len(data) // 2):
+            refusal(data[:length])
+
+
+def test_not_a_picture() -> None:
+    assert "empty" in refusal(b"")
+    for data in (
+        b"hello, this is text",
+        encode(quarters(), "PPM"),
+        encode(quarters(), "ICO"),
+        b"%!PS-Adobe-3.0 EPSF\n",
+    ):
+        assert "none of JPEG, PNG" in refusal(data, "photos/a.png")
+    assert "PNG is damaged" in refusal(png((4, 4), 8, 2, b"\0" * 52).replace(b"IDAT", b"IDAX"), "photos/a.png")
+
+
+def test_damaged_png_chunk() -> None:
+    data = bytearray(encode(quarters(), "PNG"))
+    data[17] ^= 1  # in the header, which a checksum guards
+    assert "the PNG is damaged" in refusal(bytes(data))
+
+
+def test_floats_are_refused() -> None:
+    message = refusal(encode(Image.new("F", (2, 2), 0.5), "TIFF"))
+    assert "floats" in message
+    assert "save it with 8 or 16 bits" in message
+
+
+def test_names_with_odd_characters_stay_on_one_line() -> None:
+    with pytest.raises(UnreadableImage, match=r"^été\\n\\x1b\[2J\\udcff\.jpg cannot be read") as caught:
+        decode(b"", "été\n\x1b[2J\udcff.jpg")
+    assert isinstance(caught.value, UserError)
+    copy = pickle.loads(pickle.dumps(caught.value))  # as a worker process hands it over
+    assert type(copy) is UnreadableImage
+    assert str(copy) == str(caught.value)
+
+
+def test_size_is_checked_before_decoding() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        started = time.perf_counter()
+        for size in ((30_000, 30_000), (10_000, 10_000)):  # beyond Pillow's error, and beyond its warning
+            message = refusal(png(size, 8, 2, b""), "bomb.png")
+            assert f"{size[0]} × {size[1]}" in message
+            assert f"{MAX_PIXELS:,}" in message
+            assert "--max-pixels N raises the limit" in message
+        assert time.perf_counter() - started < 0.2
+
+
+def test_size_of_webp_beyond_pillows_limit() -> None:
+    canvas = struct.pack("<I", 30_000 - 1)[:3]
+    body = b"WEBPVP8X" + struct.pack("<I", 10) + b"\0\0\0\0" + canvas + canvas
+    message = refusal(b"RIFF" + struct.pack("<I", len(body)) + body)
+    assert f"{MAX_PIXELS:,}" in message
+    assert "--max-pixels" in message
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_limit_is_the_callers(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = encode(quarters((4, 4)), kind)
+    message = refusal(data, max_pixels=15)
+    assert "4 × 4" in message
+    assert "15;" in message
+    assert decode(data, "photo", max_pixels=16).size == (4, 4)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4)  # Pillow's own, which errs at twice as many
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert decode(data, "photo", max_pixels=16).size == (4, 4)
+
+
+def test_default_leaves_pillows_limit_alone() -> None:
+    before = Image.MAX_IMAGE_PIXELS
+    decode(encode(quarters(), "PNG"), "photo")
+    assert before == Image.MAX_IMAGE_PIXELS
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize(
+    "exif",
+    [
+        b"Exif\0\0garbage",
+        b"Exif\0\0",
+        b"Exif\0\0II*\0\xff\xff\xff\xff",
+        b"Exif\0\0MM\0*\0\0\0\x08\xff\xff" + b"\x01\x12\0\3",
+        b"Exif\0\0MM\0*\0\0\0\x08\0\1\x01\x12\0\3\0\0\0\1\0\x09\0\0\0\0\0\0",  # orientation 9
+        b"Exif\0\0MM\0*\0\0\0\x08\0\1\x01\x12\0\2\0\0\0\3up\0\0\0\0\0\0",  # orientation "up"
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_garbled_exif_leaves_the_picture_as_it_is(kind: str, exif: bytes) -> None:
+    options = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True}}.get(kind, {})
+    assert_same(encode(quarters(), kind, exif=exif, **options), quarters(), within=4)
+
+
+@pytest.mark.parametrize("kind", [*FORMATS, "MPO", "LZW"])
+@pytest.mark.filterwarnings("ignore")
+def test_damage_decodes_or_is_refused_in_one_line(kind: str) -> None:
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    options = {"save_all": True, "append_images": [quarters((8, 8))]} if kind in ("MPO", "GIF", "WEBP") else {}
+    options |= {} if kind in ("BMP", "GIF") else {"exif": exif}
+    options |= {"compression": "tiff_lzw"} if kind == "LZW" else {}
+    whole = encode(quarters((8, 8)), kind.replace("LZW", "TIFF"), **options)
+    rng = random.Random(kind)
+    outcomes = {True: 0, False: 0}
+    for _ in range(300):
+        data = bytearray(whole)
+        for _ in range(rng.randint(1, 4)):  # mostly at the front, where the structure is
+            data[min(rng.randrange(len(data)), rng.randrange(len(data)))] = rng.randrange(256)
+        if rng.random() < 0.2:
+            del data[rng.randrange(len(data)) :]
+        refused = None
+        try:
+            image = decode(bytes(data), "fuzz", max_pixels=1_000_000)
+        except UnreadableImage as error:
+            refused = str(error)
+        outcomes[refused is None] += 1
+        if refused is None:
+            assert image.mode == "RGB"
+        else:
+            assert refused.isprintable()
+            assert "object at" not in refused
+    assert all(outcomes.values())  # the damage was neither harmless nor total
