@@ -73,8 +73,8 @@ def main() -> None:
 
 
 def ours(name: str, seed: int, data: str, epochs: int, choose: bool) -> dict[str, float]:
-    from allmlp.evaluation.classification import classify
     from allmlp.config.recipe import DataRecipe, ModelRecipe, OptimizationRecipe, Recipe, RunRecipe
+    from allmlp.evaluation.classification import classify
     from allmlp.training.run import train
 
     recipe = Recipe(

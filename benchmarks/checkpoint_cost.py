@@ -28,33 +28,33 @@ import numpy as np
 import torch
 from common import machine, print_table, write_results
 
-from allmlp.data.dataset import Part, Source
+from allmlp.config.recipe import Recipe
+from allmlp.data.dataset import DatasetSplits, ImageDataset
 from allmlp.data.stores import ArrayStore
 from allmlp.device import select_precision
 from allmlp.recipes import get_recipe
 from allmlp.training.compilation import made_ready
-from allmlp.training.preemption import Control
 from allmlp.training.fit import make_batches, make_mixing, make_optimizer
+from allmlp.training.initialization import prepare
 from allmlp.training.loop import train_steps
 from allmlp.training.losses import LOSSES
 from allmlp.training.memory import keep_freed_memory
-from allmlp.config.recipe import Recipe
+from allmlp.training.optimizer_step import OptimizerStep
+from allmlp.training.preemption import Control
 from allmlp.training.run import find_source
 from allmlp.training.schedules import learning_rate
-from allmlp.training.initialization import prepare
 from allmlp.training.state import TrainingState
-from allmlp.training.optimizer_step import Update
 
 CPU = torch.device("cpu")
 
 
-def cifar10(data: Path) -> tuple[Recipe, Source]:
+def cifar10(data: Path) -> tuple[Recipe, DatasetSplits]:
     recipe = get_recipe("cifar10")
     recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, data=str(data), workers=1))
     return recipe, find_source(recipe)
 
 
-def b16() -> tuple[Recipe, Source]:
+def b16() -> tuple[Recipe, DatasetSplits]:
     """The imagenet-b16 recipe at batch 32, on noise of 256 × 256 in memory."""
     recipe = get_recipe("imagenet-b16")
     recipe = dataclasses.replace(
@@ -65,11 +65,11 @@ def b16() -> tuple[Recipe, Source]:
     pixels = np.random.default_rng(0).integers(0, 256, (64, 256, 256, 3)).astype(np.uint8)
     names = tuple(f"{i:03d}" for i in range(len(pixels)))
     classes = tuple(f"{i:03d}" for i in range(1000))
-    part = Part(store=ArrayStore(pixels, names), names=names, labels=np.arange(len(pixels)), classes=classes)
-    return recipe, Source(parts={"train": part}, classes=classes, how="noise")
+    part = ImageDataset(store=ArrayStore(pixels, names), names=names, labels=np.arange(len(pixels)), classes=classes)
+    return recipe, DatasetSplits(parts={"train": part}, classes=classes, how="noise")
 
 
-def saving(recipe: Recipe, source: Source, stretch: int, pairs: int) -> dict[str, object]:
+def saving(recipe: Recipe, source: DatasetSplits, stretch: int, pairs: int) -> dict[str, object]:
     """Seconds of each stretch of steps, without and with a save at its beginning."""
     settings, precision = recipe.optimization, select_precision("auto", CPU)
     kinds = [False, *itertools.islice(itertools.cycle([False, True, True, False]), 2 * pairs)]  # the first warms up
@@ -77,7 +77,7 @@ def saving(recipe: Recipe, source: Source, stretch: int, pairs: int) -> dict[str
     model = prepare(recipe)(source.classes)
     ready = {"batch_size": settings.global_batch_size, "training_flop": 1.0, "device": CPU, "precision": precision}
     forward, _ = made_ready(model, "on", **ready)
-    update = Update(make_optimizer(settings, model), settings.clip_norm)
+    update = OptimizerStep(make_optimizer(settings, model), settings.clip_norm)
     state = TrainingState(model, update, None)
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "checkpoints").mkdir()
@@ -91,7 +91,7 @@ def saving(recipe: Recipe, source: Source, stretch: int, pairs: int) -> dict[str
             partial(LOSSES[settings.loss], smoothing=settings.label_smoothing),
             device=CPU,
             precision=precision,
-            preprocessing=model.card.preprocessing,
+            preprocessing=model.metadata.preprocessing,
             seed=0,
             mixing=make_mixing(recipe.data),
         ):
@@ -101,7 +101,7 @@ def saving(recipe: Recipe, source: Source, stretch: int, pairs: int) -> dict[str
                 begun = time.perf_counter()
                 if len(seconds) < len(kinds) and kinds[len(seconds)]:
                     control.save(step.step, state.tensors(), {"step": step.step}, None)
-        control.saver.wait()
+        control.checkpoints.wait()
     neighbours = [sorted(pair) for pair in zip(*[iter(zip(kinds[1:], seconds[1:], strict=True))] * 2, strict=True)]
     plain, saved = ([pair[kind][1] for pair in neighbours] for kind in (0, 1))
     ratios = [b / a for a, b in zip(plain, saved, strict=True)]

@@ -27,12 +27,12 @@ from PIL import Image
 from timm.data import auto_augment, create_transform
 from torchvision.transforms import functional as TF
 
-from allmlp.metadata import Preprocessing
 from allmlp.data import randaugment, transforms
 from allmlp.data.loader import TrainingOrder, sample_generator, training_batches
 from allmlp.data.randaugment import FILL, SIDE, RandAugment, apply
-from allmlp.data.sources import Part, load_source
+from allmlp.data.sources import ImageDataset, load_source
 from allmlp.data.transforms import TrainingView
+from allmlp.metadata import Preprocessing
 
 MAGNITUDE = 10
 
@@ -56,7 +56,7 @@ class Draws:
         self.operations: list[tuple[str, float, tuple[float, float]]] = []
 
 
-def record(part: Part, view: TrainingView, index: int) -> Draws:
+def record(part: ImageDataset, view: TrainingView, index: int) -> Draws:
     """Runs ours once and writes down its draws."""
     draws, box_of, apply_one = Draws(), transforms.inception_box, randaugment.apply
 
@@ -72,7 +72,7 @@ def record(part: Part, view: TrainingView, index: int) -> Draws:
     transforms.inception_box, randaugment.apply = see_box, see_operation
     try:
         rng = sample_generator(0, 0, index)
-        image = part.image(index, view.enough)
+        image = part.image(index, view.min_side)
         probe = sample_generator(0, 0, index)
         box_of(image.height, image.width, probe)
         draws.flip = bool(probe.random() < 0.5)
@@ -170,7 +170,7 @@ def compare(folder: str, size: int, images: int, passes: int) -> dict[str, float
     draws = {i: record(part, view, i) for i in chosen}
     drawing, handed = Timms(size, draws_too=True), Timms(size, draws_too=False)
     makers: dict[str, Callable[[int], object]] = {
-        "ours": lambda i: view(part.image(i, view.enough), sample_generator(0, 0, i)),
+        "ours": lambda i: view(part.image(i, view.min_side), sample_generator(0, 0, i)),
         "timm": lambda i: drawing(root / part.names[i], draws[i]),
         "handed": lambda i: handed(root / part.names[i], draws[i]),
     }
@@ -195,7 +195,7 @@ def bare(folder: str, size: int, keys: list[tuple[int, int]]) -> float:
     view = make_view(size)
     begin = time.perf_counter()
     for epoch, i in keys:
-        view(part.image(i, view.enough), sample_generator(0, epoch, i))
+        view(part.image(i, view.min_side), sample_generator(0, epoch, i))
     return time.perf_counter() - begin
 
 

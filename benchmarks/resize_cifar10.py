@@ -23,16 +23,16 @@ import torch.nn.functional as F
 from common import machine, print_table, write_results
 from torch import Tensor
 
-from allmlp.metadata import Preprocessing
 from allmlp.data.loader import Batch
-from allmlp.data.sources import Part, load_source
+from allmlp.data.sources import ImageDataset, load_source
 from allmlp.data.transforms import normalise
+from allmlp.metadata import Preprocessing
 from allmlp.model import Mixer
 from allmlp.training.loop import train_steps
 from allmlp.training.losses import softmax
 from allmlp.training.optimizer import adamw, sgd
+from allmlp.training.optimizer_step import OptimizerStep
 from allmlp.training.schedules import learning_rate
-from allmlp.training.optimizer_step import Update
 from allmlp.variants import create
 from allmlp.weights.load import load
 from allmlp.weights.native import save
@@ -78,7 +78,7 @@ def main() -> None:
     print_table(["image", "token mixing", "D_S", "top-1 at once", "after one epoch"], rows)
 
 
-def pixels(part: Part, most: int | None) -> tuple[Tensor, Tensor]:
+def pixels(part: ImageDataset, most: int | None) -> tuple[Tensor, Tensor]:
     """(N, 3, 32, 32) uint8 and (N,) labels of the part, or of a sample of it."""
     chosen = np.random.default_rng(0).permutation(len(part))[:most]
     images = np.stack([np.asarray(part.image(int(i))) for i in chosen])
@@ -144,7 +144,7 @@ def train(model: Mixer, data: tuple[Tensor, Tensor], epochs: int, optimizer: tor
         model,
         model,
         batches(*data, steps, seed),
-        Update(optimizer, clip_norm=1.0),
+        OptimizerStep(optimizer, clip_norm=1.0),
         schedule,
         softmax,
         device=torch.device("cpu"),

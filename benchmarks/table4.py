@@ -9,8 +9,8 @@ from pathlib import Path
 
 from common import print_table
 
-from allmlp.recipes.pretrain import PRETRAIN
 from allmlp.config.recipe import Recipe
+from allmlp.recipes.pretrain import PRETRAIN
 
 COLUMNS = ("epochs", "learning_rate", "weight_decay", "randaugment_magnitude", "mixup_strength_p", "dropout_rate")
 COLUMNS += ("stochastic_depth_max_rate",)

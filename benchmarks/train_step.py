@@ -26,17 +26,17 @@ from timm.models.allmlp import MlpMixer
 from torch import nn
 
 import allmlp
-from allmlp.metadata import Preprocessing
 from allmlp.data.loader import Batch
 from allmlp.data.transforms import normalise
 from allmlp.device import autocast, select_device, select_precision
+from allmlp.metadata import Preprocessing
 from allmlp.recipes import get_recipe
 from allmlp.training.compilation import made_ready
 from allmlp.training.loop import train_steps
 from allmlp.training.losses import softmax
 from allmlp.training.memory import keep_freed_memory
 from allmlp.training.optimizer import adamw
-from allmlp.training.optimizer_step import Update
+from allmlp.training.optimizer_step import OptimizerStep
 from allmlp.variants import VARIANTS
 
 BATCHES = {"cifar10": (10, 128, 4), "B/16": (1000, 32, 1)}  # classes, batch, steps a round (GPU: 25 times as many)
@@ -67,7 +67,7 @@ def ours(sizes: dict[str, int], classes: int, batch: int, device: torch.device, 
         model,
         forward,
         random_batches(batch, sizes["image_size"], classes),
-        Update(adamw(model, weight_decay=0.1, beta1=0.9, beta2=0.999), clip_norm=1.0),
+        OptimizerStep(adamw(model, weight_decay=0.1, beta1=0.9, beta2=0.999), clip_norm=1.0),
         lambda step: 1e-3,
         softmax,
         device=device,

@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from common import machine, print_table, write_results
 
+from allmlp.config.recipe import DataRecipe, ModelRecipe, OptimizationRecipe, Recipe, RunRecipe, Transfer
 from allmlp.evaluation.classification import classify
 from allmlp.evaluation.run_report import report
 from allmlp.recipes import get_transfer
-from allmlp.config.recipe import DataRecipe, ModelRecipe, OptimizationRecipe, Recipe, RunRecipe, Transfer
 from allmlp.training.run import train
 from allmlp.training.sweep import transfer
 

@@ -124,8 +124,8 @@ def colour_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import torch
 
     import allmlp
-    from allmlp.metadata import Preprocessing
     from allmlp.data.transforms import normalise
+    from allmlp.metadata import Preprocessing
 
     torch.manual_seed(0)
     sizes = {"patch_size": 8, "num_blocks": 1, "hidden_dim": 16, "tokens_mlp_dim": 8, "channels_mlp_dim": 32}

@@ -15,14 +15,17 @@ import pytest
 ROOT = "allmlp"
 SOURCES = Path(__file__).resolve().parents[1] / "src" / ROOT
 
-FOUNDATION = ("errors", "card", "device", "files", "masks")
-CHAIN = ("model", "variants", "cost", "weights", "data", "training", "evaluation")
+FOUNDATION = ("errors", "metadata", "device", "files", "rng")
+CHAIN = (
+    "model", "variants", "flops", "weights", "data", "config", "distributed", "checkpointing", "runs", "training",
+    "evaluation",
+)  # fmt: skip
 
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(FOUNDATION, FOUNDATION),
     **{name: (*FOUNDATION, *CHAIN[:i]) for i, name in enumerate(CHAIN)},
     "inference": (*FOUNDATION, "model", "variants", "weights", "data"),
-    "recipes": (*FOUNDATION, "training.recipe"),
+    "recipes": (*FOUNDATION, "config"),
     "cli": (*FOUNDATION, *CHAIN, "inference", "recipes"),
 }
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from allmlp import masks
 from allmlp.errors import UserError
-from allmlp.rng import sample_keys
 from allmlp.model import Mixer, MixerBlock, MlpBlock, gelu
+from allmlp.rng import sample_keys
 from allmlp.variants import create
 
 SMALL = {

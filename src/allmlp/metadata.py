@@ -42,7 +42,7 @@ class Preprocessing:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Card:
+class Metadata:
     """Class names in the order of the logits (None: not known), preprocessing, and where the weights come from."""
 
     classes: tuple[str, ...] | None = None

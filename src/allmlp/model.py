@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from allmlp.metadata import Card
 from allmlp.errors import UserError
+from allmlp.metadata import Metadata
 from allmlp.rng import uniform
 
 Gelu = Literal["tanh", "erf"]
@@ -139,7 +139,7 @@ class Mixer(nn.Module):
         check(self.config)
         self.image_size, self.patch_size = self.config["image_size"], self.config["patch_size"]
         self.grid = (self.image_size[0] // self.patch_size[0], self.image_size[1] // self.patch_size[1])
-        self.card = Card()
+        self.metadata = Metadata()
 
         where = torch.get_default_device()
         with torch.device("meta"):  # no time is spent on initial weights that are not the authors'
@@ -163,7 +163,7 @@ class Mixer(nn.Module):
             self.head = nn.Linear(hidden_dim, num_classes) if num_classes else nn.Identity()
         if where.type != "meta":
             self.to_empty(device=where)
-            initialise(self, int(torch.randint(2**62, (), device="cpu")) if seed is None else seed)
+            init_weights(self, int(torch.randint(2**62, (), device="cpu")) if seed is None else seed)
 
     def tokens(self, images: Tensor, keys: Tensor | None = None) -> Tensor:
         """(B, in_channels, H, W) → (B, S, C): the tokens that the last block leaves, row by row.
@@ -194,7 +194,7 @@ def copy(parameter: Tensor, value: Tensor) -> None:
         parameter.copy_(value)
 
 
-def initialise(model: nn.Module, seed: int, put: Callable[[Tensor, Tensor], None] = copy) -> None:
+def init_weights(model: nn.Module, seed: int, put: Callable[[Tensor, Tensor], None] = copy) -> None:
     """The authors' initial weights, each a function of (seed, its name) alone, on any device.
 
     ``put`` writes a drawn value into its parameter, which may hold only a share of it.

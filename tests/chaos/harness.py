@@ -22,7 +22,7 @@ RECIPE = (
     *("train", "digits", "--steps", STEPS, "--evaluate-every-steps", EVALUATE, "--save-every-steps", SAVE),
     *("--global-batch-size", 32, "--warmup-steps", 5, "--log-every-steps", 3, "--compile", "off", "--workers", 0),
     *("--num-blocks", 2, "--hidden-dim", 16, "--tokens-mlp-dim", 8, "--channels-mlp-dim", 32),
-    *("--polyak", 0.9, "--mixup", 0.2, "--dropout", 0.1, "--stochastic-depth", 0.1, "--randaugment", 5),
+    *("--ema-decay", 0.9, "--mixup", 0.2, "--dropout", 0.1, "--stochastic-depth", 0.1, "--randaugment", 5),
     *("--device", "cpu", "--timeout-seconds", 60),
 )
 WAYS = {"1 process": (), "2 DDP": ("--processes", 2), "2 FSDP2": ("--processes", 2, "--shard")}

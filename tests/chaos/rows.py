@@ -60,9 +60,9 @@ def uninterrupted(lab: Lab, way: str, *words: object) -> str:
     return exact(lab.root / name)
 
 
-def instant(rng: random.Random, kind: str, ranks: int) -> dict[str, Any]:
+def instant(rng: random.Random, kind: str, world_size: int) -> dict[str, Any]:
     """A random instant in steps, saves, an evaluation or the start."""
-    rank = rng.randrange(ranks)
+    rank = rng.randrange(world_size)
     moment = rng.uniform(0.0, 0.02)
     nth = {
         "step": rng.randint(1, STEPS),
@@ -70,16 +70,16 @@ def instant(rng: random.Random, kind: str, ranks: int) -> dict[str, Any]:
         "evaluation": rng.randint(1, STEPS // EVALUATE + 1),
         "start": 1,
     }[kind]
-    delay = rng.uniform(0.2, 5.0 if ranks == 1 else 8.0) if kind == "start" else moment
+    delay = rng.uniform(0.2, 5.0 if world_size == 1 else 8.0) if kind == "start" else moment
     return {"at": kind, "nth": nth, "do": "kill", "rank": rank, "delay": delay}
 
 
 def killed(lab: Lab, rng: random.Random, trials: int, way: str) -> Result:
     """Rows 1 and 2: SIGKILL at random instants, then the same command again."""
-    tally, expected, ranks = Tally(), uninterrupted(lab, way), 1 if way == "1 process" else 2
+    tally, expected, world_size = Tally(), uninterrupted(lab, way), 1 if way == "1 process" else 2
     for trial in range(trials):
         kind = ("step", "save", "evaluation", "start")[trial % 4]
-        fault, name = instant(rng, kind, ranks), f"killed {way} {trial}"
+        fault, name = instant(rng, kind, world_size), f"killed {way} {trial}"
         hurt = lab.train(name, *WAYS[way], fault=fault)
         again = lab.train(name, *WAYS[way])
         told = f"{way}, {fault}: {hurt.status}, then {again.status}: {again.err[-300:]}"
@@ -163,27 +163,28 @@ def other_ranks(lab: Lab, rng: random.Random, trials: int) -> Result:
         stopped_at(lab, name, 10, *words, "--no-save-in-background", "--processes", 4, *ways[way])
         held = digests(checkpoints(lab.root / name)[0])
         outcome = {}
-        for ranks in (4, 2, 1):
-            copy, notes = lab.root / f"{name} to {ranks}", lab.root / f"tensors {way} {ranks}"
+        for world_size in (4, 2, 1):
+            copy, notes = lab.root / f"{name} to {world_size}", lab.root / f"tensors {way} {world_size}"
             shutil.copytree(lab.root / name, copy)
             notes.mkdir()
-            spread = ("--processes", ranks) if ranks > 1 else ()
+            spread = ("--processes", world_size) if world_size > 1 else ()
             process = lab.begin(
                 *RECIPE, *words, "--out", copy, "--resume", "auto", *spread, *ways[way], note="tensors", notes=notes
             )
             _, err = process.communicate(timeout=600)
             if process.returncode != 0:
-                tally.add(f"{way} on {ranks}: {err[-300:]}")
+                tally.add(f"{way} on {world_size}: {err[-300:]}")
                 continue
             losses = [record["loss"] for record in metrics(copy) if "loss" in record]
-            outcome[ranks] = ((copy / "consumed.jsonl").read_text(), losses)
+            outcome[world_size] = ((copy / "consumed.jsonl").read_text(), losses)
             loaded = json.loads((notes / "tensors").read_text())
             gap = max(abs(a - b) for a, b in zip(outcome[4][1], losses, strict=True))
             worst = max(worst, gap)
             tally.add(
-                loaded != held and f"{way} on {ranks}: other bits loaded",
-                outcome[ranks][0] != outcome[4][0] and f"{way} on {ranks}: another order",
-                (len(losses) != 60 or gap > 1e-4) and f"{way} on {ranks}: {len(losses)} losses, up to {gap:.1e} apart",
+                loaded != held and f"{way} on {world_size}: other bits loaded",
+                outcome[world_size][0] != outcome[4][0] and f"{way} on {world_size}: another order",
+                (len(losses) != 60 or gap > 1e-4)
+                and f"{way} on {world_size}: {len(losses)} losses, up to {gap:.1e} apart",
             )
             shutil.rmtree(copy, ignore_errors=True)
     return tally.result(f"losses at most {worst:.1e} apart over 50 steps")
@@ -203,7 +204,7 @@ def one_and_two(lab: Lab, rng: random.Random, trials: int) -> Result:
         *("train", "digits", "--weights", weights, "--steps", 20, "--evaluate-every-steps", 10, "--log-every-steps", 1),
         *("--global-batch-size", 48, "--warmup-steps", 4, "--learning-rate", 3e-3, "--compile", "off", "--workers", 0),
         *("--mixup", 0.5, "--cutmix", 1.0, "--randaugment", 10, "--color-jitter", 0.2, "--dropout", 0.1),
-        *("--stochastic-depth", 0.2, "--device", "cpu", "--precision", "float32", "--polyak", 0.9),
+        *("--stochastic-depth", 0.2, "--device", "cpu", "--precision", "float32", "--ema-decay", 0.9),
     )
     tally, runs, worst = Tally(), {}, 0.0
     for way, spread in WAYS.items():
@@ -240,8 +241,13 @@ def terminated(lab: Lab, rng: random.Random, trials: int, compile_too: bool = Tr
     for at, nth, way, target in cases if trials >= len(cases) else rng.sample(cases, trials):
         name = f"term {at} {way} {target}"
         extra = ("--compile", "on") if at == "compile" else ()
-        ranks = 1 if way == "1 process" else 2
-        fault = {"at": at, "nth": nth, "do": "int" if target == "interrupt" else "term", "rank": rng.randrange(ranks)}
+        world_size = 1 if way == "1 process" else 2
+        fault = {
+            "at": at,
+            "nth": nth,
+            "do": "int" if target == "interrupt" else "term",
+            "rank": rng.randrange(world_size),
+        }
         if target == "launcher":
             fault["target"] = "launcher"
         hurt = lab.train(name, *WAYS[way], *extra, fault=fault)
@@ -378,7 +384,7 @@ def no_number(lab: Lab, rng: random.Random, trials: int) -> Result:
     tally = Tally()
     for way in ("2 DDP", "2 FSDP2")[: max(trials, 1)]:
         step = rng.choice([s for s in range(SAVE + 1, STEPS) if s % 3 and s % SAVE and s % EVALUATE])
-        base = ("--mixup", "None", "--polyak", "None", *WAYS[way], "--keep-checkpoints", 99)
+        base = ("--mixup", "None", "--ema-decay", "None", *WAYS[way], "--keep-checkpoints", 99)
         reference = lab.train(f"sane {way}", *base, "--save-every-steps", 1)
         hurt = lab.train(f"nan {way}", *base, fault={"at": "loss", "do": "nan", "nth": step, "rank": rng.randrange(2)})
         run = lab.root / f"nan {way}"

@@ -15,10 +15,10 @@ import torch
 from test_trust import LINUX, without_privileges
 from torch import Tensor
 
-from allmlp.errors import RunError, UserError
 from allmlp.checkpointing import checkpoint
 from allmlp.checkpointing.checkpoint import MANIFEST, STATE, Damaged, read, seal, sealed, verify, write
-from allmlp.distributed.context import ALONE
+from allmlp.distributed.context import SINGLE_PROCESS
+from allmlp.errors import RunError, UserError
 
 STATE_OF_4 = {"step": 4, "loss": 0.1 + 0.2, "best": [2, 0.75], "classes": ["ä", "b\udc80"], "unreadable": {}}
 KINDS = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool]
@@ -41,7 +41,7 @@ def folder(tmp_path: Path) -> Path:
     """A sound checkpoint."""
     path = tmp_path / "checkpoints" / "step-00000004"
     path.parent.mkdir(exist_ok=True)
-    write(path, tensors(), STATE_OF_4, ALONE)
+    write(path, tensors(), STATE_OF_4, SINGLE_PROCESS)
     return path
 
 
@@ -52,7 +52,7 @@ def files(folder: Path) -> dict[str, bytes]:
 def assert_sound(folder: Path, seed: int = 0) -> None:
     verify(folder)
     found = zeros(tensors())
-    read(folder, found, ALONE)
+    read(folder, found, SINGLE_PROCESS)
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors(seed).items())
 
 
@@ -63,7 +63,7 @@ def test_all_comes_back_bit_for_bit(folder: Path) -> None:
 
 
 def test_numbers_that_json_does_not_know_become_null(tmp_path: Path) -> None:
-    write(tmp_path / "c", tensors(), {"step": 1, "loss": float("nan"), "best": [1, float("inf")]}, ALONE)
+    write(tmp_path / "c", tensors(), {"step": 1, "loss": float("nan"), "best": [1, float("inf")]}, SINGLE_PROCESS)
     assert verify(tmp_path / "c") == {"step": 1, "loss": None, "best": [1, None]}
 
 
@@ -81,7 +81,7 @@ def test_an_older_one_of_the_same_name_is_replaced_and_what_a_killed_run_left(fo
         rest.mkdir()
         (rest / "__0_0.distcp").write_bytes(b"of a run that was killed")
         (rest / "__0_77.distcp").write_bytes(b"of a run that was killed")
-    write(folder, tensors(1), {"step": 4, "turn": 2}, ALONE)
+    write(folder, tensors(1), {"step": 4, "turn": 2}, SINGLE_PROCESS)
     assert verify(folder) == {"step": 4, "turn": 2}
     assert_sound(folder, 1)
     assert "__0_77.distcp" not in files(folder)
@@ -104,7 +104,7 @@ def test_all_files_are_synced_before_the_folder_has_its_name(tmp_path: Path, mon
     monkeypatch.setattr(Path, "rename", noted_rename)
     path = tmp_path / "checkpoints" / "step-00000004"
     path.parent.mkdir()
-    write(path, tensors(), STATE_OF_4, ALONE)
+    write(path, tensors(), STATE_OF_4, SINGLE_PROCESS)
     at = seen.index(path.name)
     before, after = seen[:at], seen[at + 1 :]
     assert {file.stat().st_ino for file in [*path.iterdir(), path]} <= {*before}
@@ -252,7 +252,7 @@ def test_a_change_with_a_new_digest_is_a_strangers(
 def test_without_a_place_for_a_key_it_is_written_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "state").write_text("a file where a folder should be")
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    write(tmp_path / "c", tensors(), STATE_OF_4, ALONE)
+    write(tmp_path / "c", tensors(), STATE_OF_4, SINGLE_PROCESS)
     with pytest.raises(UserError, match="--trust-checkpoint"):
         verify(tmp_path / "c")
     assert verify(tmp_path / "c", trusted=True) == STATE_OF_4
@@ -261,7 +261,7 @@ def test_without_a_place_for_a_key_it_is_written_all_the_same(tmp_path: Path, mo
 def test_another_format_is_not_damage(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "FORMAT", 7)
-        write(folder, tensors(), STATE_OF_4, ALONE)
+        write(folder, tensors(), STATE_OF_4, SINGLE_PROCESS)
     with pytest.raises(UserError, match="has format 7, this is 1: use the version that wrote it"):
         verify(folder)
 
@@ -282,7 +282,7 @@ def test_tensors_that_are_not_there_are_told(
     change: Callable[[dict[str, Tensor]], dict[str, Tensor]], folder: Path
 ) -> None:
     with pytest.raises(RunError, match=re.escape(f"{folder} does not fit this run: ")):
-        read(folder, change(zeros(tensors())), ALONE)
+        read(folder, change(zeros(tensors())), SINGLE_PROCESS)
 
 
 # what cannot be written
@@ -291,7 +291,7 @@ def test_tensors_that_are_not_there_are_told(
 def test_a_file_where_a_folder_should_be(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("a file")
     with pytest.raises(RunError, match=r"cannot be written .*free some space, or mend the storage"):
-        write(tmp_path / "checkpoints" / "step-00000004", tensors(), STATE_OF_4, ALONE)
+        write(tmp_path / "checkpoints" / "step-00000004", tensors(), STATE_OF_4, SINGLE_PROCESS)
     assert (tmp_path / "checkpoints").read_text() == "a file"
 
 
@@ -299,7 +299,7 @@ def test_a_file_where_a_folder_should_be(tmp_path: Path) -> None:
 def test_a_folder_that_may_not_be_written(folder: Path) -> None:
     folder.parent.chmod(0o555)
     with without_privileges(), pytest.raises(RunError, match=r"cannot be written \(Permission denied\)"):
-        write(folder.with_name("step-00000008"), tensors(1), STATE_OF_4, ALONE)
+        write(folder.with_name("step-00000008"), tensors(1), STATE_OF_4, SINGLE_PROCESS)
     folder.parent.chmod(0o755)
     assert_sound(folder)
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
@@ -341,9 +341,9 @@ def test_what_was_there_is_as_it_was_after_a_failure(
         else:
             patch.setattr(Path, "rename", failing_rename)
         with pytest.raises(RunError, match=r"cannot be written \(.*No space left on device\)"):
-            write(target, tensors(1), {"step": 8}, ALONE)
+            write(target, tensors(1), {"step": 8}, SINGLE_PROCESS)
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
     assert verify(folder) == STATE_OF_4
     assert_sound(folder)
-    write(target, tensors(1), {"step": 8}, ALONE)  # and when there is room again
+    write(target, tensors(1), {"step": 8}, SINGLE_PROCESS)  # and when there is room again
     assert_sound(target, 1)

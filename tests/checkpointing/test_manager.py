@@ -14,11 +14,11 @@ import torch
 from test_trust import LINUX, without_privileges
 from torch import Tensor
 
-from allmlp.errors import RunError, UserError
 from allmlp.checkpointing import manager
 from allmlp.checkpointing.checkpoint import STATE, read, verify, write
-from allmlp.checkpointing.manager import Saver, name, newest, retain, set_aside, steps_in, tidy
-from allmlp.distributed.context import ALONE
+from allmlp.checkpointing.manager import CheckpointManager, name, newest, retain, set_aside, steps_in, tidy
+from allmlp.distributed.context import SINGLE_PROCESS
+from allmlp.errors import RunError, UserError
 
 
 def tensors(value: float) -> dict[str, Tensor]:
@@ -28,7 +28,7 @@ def tensors(value: float) -> dict[str, Tensor]:
 def put(folder: Path, *steps: int) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for step in steps:
-        write(folder / name(step), tensors(step), {"step": step}, ALONE)
+        write(folder / name(step), tensors(step), {"step": step}, SINGLE_PROCESS)
     return folder
 
 
@@ -43,7 +43,7 @@ def found(folder: Path) -> int | None:
         return None
     assert sound[0] == folder / name(sound[1]["step"])
     held = tensors(-1)
-    read(sound[0], held, ALONE)
+    read(sound[0], held, SINGLE_PROCESS)
     assert all(torch.equal(held[key], tensor) for key, tensor in tensors(sound[1]["step"]).items())
     return sound[1]["step"]
 
@@ -64,7 +64,7 @@ def kept(folder: Path) -> list[int]:
 @pytest.mark.parametrize("background", [True, False])
 def test_what_is_saved_is_what_was_there_at_that_moment(background: bool, tmp_path: Path) -> None:
     held = tensors(4)
-    with Saver(tmp_path, ALONE, keep=9, background=background) as saving:
+    with CheckpointManager(tmp_path, SINGLE_PROCESS, keep=9, background=background) as saving:
         for step in (4, 8, 12, 16):
             for tensor in held.values():
                 tensor.fill_(step)
@@ -76,7 +76,7 @@ def test_what_is_saved_is_what_was_there_at_that_moment(background: bool, tmp_pa
     for step in (4, 8, 12, 16):
         stored = tensors(0)
         assert verify(tmp_path / name(step)) == {"step": step}
-        read(tmp_path / name(step), stored, ALONE)
+        read(tmp_path / name(step), stored, SINGLE_PROCESS)
         assert all(torch.equal(stored[key], tensor) for key, tensor in tensors(step).items())
 
 
@@ -91,8 +91,8 @@ def test_the_training_does_not_wait_and_one_is_written_at_a_time(
         write(folder, *words)
         order.append(f"ends {folder.name}")
 
-    monkeypatch.setattr(saver, "write", slow)
-    with Saver(tmp_path, ALONE, keep=9) as saving:
+    monkeypatch.setattr(manager, "write", slow)
+    with CheckpointManager(tmp_path, SINGLE_PROCESS, keep=9) as saving:
         saving.save(1, tensors(1), {"step": 1})
         assert names(tmp_path) == []  # and yet it has returned
         threading.Timer(0.1, gate.set).start()
@@ -103,7 +103,7 @@ def test_the_training_does_not_wait_and_one_is_written_at_a_time(
 
 
 def test_the_same_step_twice_is_the_second(tmp_path: Path) -> None:
-    with Saver(tmp_path, ALONE, keep=2) as saving:
+    with CheckpointManager(tmp_path, SINGLE_PROCESS, keep=2) as saving:
         for turn in (1, 2, 3):
             saving.save(4, tensors(turn), {"step": 4, "turn": turn})
     assert kept(tmp_path) == [4]
@@ -113,7 +113,7 @@ def test_the_same_step_twice_is_the_second(tmp_path: Path) -> None:
 def test_a_failure_is_told_once_and_the_next_can_be_saved(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     folder.write_text("a file where a folder should be")
-    saving = Saver(folder, ALONE, keep=2)
+    saving = CheckpointManager(folder, SINGLE_PROCESS, keep=2)
     saving.save(1, tensors(1), {"step": 1})
     assert saving.thread is not None
     saving.thread.join()
@@ -131,7 +131,7 @@ def test_a_failure_is_told_once_and_the_next_can_be_saved(tmp_path: Path) -> Non
 
 def test_storage_that_has_vanished_is_not_made_again(tmp_path: Path) -> None:
     """As where it was mounted: what is written below the empty place would be lost once it is back."""
-    keeper = Saver(tmp_path / "gone", ALONE, keep=2)
+    keeper = CheckpointManager(tmp_path / "gone", SINGLE_PROCESS, keep=2)
     keeper.save(1, {"w": torch.zeros(3)}, {"step": 1})
     with pytest.raises(RunError, match=r"cannot be written \(No such file or directory\)"):
         keeper.wait()
@@ -141,18 +141,21 @@ def test_storage_that_has_vanished_is_not_made_again(tmp_path: Path) -> None:
 def test_without_a_background_the_failure_is_told_at_once(tmp_path: Path) -> None:
     (tmp_path / "c").write_text("a file where a folder should be")
     with pytest.raises(RunError, match="cannot be written"):
-        Saver(tmp_path / "c", ALONE, keep=2, background=False).save(1, tensors(1), {"step": 1})
+        CheckpointManager(tmp_path / "c", SINGLE_PROCESS, keep=2, background=False).save(1, tensors(1), {"step": 1})
 
 
 def fail_after_a_save(folder: Path) -> None:
-    with Saver(folder, ALONE, keep=2) as saving:
+    with CheckpointManager(folder, SINGLE_PROCESS, keep=2) as saving:
         saving.save(1, tensors(1), {"step": 1})
         raise KeyError("another")
 
 
 def test_at_the_end_a_failure_is_told_but_never_in_place_of_another_error(tmp_path: Path) -> None:
     (tmp_path / "c").write_text("a file where a folder should be")
-    with pytest.raises(RunError, match="cannot be written"), Saver(tmp_path / "c", ALONE, keep=2) as saving:
+    with (
+        pytest.raises(RunError, match="cannot be written"),
+        CheckpointManager(tmp_path / "c", SINGLE_PROCESS, keep=2) as saving,
+    ):
         saving.save(1, tensors(1), {"step": 1})
     with pytest.raises(KeyError, match="another"):
         fail_after_a_save(tmp_path / "c")
@@ -169,7 +172,7 @@ def test_old_ones_that_cannot_be_removed_are_told(tmp_path: Path) -> None:
     put(tmp_path, 1, 2)
     (tmp_path / name(1)).chmod(0o555)
     with without_privileges():
-        saving = Saver(tmp_path, ALONE, keep=1)
+        saving = CheckpointManager(tmp_path, SINGLE_PROCESS, keep=1)
         saving.save(3, tensors(3), {"step": 3})
         with pytest.raises(RunError, match=r"old checkpoints in .* cannot be removed \(Permission denied\)"):
             saving.wait()
@@ -199,7 +202,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
 def test_a_run_keeps_its_best_until_there_is_a_better_one(keep: int, tmp_path: Path) -> None:
     best = {1: None, 2: 1, 3: 1, 4: 1, 5: 4, 6: 4}
     by_step = {1: [1], 2: [2, 1], 3: [3, 1], 4: [4, 1], 5: [5, 4], 6: [6, 4]}
-    with Saver(tmp_path, ALONE, keep=keep) as saving:
+    with CheckpointManager(tmp_path, SINGLE_PROCESS, keep=keep) as saving:
         for step in range(1, 7):
             saving.save(step, tensors(step), {"step": step}, best[step])
             saving.wait()
@@ -209,7 +212,7 @@ def test_a_run_keeps_its_best_until_there_is_a_better_one(keep: int, tmp_path: P
 def test_the_one_just_written_is_kept_even_among_later_ones(tmp_path: Path) -> None:
     put(tmp_path, 8, 12)
     spoil(tmp_path, 8, 12)
-    with Saver(tmp_path, ALONE, keep=1) as saving:
+    with CheckpointManager(tmp_path, SINGLE_PROCESS, keep=1) as saving:
         saving.save(4, tensors(4), {"step": 4})
     assert 4 in steps_in(tmp_path)
     assert found(tmp_path) == 4
@@ -242,7 +245,7 @@ def test_an_old_one_that_lies_elsewhere_is_let_go_of(tmp_path: Path) -> None:
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / name(1)).symlink_to(tmp_path / "elsewhere" / name(1))
     assert found(tmp_path / "c") == 1
-    with Saver(tmp_path / "c", ALONE, keep=1) as saving:
+    with CheckpointManager(tmp_path / "c", SINGLE_PROCESS, keep=1) as saving:
         saving.save(2, tensors(2), {"step": 2})
     assert kept(tmp_path / "c") == [2]
 
@@ -384,14 +387,14 @@ def test_killed_anywhere_there_is_always_a_sound_one(
         with monkeypatch.context() as patch:
             Dying(patch, action, at)
             try:
-                write(folder / name(8), tensors(8), {"step": 8}, ALONE)
+                write(folder / name(8), tensors(8), {"step": 8}, SINGLE_PROCESS)
                 retain(folder, 1, {8})
                 survived = True
             except Killed:
                 pass
         tidy(folder)
         assert found(folder) in (4, 8)
-        with Saver(folder, ALONE, keep=1) as saving:
+        with CheckpointManager(folder, SINGLE_PROCESS, keep=1) as saving:
             saving.save(12, tensors(12), {"step": 12})
         assert kept(folder) == [12]
         assert json.loads((folder / name(12) / STATE).read_text()) == {"step": 12}

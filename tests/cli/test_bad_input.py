@@ -363,7 +363,7 @@ def test_a_place_is_masked_and_filled_by_no_other_image(pictures, bad_picture, t
     model = allmlp.create(
         num_classes=2, image_size=16, patch_size=8, num_blocks=1, hidden_dim=4, tokens_mlp_dim=2, channels_mlp_dim=4
     )
-    seen_by = {"image_size": (16, 16), "preprocessing": model.card.preprocessing}
+    seen_by = {"image_size": (16, 16), "preprocessing": model.metadata.preprocessing}
     train_view = TrainingView(**seen_by, crop="inception", crop_padding=0, flip=True)
 
     def batches():

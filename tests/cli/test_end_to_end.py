@@ -120,7 +120,7 @@ def test_a_folder_or_zip_without_a_recipe_uses_that_for_photos(mixer, tiny, pict
         assert recipe["name"] == "photos"
         weights.append(load_file(tmp_path / name / "model.safetensors"))
     assert all((weights[0][name].numpy() == weights[1][name].numpy()).all() for name in weights[0])
-    assert allmlp.load(tmp_path / "a" / "model.safetensors").card.classes == ("blue", "red")
+    assert allmlp.load(tmp_path / "a" / "model.safetensors").metadata.classes == ("blue", "red")
 
 
 # evaluate

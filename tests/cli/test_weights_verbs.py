@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 import allmlp
 from allmlp.model import Mixer
-from allmlp.training.initialization import headed, take
+from allmlp.training.initialization import take, with_new_head
 from allmlp.weights.published import synset_names
 from allmlp.weights.resize import resize
 
@@ -65,9 +65,9 @@ def test_classes_and_normalisation_from_the_command_travel(mixer, colour_weights
     names.write_text("azur\nvert\nrouge\n")
     out = tmp_path / "named.safetensors"
     assert_done(mixer("convert", colour_weights, out, "--classes", names, "--mean", 0, "--std", 0.2, 0.3, 0.4))
-    card = allmlp.load(out).card
-    assert card.classes == ("azur", "vert", "rouge")
-    assert (card.preprocessing.mean, card.preprocessing.std) == ((0, 0, 0), (0.2, 0.3, 0.4))
+    metadata = allmlp.load(out).metadata
+    assert metadata.classes == ("azur", "vert", "rouge")
+    assert (metadata.preprocessing.mean, metadata.preprocessing.std) == ((0, 0, 0), (0.2, 0.3, 0.4))
     answer = mixer("predict", out, pictures(tmp_path / "data", {"red": 1}), "--json")
     named = {row["class"] for row in json.loads(answer.out)["predictions"][0]["predictions"]}
     assert named == {"azur", "vert", "rouge"}
@@ -109,7 +109,7 @@ def test_resize_writes_what_the_function_makes(mixer, colour_weights, tmp_path) 
     model, told = allmlp.load(tmp_path / "big.safetensors"), json.loads(answer.out)
     expected = resize(allmlp.load(colour_weights), (24, 32))
     assert model.image_size == (24, 32)
-    assert model.card.classes == ("blue", "green", "red")
+    assert model.metadata.classes == ("blue", "green", "red")
     assert all(torch.equal(tensor, expected.state_dict()[name]) for name, tensor in model.state_dict().items())
     assert told["from"]["image_size"] == [16, 16]
     assert told["to"]["parameters"] == sum(p.numel() for p in model.parameters())
@@ -255,12 +255,12 @@ def test_one_learning_rate_is_one_plain_run(tuned) -> None:
 def test_finetune_learns_other_classes_at_another_size(tuned) -> None:
     folder, answer = tuned
     summary, model = json.loads(answer.out), allmlp.load(folder / "run" / "model.safetensors")
-    assert model.card.classes == ("noise", "red")
+    assert model.metadata.classes == ("noise", "red")
     assert model.image_size == (32, 32)
     assert summary["started_from"].endswith("colours.safetensors")
     assert summary["test_top1"] == 1
     assert (folder / "run" / "report.html").stat().st_size > 10_000
-    assert model.card.provenance["started_from"]["resized_from"] == [[16, 16]]
+    assert model.metadata.provenance["started_from"]["resized_from"] == [[16, 16]]
 
 
 def test_the_run_again_from_its_recipe(mixer, tuned, tmp_path) -> None:
@@ -369,7 +369,7 @@ def test_a_twin_of_a_fine_tuning_recipe(mixer, colour_weights, photographs, tmp_
 
 def with_zero_head(trained: Mixer, num_classes: int) -> Mixer:
     """What a run that starts from these weights starts from."""
-    model = headed(trained, num_classes).to_empty(device="cpu")
+    model = with_new_head(trained, num_classes).to_empty(device="cpu")
     take(model, trained)
     return model
 

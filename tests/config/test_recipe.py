@@ -9,9 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from allmlp.data.sources import load_source
-from allmlp.errors import UserError
-from allmlp.recipes import RECIPES, get_recipe
 from allmlp.config.recipe import (
     DataRecipe,
     ModelRecipe,
@@ -26,8 +23,11 @@ from allmlp.config.recipe import (
     from_json,
     to_json_object,
 )
-from allmlp.training.run import train
+from allmlp.data.sources import load_source
+from allmlp.errors import UserError
+from allmlp.recipes import RECIPES, get_recipe
 from allmlp.training.initialization import prepare
+from allmlp.training.run import train
 
 SECTIONS = {"model": ModelRecipe, "data": DataRecipe, "optimization": OptimizationRecipe, "run": RunRecipe}
 
@@ -97,8 +97,8 @@ def test_every_recipe_makes_a_model(name: str) -> None:
     with torch.device("meta"):
         model = prepare(recipe)(load_source("digits").classes)
     assert model.image_size == (recipe.model.image_size,) * 2
-    assert model.card.classes == tuple("0123456789")
-    assert model.card.preprocessing.crop_ratio == recipe.data.crop_ratio
+    assert model.metadata.classes == tuple("0123456789")
+    assert model.metadata.preprocessing.crop_ratio == recipe.data.crop_ratio
 
 
 @pytest.mark.parametrize(("wrong", "near"), [("digit", "digits"), ("cifar", "cifar10"), ("photo", "photos")])

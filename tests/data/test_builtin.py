@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from allmlp.data.decode import UnreadableImage
 from allmlp.data.builtin import FOLDERS
-from allmlp.data.sources import Part, load_source
+from allmlp.data.decode import UnreadableImage
+from allmlp.data.sources import ImageDataset, load_source
 from allmlp.errors import RunError, UserError
 
 torchvision_sets = pytest.importorskip("torchvision.datasets")
@@ -162,7 +162,7 @@ def kept_in(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], Path]:
     return name_the_folder
 
 
-def painted(part: Part) -> list[tuple[int, str]]:
+def painted(part: ImageDataset) -> list[tuple[int, str]]:
     return [meaning(np.asarray(part.image(i))) for i in range(len(part))]
 
 
@@ -314,9 +314,7 @@ def test_a_folder_that_holds_a_copy_is_that_data_set(
 def test_a_folder_that_holds_two_copies(tmp_path: Path) -> None:
     write_pets(tmp_path)
     write_cifar100(tmp_path)
-    with pytest.raises(
-        UserError, match=r"holds cifar100 and pets: give the name of one, with ALLMLP_DATA="
-    ) as caught:
+    with pytest.raises(UserError, match=r"holds cifar100 and pets: give the name of one, with ALLMLP_DATA=") as caught:
         load_source(str(tmp_path))
     assert str(caught.value).endswith(str(tmp_path))
 

@@ -13,14 +13,14 @@ from PIL import Image
 from torch import Tensor
 
 import allmlp
-from allmlp.metadata import Preprocessing
 from allmlp.data.decode import UnreadableImage
 from allmlp.data.loader import PADDING, evaluation_batches, training_batches
-from allmlp.data.sources import Part, load_source
+from allmlp.data.sources import ImageDataset, load_source
 from allmlp.data.stores import FolderStore, ZipStore
 from allmlp.data.transforms import EvaluationView, TrainingView, normalise
 from allmlp.evaluation.classification import classify
 from allmlp.inference.predict import find_images, predict_stream
+from allmlp.metadata import Preprocessing
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 48, 3)).astype(np.uint8))
@@ -125,7 +125,7 @@ def paths(request, guises) -> dict[str, dict[str, Tensor]]:
         channels_mlp_dim=4,
     )
     torch.nn.init.normal_(model.head.weight, generator=torch.Generator().manual_seed(0))
-    model.card = allmlp.model.Card(classes=part.classes, preprocessing=request.param)
+    model.metadata = allmlp.model.Metadata(classes=part.classes, preprocessing=request.param)
     seen_by = {"image_size": model.image_size, "preprocessing": request.param}
     view = TrainingView(**seen_by, crop="none", crop_padding=0, flip=False)
     training = training_batches(part, view, batch_size=len(part), steps=1, seed=5)
@@ -154,7 +154,7 @@ def fed(model, work) -> Tensor:
     return torch.cat(seen)
 
 
-def by_name(part: Part, batches, preprocessing: Preprocessing) -> Iterator[tuple[str, Tensor]]:
+def by_name(part: ImageDataset, batches, preprocessing: Preprocessing) -> Iterator[tuple[str, Tensor]]:
     for batch in batches:
         assert torch.equal(batch.valid, batch.indices != PADDING)
         images = normalise(batch.images[batch.valid], preprocessing)
@@ -201,15 +201,15 @@ def test_a_large_photograph_is_decoded_at_a_fraction_in_all_three_paths() -> Non
     Image.fromarray(pixels).save(stream, "jpeg", quality=95)
     view = EvaluationView(image_size=(64, 64), preprocessing=Preprocessing())
     plain = TrainingView(image_size=(64, 64), preprocessing=Preprocessing(), crop="none", crop_padding=0, flip=False)
-    assert plain.enough == view.enough == 2 * round(64 / (224 / 256))
-    small, full = decode(stream.getvalue(), "photo", enough=view.enough), decode(stream.getvalue(), "photo")
+    assert plain.min_side == view.min_side == 2 * round(64 / (224 / 256))
+    small, full = decode(stream.getvalue(), "photo", min_side=view.min_side), decode(stream.getvalue(), "photo")
     assert full.size == (1600, 1200)
     assert small.size == (200, 150)
     assert (view(small).int() - view(full).int()).abs().max() <= 3
     inception = TrainingView(
         image_size=(64, 64), preprocessing=Preprocessing(), crop="inception", crop_padding=0, flip=False
     )
-    assert min(decode(stream.getvalue(), "photo", enough=inception.enough).size) >= 64 / 0.05**0.5
+    assert min(decode(stream.getvalue(), "photo", min_side=inception.min_side).size) >= 64 / 0.05**0.5
 
 
 def test_a_large_photograph_is_the_same_from_a_folder_and_from_a_zip(tmp_path: Path) -> None:

@@ -14,26 +14,26 @@ import pytest
 import torch
 from PIL import Image
 
-from allmlp.metadata import Preprocessing
+from allmlp.config.recipe import DataRecipe, ModelRecipe, OptimizationRecipe, Recipe, RunRecipe
 from allmlp.data.decode import UnreadableImage
 from allmlp.data.loader import (
     PADDING,
     Batch,
     TrainingOrder,
-    Unreadable,
-    Views,
+    UnreadableImages,
+    ViewedDataset,
     default_workers,
     evaluation_batches,
     loader,
     training_batches,
 )
 from allmlp.data.randaugment import RandAugment
-from allmlp.data.sources import Part, load_source
+from allmlp.data.sources import ImageDataset, load_source
 from allmlp.data.stores import ArrayStore, FolderStore
 from allmlp.data.transforms import EvaluationView, TrainingView
 from allmlp.errors import UserError
 from allmlp.evaluation.classification import classify
-from allmlp.config.recipe import DataRecipe, ModelRecipe, OptimizationRecipe, Recipe, RunRecipe
+from allmlp.metadata import Preprocessing
 from allmlp.training.run import train
 
 EXACT = Preprocessing(crop_ratio=1.0)
@@ -48,21 +48,21 @@ class Holes:
     inner: ArrayStore
     holes: frozenset[str]
 
-    def open(self, name: str, max_pixels: int, enough: int | None = None) -> Image.Image:
+    def open(self, name: str, max_pixels: int, min_side: int | None = None) -> Image.Image:
         if name in self.holes:
             raise UnreadableImage(f"{name} cannot be read: it is a hole")
-        return self.inner.open(name, max_pixels, enough)
+        return self.inner.open(name, max_pixels, min_side)
 
 
-def part_of(n: int, holes: tuple[int, ...] = ()) -> Part:
+def part_of(n: int, holes: tuple[int, ...] = ()) -> ImageDataset:
     names = tuple(f"{i}.png" for i in range(n))
     pixels = np.random.default_rng(0).integers(1, 256, (n, 6, 6, 3), dtype=np.uint8)
     store = ArrayStore(pixels, names)
     labels = np.arange(n) % 3
     if not holes:
-        return Part(store=store, names=names, labels=labels, classes=("a", "b", "c"))
+        return ImageDataset(store=store, names=names, labels=labels, classes=("a", "b", "c"))
     holed = Holes(store, frozenset(f"{i}.png" for i in holes))
-    return Part(store=holed, names=names, labels=labels, classes=("a", "b", "c"))
+    return ImageDataset(store=holed, names=names, labels=labels, classes=("a", "b", "c"))
 
 
 def same(a: Batch, b: Batch) -> bool:
@@ -126,7 +126,7 @@ def test_workers_change_nothing(workers: int) -> None:
 def test_batches_are_the_same_when_started_at_another_step() -> None:
     part = part_of(10)
     whole = list(training_batches(part, TRAINING, batch_size=4, steps=6, seed=5, workers=0))
-    rest = list(loader(Views(part, TRAINING, 5), TrainingOrder(10, 4, 6, 5, first_step=4), 0))
+    rest = list(loader(ViewedDataset(part, TRAINING, 5), TrainingOrder(10, 4, 6, 5, first_step=4), 0))
     assert len(rest) == 2
     assert all(same(a, b) for a, b in zip(whole[4:], rest, strict=True))
 
@@ -153,7 +153,9 @@ def test_an_image_is_augmented_otherwise_in_each_epoch_and_by_each_seed() -> Non
 
 def test_images_of_one_epoch_are_augmented_independently() -> None:
     part = part_of(1)
-    same_image = Part(store=part.store, names=part.names * 16, labels=np.zeros(16, np.int64), classes=part.classes)
+    same_image = ImageDataset(
+        store=part.store, names=part.names * 16, labels=np.zeros(16, np.int64), classes=part.classes
+    )
     (batch,) = training_batches(same_image, TRAINING, batch_size=16, steps=1, seed=0, workers=0)
     assert len({image.numpy().tobytes() for image in batch.images}) > 12
 
@@ -234,7 +236,7 @@ def test_an_unreadable_image_changes_nothing_of_the_others_in_training() -> None
 
 def test_a_file_that_disappears_is_an_unreadable_image(tmp_path: Path) -> None:
     part = part_of(2)
-    gone = Part(store=FolderStore(tmp_path), names=part.names, labels=part.labels, classes=part.classes)
+    gone = ImageDataset(store=FolderStore(tmp_path), names=part.names, labels=part.labels, classes=part.classes)
     (batch,) = evaluation_batches(gone, EVALUATION, batch_size=2, workers=0)
     assert not batch.valid.any()
     assert [index for index, _ in batch.problems] == [0, 1]
@@ -243,7 +245,7 @@ def test_a_file_that_disappears_is_an_unreadable_image(tmp_path: Path) -> None:
 
 def test_other_errors_are_not_hidden() -> None:
     part = part_of(2)
-    broken = Part(store=part.store, names=("0.png", "no such"), labels=part.labels, classes=part.classes)
+    broken = ImageDataset(store=part.store, names=("0.png", "no such"), labels=part.labels, classes=part.classes)
     with pytest.raises(KeyError):
         list(evaluation_batches(broken, EVALUATION, batch_size=2, workers=0))
 
@@ -254,7 +256,7 @@ def problems_of(*indices: int) -> list[tuple[int, str]]:
 
 
 def test_unreadable_images_count_once_each() -> None:
-    unreadable = Unreadable(part_of(10), limit=0.3)
+    unreadable = UnreadableImages(part_of(10), limit=0.3)
     assert unreadable.add(problems_of(7, 2)) == ["7.png is broken", "2.png is broken"]
     assert unreadable.add(problems_of(2)) == []
     assert unreadable.add(problems_of(2, 5, 7)) == ["5.png is broken"]
@@ -262,7 +264,7 @@ def test_unreadable_images_count_once_each() -> None:
 
 
 def test_more_unreadable_images_than_allowed_stop_the_run() -> None:
-    unreadable = Unreadable(part_of(10), limit=0.3)
+    unreadable = UnreadableImages(part_of(10), limit=0.3)
     unreadable.add(problems_of(0, 1, 2))
     message = (
         r"4 of 10 images cannot be read, more than 0\.3 of them: mend them or raise "
@@ -273,7 +275,7 @@ def test_more_unreadable_images_than_allowed_stop_the_run() -> None:
 
 
 def test_a_limit_of_zero_allows_none() -> None:
-    unreadable = Unreadable(part_of(1000), limit=0)
+    unreadable = UnreadableImages(part_of(1000), limit=0)
     assert unreadable.add(problems_of()) == []
     with pytest.raises(UserError, match="1 of 1000 images"):
         unreadable.add(problems_of(3))
@@ -283,11 +285,11 @@ def test_a_limit_of_zero_allows_none() -> None:
 
 
 def test_images_in_memory_or_few_need_no_workers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def on_disk(n: int) -> Part:
+    def on_disk(n: int) -> ImageDataset:
         names = tuple(map(str, range(n)))
-        return Part(store=FolderStore(tmp_path), names=names, labels=np.zeros(n, np.int64), classes=("a",))
+        return ImageDataset(store=FolderStore(tmp_path), names=names, labels=np.zeros(n, np.int64), classes=("a",))
 
-    def chosen(part: Part, cores: int | None) -> int:
+    def chosen(part: ImageDataset, cores: int | None) -> int:
         monkeypatch.setattr("os.cpu_count", lambda: cores)
         return default_workers(part)
 
@@ -297,7 +299,7 @@ def test_images_in_memory_or_few_need_no_workers(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_generator_for_each_sample_is_independent_of_the_order() -> None:
-    views = Views(part_of(10), TRAINING, 0)
+    views = ViewedDataset(part_of(10), TRAINING, 0)
     forward = [views[(e, i)][0] for e in range(2) for i in range(5)]
     backward = [views[(e, i)][0] for e in (1, 0) for i in reversed(range(5))]
     assert all(torch.equal(a, b) for a, b in zip(forward, reversed(backward), strict=True))

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from allmlp.data.decode import UnreadableImage
-from allmlp.data.sources import Part, Source, hold_out, load_source
+from allmlp.data.sources import DatasetSplits, ImageDataset, hold_out, load_source
 from allmlp.data.stores import ArrayStore
 from allmlp.errors import UserError
 
@@ -54,7 +54,7 @@ def make_zip(path: Path, names: list[str], outer: str = "", directories: bool = 
     return path
 
 
-def content(source: Source, prefix: str = "") -> dict[str, list[tuple[str, int]]]:
+def content(source: DatasetSplits, prefix: str = "") -> dict[str, list[tuple[str, int]]]:
     """Names (without a prefix) and labels of every part."""
     return {
         name: [(n.removeprefix(prefix), int(label)) for n, label in zip(part.names, part.labels, strict=True)]
@@ -355,10 +355,10 @@ def test_max_pixels_reaches_the_decoder(tmp_path: Path) -> None:
 # Parts
 
 
-def small_part(classes: tuple[str, ...], labels: list[int]) -> Part:
+def small_part(classes: tuple[str, ...], labels: list[int]) -> ImageDataset:
     names = tuple(f"{i}.png" for i in range(len(labels)))
     pixels = np.arange(len(labels), dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 2, 3), np.uint8)
-    return Part(store=ArrayStore(pixels, names), names=names, labels=np.array(labels), classes=classes)
+    return ImageDataset(store=ArrayStore(pixels, names), names=names, labels=np.array(labels), classes=classes)
 
 
 def test_relabelling_goes_by_name_so_a_missing_class_shifts_none() -> None:
@@ -421,7 +421,7 @@ def test_a_link_to_a_folder_above_is_not_followed_for_ever(tmp_path: Path) -> No
 # Held out to choose by
 
 
-def counts(part: Part) -> list[int]:
+def counts(part: ImageDataset) -> list[int]:
     return np.bincount(part.labels, minlength=len(part.classes)).tolist()
 
 

@@ -9,9 +9,9 @@ from PIL import Image, ImageEnhance
 from scipy.stats import chisquare
 from torch import Tensor
 
-from allmlp.metadata import Preprocessing
 from allmlp.data.randaugment import RandAugment
 from allmlp.data.transforms import EvaluationView, TrainingView, inception_box, normalise
+from allmlp.metadata import Preprocessing
 
 SIZES = [(1, 1), (1, 5000), (5000, 1), (8, 8), (640, 480), (480, 640), (333, 77), (255, 256), (224, 224), (3, 900)]
 

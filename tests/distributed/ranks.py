@@ -56,7 +56,7 @@ def end(process: "subprocess.Popen[bytes]") -> None:
     process.wait(10)
 
 
-def run(function: Callable[..., Any], ranks: int, *words: Any, limit: float = LIMIT) -> list[Left]:
+def run(function: Callable[..., Any], world_size: int, *words: Any, limit: float = LIMIT) -> list[Left]:
     """What each rank leaves, in the order of the ranks; one that has not ended in time is killed."""
     process = helper()
     assert process.stdin is not None
@@ -64,27 +64,27 @@ def run(function: Callable[..., Any], ranks: int, *words: Any, limit: float = LI
     named = words[0] if function is in_world else function
     module = sys.modules[named.__module__]
     where = str(Path(module.__file__ or "").parent), module.__name__
-    asked = (where, pickle.dumps((function, words)), ranks, limit)
+    asked = (where, pickle.dumps((function, words)), world_size, limit)
     pickle.dump(asked, process.stdin)
     process.stdin.flush()
     return pickle.load(process.stdout)
 
 
-def values(function: Callable[..., Any], ranks: int, *words: Any, limit: float = LIMIT) -> list[Any]:
+def values(function: Callable[..., Any], world_size: int, *words: Any, limit: float = LIMIT) -> list[Any]:
     """What the function returns on each rank; the first traceback, where it raises."""
-    left = run(in_world, ranks, function, *words, limit=limit)
+    left = run(in_world, world_size, function, *words, limit=limit)
     for rank, one in enumerate(left):
-        assert one.error is None, f"rank {rank} of {ranks}: {one.error}"
+        assert one.error is None, f"rank {rank} of {world_size}: {one.error}"
     for rank, one in enumerate(left):
-        assert one.status == 0, f"rank {rank} of {ranks} ended with {one.status}: {one.err[-2000:]}"
+        assert one.status == 0, f"rank {rank} of {world_size} ended with {one.status}: {one.err[-2000:]}"
     return [one.value for one in left]
 
 
 def in_world(function: Callable[..., Any], *words: Any) -> Any:
-    from allmlp.distributed.context import joined
+    from allmlp.distributed.context import init_distributed
 
-    with joined(30) as world:
-        return function(world, *words)
+    with init_distributed(30) as context:
+        return function(context, *words)
 
 
 def serve(questions: BinaryIO, answers: BinaryIO) -> None:
@@ -92,26 +92,31 @@ def serve(questions: BinaryIO, answers: BinaryIO) -> None:
         importlib.import_module(module)
     while True:
         try:
-            (folder, module), question, ranks, limit = pickle.load(questions)
+            (folder, module), question, world_size, limit = pickle.load(questions)
         except EOFError:
             return
         if folder not in sys.path:
             sys.path.insert(0, folder)
         importlib.import_module(module)  # once, for all that are forked
-        pickle.dump(answer(question, ranks, limit), answers)
+        pickle.dump(answer(question, world_size, limit), answers)
         answers.flush()
 
 
-def answer(question: bytes, ranks: int, limit: float) -> list[Left]:
+def answer(question: bytes, world_size: int, limit: float) -> list[Left]:
     from torch.distributed import TCPStore
 
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    place = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port}
+    place = {
+        "WORLD_SIZE": world_size,
+        "LOCAL_WORLD_SIZE": world_size,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": store.port,
+    }
     place["TORCHELASTIC_USE_AGENT_STORE"] = True
     with tempfile.TemporaryDirectory() as folder:
         sys.stdout.flush()
         children = []
-        for rank in range(ranks):
+        for rank in range(world_size):
             here = {name: str(value) for name, value in (place | {"RANK": rank, "LOCAL_RANK": rank}).items()}
             children.append(os.fork() or work(question, here, Path(folder) / str(rank)))
         statuses = wait_for(children, time.monotonic() + limit)

@@ -27,9 +27,9 @@ def command(*words: str) -> int:
     return main(list(words))
 
 
-def mixer(ranks: int, *words: object) -> list[Left]:
+def mixer(world_size: int, *words: object) -> list[Left]:
     """What each rank leaves of ``mixer WORDS``."""
-    return run(command, ranks, *map(str, words))
+    return run(command, world_size, *map(str, words))
 
 
 def lines(left: list[Left]) -> list[str]:
@@ -39,7 +39,7 @@ def lines(left: list[Left]) -> list[str]:
 
 def test_one_rank_speaks_for_all(tmp_path: Path) -> None:
     out = tmp_path / "run"
-    words = (*WORDS, "--shard", "--recompute", "--polyak", 0.9, "--keep", "best", "--patience", 1, "--out", out)
+    words = (*WORDS, "--shard", "--recompute", "--ema-decay", 0.9, "--keep", "best", "--patience", 1, "--out", out)
     first, second = mixer(2, *words, "--json")
     assert (first.status, second.status) == (0, 0), first.err + second.err
     summary = json.loads(first.out)
@@ -145,7 +145,7 @@ def test_sgd_on_two_ranks(spread: tuple[str, ...], tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("spread", [(), ("--shard",)], ids=["replicas", "shares"])
 def test_two_ranks_compile(spread: tuple[str, ...], tmp_path: Path) -> None:
-    extra = ("--micro-batch-size", 8, "--dropout", 0.1, "--recompute", "--polyak", 0.9, *spread)
+    extra = ("--micro-batch-size", 8, "--dropout", 0.1, "--recompute", "--ema-decay", 0.9, *spread)
     plain = mixer(2, *WORDS, *extra, "--out", tmp_path / "plain")
     assert [one.status for one in plain] == [0, 0], lines(plain)
     words = ["on" if word == "off" else word for word in WORDS]
@@ -172,21 +172,21 @@ def test_ranks_end_soon_after_their_launcher_was_killed(steps: int, tmp_path: Pa
     process = subprocess.Popen(line, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     consumed = tmp_path / "run/consumed.jsonl"
-    ranks: list[int] = []
+    world_size: list[int] = []
     limit = time.monotonic() + 60
-    while len(ranks) < 2 or (steps and not (consumed.exists() and consumed.read_text().count("\n") >= steps)):
+    while len(world_size) < 2 or (steps and not (consumed.exists() and consumed.read_text().count("\n") >= steps)):
         assert time.monotonic() < limit
         time.sleep(0.05)
-        ranks = [int(pid) for pid in children.read_text().split()]
+        world_size = [int(pid) for pid in children.read_text().split()]
     process.send_signal(signal.SIGKILL)
     process.wait()
     try:
         limit = time.monotonic() + 20
-        while any(map(alive, ranks)) and time.monotonic() < limit:
+        while any(map(alive, world_size)) and time.monotonic() < limit:
             time.sleep(0.1)
-        assert not any(map(alive, ranks))
+        assert not any(map(alive, world_size))
     finally:
-        for pid in filter(alive, ranks):
+        for pid in filter(alive, world_size):
             os.kill(pid, signal.SIGKILL)
 
 

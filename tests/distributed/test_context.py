@@ -10,20 +10,20 @@ import pytest
 import torch
 from ranks import run, values
 
+from allmlp.distributed.context import SINGLE_PROCESS, DistributedContext
 from allmlp.errors import RunError, UserError
-from allmlp.distributed.context import ALONE, World
 
 LARGE = 2**63
 
 
-def sums(world: World, numbers: list[list[int]]) -> list[int]:
-    return world.sum(numbers[world.rank])
+def sums(context: DistributedContext, numbers: list[list[int]]) -> list[int]:
+    return context.sum(numbers[context.rank])
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_sums_wrap_around_as_integers_of_64_bits_do(ranks: int) -> None:
-    rows = [[rank, LARGE - 1, -LARGE, 2**64 - 1 - rank, 2**70 + 5, -(2**65) - rank, 0] for rank in range(ranks)]
-    found = values(sums, ranks, rows)
+def test_sums_wrap_around_as_integers_of_64_bits_do(world_size: int) -> None:
+    rows = [[rank, LARGE - 1, -LARGE, 2**64 - 1 - rank, 2**70 + 5, -(2**65) - rank, 0] for rank in range(world_size)]
+    found = values(sums, world_size, rows)
     assert all(row == found[0] for row in found)
     exact = [sum(column) for column in zip(*rows, strict=True)]
     assert [value % 2**64 for value in found[0]] == [value % 2**64 for value in exact]
@@ -33,15 +33,15 @@ def test_sums_wrap_around_as_integers_of_64_bits_do(ranks: int) -> None:
 
 def test_no_numbers_are_summed_to_none() -> None:
     assert values(sums, 2, [[], []]) == [[], []]
-    assert ALONE.sum([]) == []
+    assert SINGLE_PROCESS.sum([]) == []
 
 
-def means(world: World) -> tuple[float, float, float, bool]:
-    mine = torch.tensor(2.0 ** (10 * world.rank), dtype=torch.float64)
+def means(context: DistributedContext) -> tuple[float, float, float, bool]:
+    mine = torch.tensor(2.0 ** (10 * context.rank), dtype=torch.float64)
     before = mine.clone()
-    nan = world.mean(torch.tensor(float("nan") if world.rank else 1.0))
-    rows = world.mean(torch.arange(3.0) + world.rank)
-    return float(world.mean(mine)), float(nan), float(rows[2]), torch.equal(mine, before)
+    nan = context.mean(torch.tensor(float("nan") if context.rank else 1.0))
+    rows = context.mean(torch.arange(3.0) + context.rank)
+    return float(context.mean(mine)), float(nan), float(rows[2]), torch.equal(mine, before)
 
 
 def test_the_mean_is_over_all_ranks_and_leaves_what_it_is_given() -> None:
@@ -52,8 +52,8 @@ def test_the_mean_is_over_all_ranks_and_leaves_what_it_is_given() -> None:
         assert untouched
 
 
-def gathers(world: World, things: list[Any]) -> list[Any]:
-    return world.gather(things[world.rank])
+def gathers(context: DistributedContext, things: list[Any]) -> list[Any]:
+    return context.gather(things[context.rank])
 
 
 def test_all_have_each_rank_s_value_in_the_order_of_the_ranks() -> None:
@@ -69,21 +69,21 @@ FAILURES = {
 }
 
 
-def acted(world: World, kind: str) -> list[Any]:
+def acted(context: DistributedContext, kind: str) -> list[Any]:
     """What a first call gives (a value, or a failure's type, words and details), and a second one after it."""
     calls: list[int] = []
 
     def action() -> dict[str, Any]:
-        calls.append(world.rank)
+        calls.append(context.rank)
         if kind in FAILURES:
             raise FAILURES[kind]
-        return {"rank": world.rank, "path": Path("a/b")}
+        return {"rank": context.rank, "path": Path("a/b")}
 
     try:
-        outcome: Any = world.once(action)
+        outcome: Any = context.broadcast_from_rank0(action)
     except Exception as error:
         outcome = (type(error), str(error), getattr(error, "errno", None), getattr(error, "filename", None))
-    return [outcome, calls, world.once(lambda: world.rank)]
+    return [outcome, calls, context.broadcast_from_rank0(lambda: context.rank)]
 
 
 def test_what_the_first_does_is_for_all() -> None:
@@ -102,11 +102,11 @@ def test_a_failure_of_the_first_is_raised_on_all_and_the_next_call_works(kind: s
         assert second == 0
 
 
-def falls(world: World) -> int:
+def falls(context: DistributedContext) -> int:
     def action() -> int:
         raise ArithmeticError("nobody expected it")
 
-    return world.once(action)
+    return context.broadcast_from_rank0(action)
 
 
 def test_a_failure_that_nobody_expected_ends_all_ranks_and_soon() -> None:
@@ -120,33 +120,33 @@ def test_a_failure_that_nobody_expected_ends_all_ranks_and_soon() -> None:
 
 
 def joined_and(function: Any, *words: Any) -> Any:
-    from allmlp.distributed.context import joined
+    from allmlp.distributed.context import init_distributed
 
-    with joined(30) as world:
-        return function(world, *words)
+    with init_distributed(30) as context:
+        return function(context, *words)
 
 
-def in_turns(world: World) -> tuple[float, float]:
+def local_rank0_first(context: DistributedContext) -> tuple[float, float]:
     def read() -> tuple[float, float]:
         begun = time.monotonic()
-        time.sleep(0.4 if world.local_rank == 0 else 0.0)
+        time.sleep(0.4 if context.local_rank == 0 else 0.0)
         return begun, time.monotonic()
 
-    return world.in_turns(read)
+    return context.local_rank0_first(read)
 
 
 def test_the_first_of_a_machine_passes_before_its_others() -> None:
-    (_, ended), *others = values(in_turns, 3)
+    (_, ended), *others = values(local_rank0_first, 3)
     assert all(begun >= ended for begun, _ in others)
 
 
 def slow_reading(seconds: float) -> str:
-    from allmlp.distributed.context import joined
+    from allmlp.distributed.context import init_distributed
 
-    with joined(1) as world:  # --timeout-seconds 1
-        world.beat("reading the data", slow=True)  # which may take an hour
-        world.in_turns(lambda: time.sleep(seconds if world.first else 0.0))
-        return str(world.once(lambda: "passed"))
+    with init_distributed(1) as context:  # --timeout-seconds 1
+        context.heartbeat("reading the data", slow=True)  # which may take an hour
+        context.local_rank0_first(lambda: time.sleep(seconds if context.is_rank0 else 0.0))
+        return str(context.broadcast_from_rank0(lambda: "passed"))
 
 
 def test_reading_the_data_may_take_longer_than_the_time_without_progress() -> None:
@@ -154,9 +154,9 @@ def test_reading_the_data_may_take_longer_than_the_time_without_progress() -> No
     assert [(one.value, one.error) for one in left] == [("passed", None)] * 2
 
 
-def places(world: World) -> tuple[int, int, int, int, bool, str]:
-    device = str(world.device(torch.device("cpu")))
-    return world.rank, world.ranks, world.local_rank, world.local_ranks, world.first, device
+def places(context: DistributedContext) -> tuple[int, int, int, int, bool, str]:
+    device = str(context.device(torch.device("cpu")))
+    return context.rank, context.world_size, context.local_rank, context.local_world_size, context.is_rank0, device
 
 
 def test_each_knows_its_place() -> None:
@@ -164,25 +164,25 @@ def test_each_knows_its_place() -> None:
 
 
 def test_of_several_processes_each_has_its_own_gpu() -> None:
-    world = World(rank=5, ranks=8, local_rank=1, local_ranks=4)
-    assert world.device(torch.device("cuda")) == torch.device("cuda", 1)
-    assert world.device(torch.device("cpu")) == torch.device("cpu")
-    assert ALONE.device(torch.device("cuda", 3)) == torch.device("cuda", 3)
+    context = DistributedContext(rank=5, world_size=8, local_rank=1, local_world_size=4)
+    assert context.device(torch.device("cuda")) == torch.device("cuda", 1)
+    assert context.device(torch.device("cpu")) == torch.device("cpu")
+    assert SINGLE_PROCESS.device(torch.device("cuda", 3)) == torch.device("cuda", 3)
 
 
 def test_alone_nothing_is_exchanged() -> None:
     value = torch.tensor(2.5)
-    assert ALONE.mean(value) is value
-    assert ALONE.gather("x") == ["x"]
-    assert ALONE.once(lambda: 7) == 7
-    assert ALONE.sum([1, -(2**40)]) == [1, -(2**40)]
-    assert ALONE.in_turns(lambda: 7) == 7
+    assert SINGLE_PROCESS.mean(value) is value
+    assert SINGLE_PROCESS.gather("x") == ["x"]
+    assert SINGLE_PROCESS.broadcast_from_rank0(lambda: 7) == 7
+    assert SINGLE_PROCESS.sum([1, -(2**40)]) == [1, -(2**40)]
+    assert SINGLE_PROCESS.local_rank0_first(lambda: 7) == 7
     with pytest.raises(ZeroDivisionError):
-        ALONE.once(lambda: 1 // 0)
+        SINGLE_PROCESS.broadcast_from_rank0(lambda: 1 // 0)
 
 
-def alone_by_environment(world: World) -> tuple[int, bool]:
-    return world.ranks, "RANK" in os.environ
+def alone_by_environment(context: DistributedContext) -> tuple[int, bool]:
+    return context.world_size, "RANK" in os.environ
 
 
 def test_a_world_of_one_that_torchrun_has_started_is_one_process() -> None:

@@ -12,16 +12,16 @@ from ranks import values
 from torch import Tensor
 
 import allmlp
-from allmlp.metadata import Card
-from allmlp.errors import RunError
-from allmlp.model import Mixer, initialise
-from allmlp.training.ema import Average
 from allmlp.checkpointing.checkpoint import read, write
-from allmlp.training.optimizer import adamw
+from allmlp.distributed.context import SINGLE_PROCESS, DistributedContext
 from allmlp.distributed.parallelize import is_sharded, local, norm, put, shard, whole
+from allmlp.errors import RunError
+from allmlp.metadata import Metadata
+from allmlp.model import Mixer, init_weights
+from allmlp.training.ema import EMA
+from allmlp.training.optimizer import adamw
+from allmlp.training.optimizer_step import OptimizerStep
 from allmlp.training.state import TrainingState
-from allmlp.training.optimizer_step import Update
-from allmlp.distributed.context import ALONE, World
 
 CPU = torch.device("cpu")
 ODD = {"hidden_dim": 7, "tokens_mlp_dim": 5, "channels_mlp_dim": 11, "num_classes": 4}
@@ -30,18 +30,18 @@ EVEN = {"hidden_dim": 12, "tokens_mlp_dim": 6, "channels_mlp_dim": 24, "num_clas
 SIZES = {"odd": ODD, "small": SMALL, "even": EVEN}
 
 
-def blank(sizes: str, world: World, dtype: torch.dtype = torch.float32) -> Mixer:
+def blank(sizes: str, context: DistributedContext, dtype: torch.dtype = torch.float32) -> Mixer:
     """Sharded where there are ranks, its memory not yet filled."""
     with torch.device("meta"):
         model = allmlp.create(image_size=8, patch_size=4, num_blocks=2, **SIZES[sizes]).to(dtype)
-    if world.ranks > 1:
-        shard(model, world, CPU)
+    if context.world_size > 1:
+        shard(model, context, CPU)
     return model.to_empty(device="cpu")
 
 
-def filled(sizes: str, world: World, dtype: torch.dtype = torch.float32, seed: int = 3) -> Mixer:
+def filled(sizes: str, context: DistributedContext, dtype: torch.dtype = torch.float32, seed: int = 3) -> Mixer:
     """With every parameter drawn, also those that begin at 0 and 1."""
-    model = blank(sizes, world, dtype)
+    model = blank(sizes, context, dtype)
     for i, parameter in enumerate(model.parameters()):
         generator = torch.Generator().manual_seed(100 * seed + i)
         put(parameter, torch.randn(parameter.shape, generator=generator, dtype=dtype))
@@ -70,20 +70,20 @@ def gap(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> float:
 # Initial weights
 
 
-def begun(world: World, sizes: str) -> tuple[dict[str, np.ndarray], dict[str, tuple[int, ...]], bool]:
-    model = blank(sizes, world)
-    initialise(model, 5, put)
+def begun(context: DistributedContext, sizes: str) -> tuple[dict[str, np.ndarray], dict[str, tuple[int, ...]], bool]:
+    model = blank(sizes, context)
+    init_weights(model, 5, put)
     held = {name: tuple(local(p.detach()).shape) for name, p in model.named_parameters()}
     return weights(model), held, is_sharded(model)
 
 
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_initial_weights_do_not_depend_on_the_number_of_ranks(sizes: str, ranks: int) -> None:
+def test_initial_weights_do_not_depend_on_the_number_of_ranks(sizes: str, world_size: int) -> None:
     with torch.device("cpu"):
         plain = allmlp.create(image_size=8, patch_size=4, num_blocks=2, seed=5, **SIZES[sizes])
     expected = weights(plain)
-    found = values(begun, ranks, sizes)
+    found = values(begun, world_size, sizes)
     for state, _, sharded in found:
         assert sharded
         assert equal(state, expected)
@@ -94,9 +94,9 @@ def test_initial_weights_do_not_depend_on_the_number_of_ranks(sizes: str, ranks:
         assert held[0][0] < array.shape[0] or array.shape[0] == 1
 
 
-def made_whole(world: World) -> tuple[bool, bool, bool, list[str], dict[str, np.ndarray]]:
-    model = filled("odd", world)
-    model.card = Card(classes=("a", "b", "c", "d"))
+def made_whole(context: DistributedContext) -> tuple[bool, bool, bool, list[str], dict[str, np.ndarray]]:
+    model = filled("odd", context)
+    model.metadata = Metadata(classes=("a", "b", "c", "d"))
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     full = whole(model)
@@ -106,7 +106,7 @@ def made_whole(world: World) -> tuple[bool, bool, bool, list[str], dict[str, np.
             parameter.add_(1)
     return (
         is_sharded(full),
-        full.card is model.card and full.config == model.config,
+        full.metadata is model.metadata and full.config == model.config,
         equal(weights(model), before),  # what is done to it leaves the sharded one alone
         [name for name, _ in full.named_parameters()],
         before,
@@ -114,25 +114,25 @@ def made_whole(world: World) -> tuple[bool, bool, bool, list[str], dict[str, np.
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_a_whole_model_is_a_plain_one_with_the_same_weights(ranks: int) -> None:
-    plain = filled("odd", ALONE)
+def test_a_whole_model_is_a_plain_one_with_the_same_weights(world_size: int) -> None:
+    plain = filled("odd", SINGLE_PROCESS)
     assert whole(plain) is plain
-    for sharded, same, alone, names, state in values(made_whole, ranks):
+    for sharded, same, alone, names, state in values(made_whole, world_size):
         assert (sharded, same, alone) == (False, True, True)
         assert names == [name for name, _ in plain.named_parameters()]
         assert equal(state, weights(plain))
 
 
-def norms(world: World, sizes: str) -> tuple[float, float]:
-    model = filled(sizes, world, torch.float64)
+def norms(context: DistributedContext, sizes: str) -> tuple[float, float]:
+    model = filled(sizes, context, torch.float64)
     shares = [local(p.detach()) for p in model.parameters()]
-    lost = [share * (float("nan") if world.first else 1) for share in shares]
-    return tuple(float(norm(tensors, world.ranks > 1)) for tensors in (shares, lost))  # type: ignore[return-value]
+    lost = [share * (float("nan") if context.is_rank0 else 1) for share in shares]
+    return tuple(float(norm(tensors, context.world_size > 1)) for tensors in (shares, lost))  # type: ignore[return-value]
 
 
 @pytest.mark.parametrize("sizes", SIZES)
 def test_the_norm_is_over_the_shares_of_all_ranks(sizes: str) -> None:
-    expected, _ = norms(ALONE, sizes)
+    expected, _ = norms(SINGLE_PROCESS, sizes)
     for found, lost in values(norms, 3, sizes):
         assert found == pytest.approx(expected, rel=1e-14)
         assert lost != lost
@@ -141,10 +141,10 @@ def test_the_norm_is_over_the_shares_of_all_ranks(sizes: str) -> None:
 # Averages and steps
 
 
-def averaged(world: World, sizes: str) -> list[dict[str, np.ndarray]]:
+def averaged(context: DistributedContext, sizes: str) -> list[dict[str, np.ndarray]]:
     """The shown weights after each of three changes, the weights after all, and the settled ones."""
-    model = filled(sizes, world, torch.float64)
-    average, seen = Average(model, 0.75), []
+    model = filled(sizes, context, torch.float64)
+    average, seen = EMA(model, 0.75), []
     for step in range(3):
         for i, parameter in enumerate(model.parameters()):
             local(parameter.detach()).mul_(1 + 0.1 * step).add_(i)
@@ -156,12 +156,12 @@ def averaged(world: World, sizes: str) -> list[dict[str, np.ndarray]]:
     return [*seen, weights(model)]
 
 
-def each_averaged(world: World) -> list[list[dict[str, np.ndarray]]]:
-    return [averaged(world, sizes) for sizes in SIZES]
+def each_averaged(context: DistributedContext) -> list[list[dict[str, np.ndarray]]]:
+    return [averaged(context, sizes) for sizes in SIZES]
 
 
 def test_the_average_of_a_shared_model_is_that_of_a_whole_one() -> None:
-    expected = each_averaged(ALONE)
+    expected = each_averaged(SINGLE_PROCESS)
     assert all(gap(seen[2], seen[3]) > 0 for seen in expected)
     for found in values(each_averaged, 3):
         for one, other in zip(found, expected, strict=True):
@@ -176,40 +176,40 @@ def batch(step: int) -> tuple[Tensor, Tensor]:
     return torch.randn(12, 3, 8, 8, generator=generator, dtype=torch.float64), torch.arange(12)
 
 
-def stepped(world: World, sizes: str, clip_norm: float | None, poison: int | None, half: bool) -> Told:
+def stepped(context: DistributedContext, sizes: str, clip_norm: float | None, poison: int | None, half: bool) -> Told:
     """Norms of gradient and change at each step, the weights after all, what failed; the rank has its share of 12."""
-    model = filled(sizes, world, torch.float64)
+    model = filled(sizes, context, torch.float64)
     optimizer = adamw(model, weight_decay=0.1, beta1=0.9, beta2=0.99)
     optimizer.param_groups[0]["eps"] = optimizer.param_groups[1]["eps"] = 1e-3  # else Adam makes much of a rounding
-    update = Update(optimizer, clip_norm, half=half, shared=is_sharded(model))
-    told, share = [], 12 // world.ranks
+    update = OptimizerStep(optimizer, clip_norm, half=half, shared=is_sharded(model))
+    told, share = [], 12 // context.world_size
     for step in range(1, 5):
         for group in optimizer.param_groups:
             group["lr"] = 0.01
         images, labels = batch(step)
-        mine = slice(world.rank * share, (world.rank + 1) * share)
+        mine = slice(context.rank * share, (context.rank + 1) * share)
         loss = torch.nn.functional.cross_entropy(model(images[mine]), labels[mine] % SIZES[sizes]["num_classes"])
         update.backward(loss)
-        if step == poison and world.first:  # in the share of one rank alone
+        if step == poison and context.is_rank0:  # in the share of one rank alone
             grad = model.get_parameter("stem.weight").grad
             assert grad is not None
             local(grad)[0, 0, 0, 0] = float("inf")
-        told.append(tuple(map(float, update(step, world.mean(loss.detach()), 1.0, True))))
+        told.append(tuple(map(float, update(step, context.mean(loss.detach()), 1.0, True))))
     return told, weights(model), [*update.failure.tolist(), update.scaler.get_scale()]
 
 
 STEPS = list(itertools.product(SIZES, [None, 0.3]))
 
 
-def each_stepped(world: World) -> list[Told]:
-    return [stepped(world, sizes, clip_norm, None, False) for sizes, clip_norm in STEPS]
+def each_stepped(context: DistributedContext) -> list[Told]:
+    return [stepped(context, sizes, clip_norm, None, False) for sizes, clip_norm in STEPS]
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_a_shared_step_is_that_of_one_process(ranks: int) -> None:
-    expected = each_stepped(ALONE)
+def test_a_shared_step_is_that_of_one_process(world_size: int) -> None:
+    expected = each_stepped(SINGLE_PROCESS)
     assert all(found > 0.3 for norms, _, _ in expected for found, _ in norms)  # the clipping has something to do
-    for told in values(each_stepped, ranks):
+    for told in values(each_stepped, world_size):
         for case, (found, state, failed), (norms, other, _) in zip(STEPS, told, expected, strict=True):
             assert np.allclose(found, norms, rtol=1e-10, atol=0), case
             assert gap(state, other) < 1e-10, case
@@ -217,7 +217,7 @@ def test_a_shared_step_is_that_of_one_process(ranks: int) -> None:
 
 
 def test_no_number_in_one_rank_s_share_ends_the_steps_of_all() -> None:
-    _, expected, failure = stepped(ALONE, "odd", 1.0, 3, False)
+    _, expected, failure = stepped(SINGLE_PROCESS, "odd", 1.0, 3, False)
     assert failure[0] == 3
     for _, state, failed in values(stepped, 3, "odd", 1.0, 3, False):
         assert failed[0] == 3
@@ -225,11 +225,11 @@ def test_no_number_in_one_rank_s_share_ends_the_steps_of_all() -> None:
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_an_overflow_in_one_rank_s_share_is_left_out_by_all(ranks: int) -> None:
-    _, expected, failure = stepped(ALONE, "odd", 1.0, 3, True)
+def test_an_overflow_in_one_rank_s_share_is_left_out_by_all(world_size: int) -> None:
+    _, expected, failure = stepped(SINGLE_PROCESS, "odd", 1.0, 3, True)
     assert failure[0] == 0
     assert failure[3] == 2.0**15  # halved once
-    for _, state, failed in values(stepped, ranks, "odd", 1.0, 3, True):
+    for _, state, failed in values(stepped, world_size, "odd", 1.0, 3, True):
         assert failed[0] == 0
         assert failed[3] == failure[3]
         assert gap(state, expected) < 1e-9
@@ -238,10 +238,10 @@ def test_an_overflow_in_one_rank_s_share_is_left_out_by_all(ranks: int) -> None:
 # Checkpoints
 
 
-def state_of(world: World, sizes: str) -> TrainingState:
-    model = filled(sizes, world, seed=world.ranks)
-    update = Update(adamw(model, weight_decay=0.1, beta1=0.9, beta2=0.99), 1.0, shared=is_sharded(model))
-    return TrainingState(model, update, Average(model, 0.9))
+def state_of(context: DistributedContext, sizes: str) -> TrainingState:
+    model = filled(sizes, context, seed=context.world_size)
+    update = OptimizerStep(adamw(model, weight_decay=0.1, beta1=0.9, beta2=0.99), 1.0, shared=is_sharded(model))
+    return TrainingState(model, update, EMA(model, 0.9))
 
 
 def full(state: TrainingState) -> dict[str, np.ndarray]:
@@ -249,49 +249,49 @@ def full(state: TrainingState) -> dict[str, np.ndarray]:
     return arrays(whole)
 
 
-def written(world: World, sizes: str, folder: Path) -> dict[str, np.ndarray]:
-    state = state_of(world, sizes)
+def written(context: DistributedContext, sizes: str, folder: Path) -> dict[str, np.ndarray]:
+    state = state_of(context, sizes)
     for i, tensor in enumerate(state.tensors().values()):
         if local(tensor).is_floating_point():
             local(tensor).add_(i)
-    write(folder, state.tensors(), {"step": 1}, world)
+    write(folder, state.tensors(), {"step": 1}, context)
     return full(state)
 
 
-def taken(world: World, sizes: str, folder: Path) -> dict[str, np.ndarray]:
-    state = state_of(world, sizes)
-    read(folder, state.tensors(), world)
+def taken(context: DistributedContext, sizes: str, folder: Path) -> dict[str, np.ndarray]:
+    state = state_of(context, sizes)
+    read(folder, state.tensors(), context)
     return full(state)
 
 
-def each_written(world: World, folder: Path) -> list[dict[str, np.ndarray]]:
-    return [written(world, sizes, folder / sizes) for sizes in SIZES]
+def each_written(context: DistributedContext, folder: Path) -> list[dict[str, np.ndarray]]:
+    return [written(context, sizes, folder / sizes) for sizes in SIZES]
 
 
-def each_taken(world: World, folder: Path) -> list[dict[str, np.ndarray]]:
-    return [taken(world, sizes, folder / sizes) for sizes in SIZES]
+def each_taken(context: DistributedContext, folder: Path) -> list[dict[str, np.ndarray]]:
+    return [taken(context, sizes, folder / sizes) for sizes in SIZES]
 
 
 def test_a_checkpoint_of_two_ranks_is_read_by_any_number(tmp_path: Path) -> None:
     expected, again = values(each_written, 2, tmp_path)
     assert all(equal(a, b) for a, b in zip(expected, again, strict=True))
     assert {name.split(".")[0] for name in expected[0]} == {"model", "optimizer", "average"}
-    for ranks in (1, 2, 3):
-        for found in values(each_taken, ranks, tmp_path):
-            assert all(equal(a, b) for a, b in zip(found, expected, strict=True)), ranks
+    for world_size in (1, 2, 3):
+        for found in values(each_taken, world_size, tmp_path):
+            assert all(equal(a, b) for a, b in zip(found, expected, strict=True)), world_size
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(SIZES)
 
 
 @pytest.mark.parametrize("ranks", [1, 3])
-def test_a_checkpoint_of_others_is_read_by_two_ranks(ranks: int, tmp_path: Path) -> None:
-    expected = values(written, ranks, "odd", tmp_path / "step-1")[0]
+def test_a_checkpoint_of_others_is_read_by_two_ranks(world_size: int, tmp_path: Path) -> None:
+    expected = values(written, world_size, "odd", tmp_path / "step-1")[0]
     for found in values(taken, 2, "odd", tmp_path / "step-1"):
         assert equal(found, expected)
 
 
-def refused(world: World, folder: Path) -> str:
+def refused(context: DistributedContext, folder: Path) -> str:
     try:
-        taken(world, "even", folder)
+        taken(context, "even", folder)
     except RunError as error:
         return str(error)
     return ""
@@ -303,23 +303,23 @@ def test_a_checkpoint_of_other_sizes_is_refused_by_all(tmp_path: Path) -> None:
     assert all(f"{tmp_path / 'step-1'} does not fit this run: " in line for line in told), told
 
 
-def unwritten(world: World, folder: Path) -> tuple[str, list[str]]:
+def unwritten(context: DistributedContext, folder: Path) -> tuple[str, list[str]]:
     """Where one rank alone cannot write its part."""
     import allmlp.checkpointing.checkpoint as module
 
-    state: Any = state_of(world, "odd")
+    state: Any = state_of(context, "odd")
     original = module.fingerprint
 
     def failing(path: Path) -> dict[str, Any]:
-        if world.rank == 1 and path.name.startswith("__"):
+        if context.rank == 1 and path.name.startswith("__"):
             raise OSError(28, "No space left on device", str(path))
         return original(path)
 
     module.fingerprint = failing
     try:
-        write(folder, state.tensors(), {"step": 1}, world)
+        write(folder, state.tensors(), {"step": 1}, context)
     except RunError as error:
-        world.sum([0])
+        context.sum([0])
         return str(error), [path.name for path in folder.parent.iterdir()]
     return "", []
 

@@ -17,15 +17,7 @@ import torch
 from PIL import Image
 from ranks import values
 
-from allmlp.data.decode import UnreadableImage
-from allmlp.data.dataset import Part, Source
-from allmlp.data.stores import ArrayStore
-from allmlp.errors import UserError
-from allmlp.evaluation.classification import Classification, classify
-from allmlp.model import Mixer
-from allmlp.training.preemption import Control
-from allmlp.training.fit import fit
-from allmlp.distributed.parallelize import shard, whole
+from allmlp.checkpointing.manager import CheckpointManager
 from allmlp.config.recipe import (
     DataRecipe,
     ModelRecipe,
@@ -35,10 +27,18 @@ from allmlp.config.recipe import (
     check,
     check_ranks,
 )
-from allmlp.checkpointing.manager import Saver
-from allmlp.training.signals import Signals
+from allmlp.data.dataset import DatasetSplits, ImageDataset
+from allmlp.data.decode import UnreadableImage
+from allmlp.data.stores import ArrayStore
+from allmlp.distributed.context import SINGLE_PROCESS, DistributedContext
+from allmlp.distributed.parallelize import shard, whole
+from allmlp.errors import UserError
+from allmlp.evaluation.classification import Classification, classify
+from allmlp.model import Mixer
+from allmlp.training.fit import fit
 from allmlp.training.initialization import prepare
-from allmlp.distributed.context import ALONE, World
+from allmlp.training.preemption import Control
+from allmlp.training.signals import SignalState
 from allmlp.weights.native import save
 
 CLASSES = ("a", "b", "c")
@@ -53,19 +53,19 @@ class Spoilt(ArrayStore):
         super().__init__(pixels, names)
         self.bad = {names[i] for i in bad}
 
-    def open(self, name: str, max_pixels: int, enough: int | None = None) -> Image.Image:
+    def open(self, name: str, max_pixels: int, min_side: int | None = None) -> Image.Image:
         if name in self.bad:
             raise UnreadableImage(f"{name} is spoilt")
-        return super().open(name, max_pixels, enough)
+        return super().open(name, max_pixels, min_side)
 
 
-def part(images: int, seed: int, bad: tuple[int, ...] = ()) -> Part:
+def part(images: int, seed: int, bad: tuple[int, ...] = ()) -> ImageDataset:
     """Noisy images, brighter by class."""
     labels = np.arange(images) % 3
     noise = np.random.default_rng(seed).integers(0, 120, (images, 8, 8, 3))
     pixels = (noise + 60 * labels[:, None, None, None]).astype(np.uint8)
     names = tuple(f"{i:03d}" for i in range(images))
-    return Part(store=Spoilt(pixels, names, bad), names=names, labels=labels, classes=CLASSES)
+    return ImageDataset(store=Spoilt(pixels, names, bad), names=names, labels=labels, classes=CLASSES)
 
 
 def recipe(**changes: Any) -> Recipe:
@@ -92,30 +92,32 @@ class Silent:
 
 
 def trained(
-    world: World, shared: bool, out: Path, changes: dict[str, Any], bad: tuple[int, ...], kind: str
+    context: DistributedContext, shared: bool, out: Path, changes: dict[str, Any], bad: tuple[int, ...], kind: str
 ) -> dict[str, Any]:
     """What a run leaves, as arrays and numbers. ``kind``: float64, float32, or float16 with gradients scaled."""
     settings = recipe(**changes)
-    check_ranks(settings, world.ranks)
-    source = Source(parts={"train": part(24, 0, bad), "val": part(7, 1)}, classes=CLASSES, how="made")
+    check_ranks(settings, context.world_size)
+    source = DatasetSplits(parts={"train": part(24, 0, bad), "val": part(7, 1)}, classes=CLASSES, how="made")
     begin = prepare(settings)
-    model = begin.skeleton(CLASSES).to(DTYPES.get(kind, torch.float32))
+    model = begin.build_meta(CLASSES).to(DTYPES.get(kind, torch.float32))
     if shared:
-        shard(model, world, CPU)
+        shard(model, context, CPU)
     begin.fill(model.to_empty(device="cpu"))
     precision = torch.float16 if kind == "float16" else torch.float32
     seen: list[Classification] = []
 
     def examine(model: Mixer, name: str) -> Classification:
         seen.append(
-            classify(model, source.parts[name], device=CPU, precision=precision, batch_size=3, workers=0, world=world)
+            classify(
+                model, source.parts[name], device=CPU, precision=precision, batch_size=3, workers=0, context=context
+            )
         )
         return seen[-1]
 
-    if world.first:
+    if context.is_rank0:
         (out / "checkpoints").mkdir(parents=True)
-    world.sum([0])
-    control = Control(world, Signals(), Saver(out / "checkpoints", world, 2), 600.0, "")
+    context.sum([0])
+    control = Control(context, SignalState(), CheckpointManager(out / "checkpoints", context, 2), 600.0, "")
     done = fit(settings, out, source, model, CPU, precision, examine, Silent(), control)
     return {
         "weights": {name: p.detach().numpy().copy() for name, p in done.model.named_parameters()},
@@ -169,12 +171,12 @@ def settings_of(name: str) -> dict[str, Any]:
     return CASES[name] | ({"clip_norm": 1.0, "beta2": 0.5} if "optimizer" not in CASES[name] else {})
 
 
-def every(world: World, shared: bool, out: Path) -> dict[str, Any]:
+def every(context: DistributedContext, shared: bool, out: Path) -> dict[str, Any]:
     """What each case leaves, or how it failed."""
     left: dict[str, Any] = {}
     for name in CASES:
         try:
-            left[name] = trained(world, shared, out / name, settings_of(name), (), "float64")
+            left[name] = trained(context, shared, out / name, settings_of(name), (), "float64")
         except (NotImplementedError, ValueError, UserError):
             left[name] = traceback.format_exc()
     return left
@@ -187,7 +189,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[dict[
     @functools.cache
     def made(way: str) -> list[dict[str, Any]]:
         out = tmp_path_factory.mktemp("runs")
-        return [every(ALONE, False, out)] if way == "alone" else values(every, 2, way == "shares", out, limit=120.0)
+        return (
+            [every(SINGLE_PROCESS, False, out)]
+            if way == "alone"
+            else values(every, 2, way == "shares", out, limit=120.0)
+        )
 
     return made
 
@@ -211,7 +217,7 @@ def test_two_ranks_train_as_one_process_does(name: str, way: str, runs: Callable
 def test_the_loss_is_the_mean_over_the_readable_images_of_all_ranks(
     changes: dict[str, Any], shared: bool, tmp_path: Path
 ) -> None:
-    expected = trained(ALONE, False, tmp_path / "alone", changes, BAD, "float64")
+    expected = trained(SINGLE_PROCESS, False, tmp_path / "alone", changes, BAD, "float64")
     assert expected["unreadable"] == [f"{i:03d}" for i in BAD]
     for found in values(trained, 2, shared, tmp_path / "two", changes, BAD, "float64"):
         compare(found, expected)
@@ -220,7 +226,7 @@ def test_the_loss_is_the_mean_over_the_readable_images_of_all_ranks(
 @pytest.mark.parametrize("shared", [False, True], ids=["replicas", "shares"])
 def test_a_step_of_unreadable_images_alone_moves_nothing_on_any_rank(shared: bool, tmp_path: Path) -> None:
     changes, bad = {"steps": 2, **SGD}, tuple(range(24))
-    expected = trained(ALONE, False, tmp_path / "alone", changes, bad, "float64")
+    expected = trained(SINGLE_PROCESS, False, tmp_path / "alone", changes, bad, "float64")
     for found in values(trained, 2, shared, tmp_path / "two", changes, bad, "float64"):
         compare(found, expected)
         assert found["losses"] == [0.0, 0.0]
@@ -228,7 +234,7 @@ def test_a_step_of_unreadable_images_alone_moves_nothing_on_any_rank(shared: boo
 
 def test_three_ranks_with_shares_of_odd_sizes(tmp_path: Path) -> None:
     changes = {**MASKED, **MIXED, **SGD, "micro_batch_size": 2, "polyak": 0.9}
-    expected = trained(ALONE, False, tmp_path / "alone", changes, BAD, "float64")
+    expected = trained(SINGLE_PROCESS, False, tmp_path / "alone", changes, BAD, "float64")
     for found in values(trained, 3, True, tmp_path / "three", changes, BAD, "float64"):
         compare(found, expected)
 
@@ -242,7 +248,7 @@ def test_a_frozen_body_stays_bit_for_bit_on_all_ranks(shared: bool, recompute: b
     save(model, path)
     sizes = dict.fromkeys(("patch_size", "num_blocks", "hidden_dim", "tokens_mlp_dim", "channels_mlp_dim"))
     changes = {**sizes, "weights": str(path), "frozen": True, "recompute": recompute, "polyak": 0.5, **MASKED, **SGD}
-    expected = trained(ALONE, False, tmp_path / "alone", changes, (), "float64")
+    expected = trained(SINGLE_PROCESS, False, tmp_path / "alone", changes, (), "float64")
     before = {name: p.detach().numpy() for name, p in model.named_parameters()}
     for found in values(trained, 2, shared, tmp_path / "two", changes, (), "float64"):
         compare(found, expected)
@@ -253,7 +259,7 @@ def test_a_frozen_body_stays_bit_for_bit_on_all_ranks(shared: bool, recompute: b
 @pytest.mark.parametrize("shared", [False, True], ids=["replicas", "shares"])
 def test_float16_is_trained_with_scaled_gradients_on_two_ranks(shared: bool, tmp_path: Path) -> None:
     changes = {"epochs": 20, "evaluate_every_epochs": 10}
-    expected = trained(ALONE, False, tmp_path / "alone", changes, (), "float16")
+    expected = trained(SINGLE_PROCESS, False, tmp_path / "alone", changes, (), "float16")
     first, second = values(trained, 2, shared, tmp_path / "two", changes, (), "float16")
     assert gap(first["weights"], second["weights"]) == 0
     assert np.allclose(first["losses"][:5], expected["losses"][:5], rtol=0.02)
@@ -264,7 +270,7 @@ def test_float16_is_trained_with_scaled_gradients_on_two_ranks(shared: bool, tmp
 # Evaluation
 
 
-def evaluated(world: World, images: int, bad: tuple[int, ...], batch_size: int) -> Any:
+def evaluated(context: DistributedContext, images: int, bad: tuple[int, ...], batch_size: int) -> Any:
     """Everything of a classification, to the last bit."""
     model = prepare(recipe())(CLASSES)
     generator = torch.Generator().manual_seed(0)
@@ -281,7 +287,7 @@ def evaluated(world: World, images: int, bad: tuple[int, ...], batch_size: int) 
             batch_size=batch_size,
             workers=0,
             on_progress=lambda *words: told.append(words),
-            world=world,
+            context=context,
         )
     except UserError as error:
         return str(error)
@@ -292,17 +298,17 @@ def evaluated(world: World, images: int, bad: tuple[int, ...], batch_size: int) 
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_an_evaluation_is_the_same_to_the_last_bit_on_any_number_of_ranks(ranks: int) -> None:
+def test_an_evaluation_is_the_same_to_the_last_bit_on_any_number_of_ranks(world_size: int) -> None:
     asked = []
     for images, batch_size in itertools.product([1, 2, 5, 16, 17], [1, 4, 256]):
         spoilt = [(), tuple(range(0, images - 1, 3)), tuple(range(images - 1)), tuple(range(images))]
         asked += [(images, bad, batch_size) for bad in spoilt]
-    expected = each_evaluated(ALONE, asked)
+    expected = each_evaluated(SINGLE_PROCESS, asked)
     assert {isinstance(outcome, str) for outcome in expected} == {False, True}
-    for found in values(each_evaluated, ranks, asked):
+    for found in values(each_evaluated, world_size, asked):
         for words, one, other in zip(asked, found, expected, strict=True):
             assert one == other, words
 
 
-def each_evaluated(world: World, asked: list[tuple[int, tuple[int, ...], int]]) -> list[Any]:
-    return [evaluated(world, *words) for words in asked]
+def each_evaluated(context: DistributedContext, asked: list[tuple[int, tuple[int, ...], int]]) -> list[Any]:
+    return [evaluated(context, *words) for words in asked]

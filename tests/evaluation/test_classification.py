@@ -10,11 +10,11 @@ from PIL import Image
 from torch import nn
 
 import allmlp
-from allmlp.metadata import Card, Preprocessing
 from allmlp.data.decode import UnreadableImage
-from allmlp.data.sources import Part
+from allmlp.data.sources import ImageDataset
 from allmlp.errors import UserError
 from allmlp.evaluation.classification import classify
+from allmlp.metadata import Metadata, Preprocessing
 
 # of each image: its true class (None: unreadable, of class 4), and the classes as the model ranks them
 IMAGES = [
@@ -35,7 +35,7 @@ class Told(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.config, self.image_size = {"num_classes": 7}, (4, 4)
-        self.card = Card(preprocessing=Preprocessing(crop_ratio=1.0))
+        self.metadata = Metadata(preprocessing=Preprocessing(crop_ratio=1.0))
         self.inner = nn.Dropout()
         self.seen: list[int] = []
         self.was_training: list[bool] = []
@@ -51,16 +51,16 @@ class Told(nn.Module):
 
 
 class Numbered:
-    def open(self, name: str, max_pixels: int, enough: int | None = None) -> Image.Image:
+    def open(self, name: str, max_pixels: int, min_side: int | None = None) -> Image.Image:
         number = int(name)
         if IMAGES[number - 1][0] is None:
             raise UnreadableImage(f"{name} cannot be read: it is none; replace it")
         return Image.new("RGB", (4, 4), (number, 0, 0))
 
 
-def part(numbers=range(1, 8)) -> Part:
+def part(numbers=range(1, 8)) -> ImageDataset:
     labels = np.array([4 if (label := IMAGES[n - 1][0]) is None else label for n in numbers])
-    return Part(store=Numbered(), names=tuple(map(str, numbers)), labels=labels, classes=CLASSES)
+    return ImageDataset(store=Numbered(), names=tuple(map(str, numbers)), labels=labels, classes=CLASSES)
 
 
 def scored(model=None, of=None, **options):
@@ -75,7 +75,7 @@ def test_scores_by_hand(batch_size: int, workers: int) -> None:
     result = scored(batch_size=batch_size, workers=workers)
     assert result.indices.tolist() == [0, 1, 2, 3, 5, 6]
     assert result.labels.tolist() == [0, 1, 2, 2, 6, 3]
-    assert result.best.tolist() == [list(ranks[:5]) for label, ranks in IMAGES if label is not None]
+    assert result.best.tolist() == [list(world_size[:5]) for label, world_size in IMAGES if label is not None]
     assert result.top1 == 3 / 6
     assert result.top5 == 4 / 6
     rest = math.log(sum(math.exp(-k) for k in range(7)))
@@ -101,7 +101,7 @@ def test_top5_of_five_classes_says_nothing() -> None:
     model = allmlp.create(
         num_classes=5, image_size=4, patch_size=4, num_blocks=1, hidden_dim=4, tokens_mlp_dim=2, channels_mlp_dim=4
     )
-    few = Part(store=Numbered(), names=("1", "2"), labels=np.array([0, 4]), classes=CLASSES[:5])
+    few = ImageDataset(store=Numbered(), names=("1", "2"), labels=np.array([0, 4]), classes=CLASSES[:5])
     result = scored(model, few)
     assert result.top5 is None
     assert result.best.shape == (2, 5)
@@ -136,6 +136,6 @@ def test_progress_reaches_the_number_of_images() -> None:
 
 def test_gradients_are_not_kept(colour_weights: Path) -> None:
     model = allmlp.load(colour_weights)
-    few = Part(store=Numbered(), names=("1", "2"), labels=np.array([0, 2]), classes=("blue", "green", "red"))
+    few = ImageDataset(store=Numbered(), names=("1", "2"), labels=np.array([0, 2]), classes=("blue", "green", "red"))
     scored(model, few)
     assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())

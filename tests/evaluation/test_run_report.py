@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from allmlp.data.sources import Part, load_source
+from allmlp.data.sources import ImageDataset, load_source
 from allmlp.data.stores import ArrayStore
 from allmlp.evaluation.classification import Classification
 from allmlp.evaluation.run_report import example, mistakes, save_examples, spread
@@ -16,7 +16,9 @@ def result(labels: list[int], predicted: list[int], sure: list[float], classes=(
     count = len(labels)
     names = tuple(f"{i}.png" for i in range(2 * count))
     pixels = np.arange(2 * count, dtype=np.uint8)[:, None, None, None] * np.ones((1, 4, 4, 3), np.uint8)
-    part = Part(store=ArrayStore(pixels, names), names=names, labels=np.repeat(labels, 2), classes=tuple(classes))
+    part = ImageDataset(
+        store=ArrayStore(pixels, names), names=names, labels=np.repeat(labels, 2), classes=tuple(classes)
+    )
     best = np.stack([predicted, (np.array(predicted) + 1) % 3], axis=1)
     return Classification(
         part=part,

@@ -30,7 +30,7 @@ class FakeStore:
         self.bad = bad
         self.lock, self.opened = threading.Lock(), 0
 
-    def open(self, name: str, max_pixels: int, enough: int | None = None) -> Image.Image:
+    def open(self, name: str, max_pixels: int, min_side: int | None = None) -> Image.Image:
         with self.lock:
             self.opened += 1
         if name in self.bad:

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 import allmlp
+from allmlp.config.recipe import Recipe, Transfer, check, check_transfer
 from allmlp.errors import UserError
 from allmlp.recipes import RECIPES, TRANSFERS, get_recipe, get_transfer
 from allmlp.recipes.finetune import resolution, vtab
 from allmlp.training.fit import make_mixing, make_optimizer, make_view
-from allmlp.config.recipe import Recipe, Transfer, check, check_transfer
-from allmlp.training.run import Run, train
 from allmlp.training.initialization import prepare
+from allmlp.training.run import Run, train
 
 PAPER = Path(__file__).resolve().parents[3] / "shared" / "paper"
 OWN = ("digits", "cifar10", "photos")
@@ -126,7 +126,7 @@ def test_pretraining_is_section_3(name: str) -> None:
     assert (recipe.model.image_size, recipe.model.image_width, settings.global_batch_size) == (224, None, 4096)
     assert (settings.optimizer, settings.beta1, settings.beta2, settings.clip_norm) == ("adamw", 0.9, 0.999, 1.0)
     assert (settings.warmup_steps, settings.decay) == (10_000, "linear")
-    assert (settings.loss, settings.label_smoothing, settings.polyak) == ("sigmoid", 0.0, None)
+    assert (settings.loss, settings.label_smoothing, settings.ema_decay) == ("sigmoid", 0.0, None)
     assert (recipe.data.train_crop, recipe.data.flip) == ("inception", True)
     assert (recipe.data.crop, recipe.data.crop_ratio, recipe.data.interpolation) == ("resmall", 224 / 256, "bilinear")
     assert (recipe.data.cutmix, recipe.data.color_jitter, recipe.data.holdout) == (None, 0.0, 0.0)
@@ -191,7 +191,7 @@ def assert_section_3(plan: Transfer, batch: int = 512) -> None:
     settings = plan.recipe.optimization
     assert (settings.optimizer, settings.momentum, settings.global_batch_size) == ("sgd", 0.9, batch)
     assert (settings.weight_decay, settings.clip_norm, settings.decay) == (0.0, 1.0, "cosine")
-    assert (settings.loss, settings.label_smoothing, settings.polyak) == ("softmax", 0.0, None)
+    assert (settings.loss, settings.label_smoothing, settings.ema_decay) == ("softmax", 0.0, None)
     model, data = plan.recipe.model, plan.recipe.data
     assert (model.dropout, model.stochastic_depth, model.head_bias, model.frozen) == (0.0, 0.0, 0.0, False)
     assert (data.randaugment, data.mixup, data.cutmix, data.color_jitter) == (None, None, None, 0.0)

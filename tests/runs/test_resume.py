@@ -24,26 +24,26 @@ from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from allmlp.checkpointing.checkpoint import STATE, read, verify, write
+from allmlp.checkpointing.manager import name, steps_in
+from allmlp.config.recipe import Recipe, flag
+from allmlp.data.dataset import DatasetSplits, ImageDataset
 from allmlp.data.decode import UnreadableImage
 from allmlp.data.loader import permutation
-from allmlp.data.dataset import Part, Source
 from allmlp.data.stores import ArrayStore
+from allmlp.distributed.context import SINGLE_PROCESS
 from allmlp.errors import RunError, Stopped, UserError
 from allmlp.evaluation.classification import classify
 from allmlp.model import Mixer
-from allmlp.training import fit, run
-from allmlp.training.ema import Average
-from allmlp.checkpointing.checkpoint import STATE, read, verify, write
-from allmlp.training.fit import Diverged, make_optimizer
-from allmlp.config.recipe import Recipe, flag
 from allmlp.runs.records import CONSUMED, METRICS
 from allmlp.runs.resume import FREE, check_same, fingerprint, finished, hold
-from allmlp.training.run import Run
-from allmlp.checkpointing.manager import name, steps_in
+from allmlp.training import fit, run
+from allmlp.training.ema import EMA
+from allmlp.training.fit import Diverged, make_optimizer
 from allmlp.training.initialization import prepare
+from allmlp.training.optimizer_step import OptimizerStep
+from allmlp.training.run import Run
 from allmlp.training.state import Checkpoint, TrainingState
-from allmlp.training.optimizer_step import Update
-from allmlp.distributed.context import ALONE
 from allmlp.weights.native import save
 
 CLOCK = ("images_per_second", "images_per_second_per_device", "data_wait", "memory_bytes")
@@ -82,7 +82,9 @@ class Scored:
         self.scores, self.known = scores, dict[str, float]()
         self.closed = False
 
-    def __call__(self, model: Mixer, part: Part, *, on_progress: Callable[[int, int], None], **options: Any) -> Any:
+    def __call__(
+        self, model: Mixer, part: ImageDataset, *, on_progress: Callable[[int, int], None], **options: Any
+    ) -> Any:
         digest = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in model.parameters())).hexdigest()
         on_progress(1, 2)
         if digest not in self.known:
@@ -93,7 +95,7 @@ class Scored:
 
 
 @pytest.fixture(autouse=True)
-def images(monkeypatch: pytest.MonkeyPatch) -> dict[str, Source]:
+def images(monkeypatch: pytest.MonkeyPatch) -> dict[str, DatasetSplits]:
     """The data of all runs; a test may change it."""
     held = {"source": source(train=24, val=6, test=6)}
     monkeypatch.setattr(run, "load_source", lambda *words, **options: held["source"])
@@ -132,7 +134,7 @@ def stored(checkpoint: Path) -> dict[str, Tensor]:
     found = {
         key: torch.empty(t.size, dtype=t.properties.dtype) for key, t in told if isinstance(t, TensorStorageMetadata)
     }
-    read(checkpoint, found, ALONE)
+    read(checkpoint, found, SINGLE_PROCESS)
     return found
 
 
@@ -186,7 +188,7 @@ def test_stopped_inside_an_epoch_and_gone_on_with(changes: dict[str, Any], tmp_p
 
 
 def test_stopped_at_every_step_one_after_the_other(tmp_path: Path, whole: Whole) -> None:
-    settings = recipe(save_every_steps=1, polyak=0.5, **NOISY)
+    settings = recipe(save_every_steps=1, ema_decay=0.5, **NOISY)
     for at in range(2, 7):
         with pytest.raises(Ended):
             train(settings, tmp_path / "run", progress=Ends(at))
@@ -210,7 +212,7 @@ PLACES = [(3, 1), (8, 1), *(("evaluating on val", n) for n in (2, 4, 7, 8)), ("e
 def test_patience_and_the_best_outlive_any_stop(at: int | str, nth: int, tmp_path: Path) -> None:
     """Stopped in a step, in an evaluation, after the run has ended early, or while the best is evaluated again."""
     scores = Scored(0.2, 0.7, 0.7, 0.6, 0.9)
-    settings = recipe(keep="best", patience=2, epochs=20, polyak=0.5, keep_checkpoints=1)
+    settings = recipe(keep="best", patience=2, epochs=20, ema_decay=0.5, keep_checkpoints=1)
     done = train(settings, tmp_path / "whole", scores, resume=False)
     assert (done.summary["steps"], done.summary["kept_step"], done.summary["val_top1"]) == (8, 4, 0.7)
     scores.closed = True
@@ -345,7 +347,7 @@ class Spoilt(ArrayStore):
 
 
 def test_images_that_could_not_be_read_are_remembered(
-    tmp_path: Path, images: dict[str, Source], caplog: pytest.LogCaptureFixture
+    tmp_path: Path, images: dict[str, DatasetSplits], caplog: pytest.LogCaptureFixture
 ) -> None:
     whole = images["source"]
     order = permutation(0, 2, 24)  # of the third epoch, whose first half is step 5
@@ -426,7 +428,7 @@ def test_what_may_differ_is_taken_over(tmp_path: Path) -> None:
     assert json.loads((out / "recipe.json").read_text()) == json.loads(json.dumps(dataclasses.asdict(settings)))
 
 
-def other_source(how: str) -> Source:
+def other_source(how: str) -> DatasetSplits:
     whole = source(train=24, val=6, test=6)
     train = whole.parts["train"]
     changed = {
@@ -440,7 +442,7 @@ def other_source(how: str) -> Source:
 
 
 @pytest.mark.parametrize("how", ["one less", "one more", "another name", "another order", "another label"])
-def test_other_data_is_refused(how: str, tmp_path: Path, images: dict[str, Source]) -> None:
+def test_other_data_is_refused(how: str, tmp_path: Path, images: dict[str, DatasetSplits]) -> None:
     out = begun(tmp_path / "run")
     images["source"] = other_source(how)
     counts = f"24 training images then, {len(images['source'].parts['train'])} now"
@@ -453,15 +455,15 @@ def test_other_data_is_refused(how: str, tmp_path: Path, images: dict[str, Sourc
     assert train(recipe(save_every_steps=1), out).summary["steps"] == 6
 
 
-def test_other_classes_are_refused(tmp_path: Path, images: dict[str, Source]) -> None:
+def test_other_classes_are_refused(tmp_path: Path, images: dict[str, DatasetSplits]) -> None:
     out = begun(tmp_path / "run")
     for classes in (("a", "b", "d"), ("a", "c", "b"), ("a", "b", "c", "d")):
         parts = {k: dataclasses.replace(v, classes=classes) for k, v in source(train=24, val=6, test=6).parts.items()}
-        images["source"] = Source(parts=parts, classes=classes, how="made")
+        images["source"] = DatasetSplits(parts=parts, classes=classes, how="made")
         refused(recipe(save_every_steps=1), out, "was trained on the classes a, b, c: the data has others")
 
 
-def test_the_pixels_and_the_place_of_the_data_may_move(tmp_path: Path, images: dict[str, Source]) -> None:
+def test_the_pixels_and_the_place_of_the_data_may_move(tmp_path: Path, images: dict[str, DatasetSplits]) -> None:
     out = begun(tmp_path / "run")
     moved = source(train=24, val=6, test=6)
     images["source"] = dataclasses.replace(moved, how="elsewhere")
@@ -469,16 +471,16 @@ def test_the_pixels_and_the_place_of_the_data_may_move(tmp_path: Path, images: d
 
 
 def test_a_fingerprint_is_of_names_labels_and_order() -> None:
-    def told(part: Part) -> dict[str, Any]:
-        return fingerprint(Source(parts={"train": part, "test": part}, classes=CLASSES, how="made"))
+    def told(part: ImageDataset) -> dict[str, Any]:
+        return fingerprint(DatasetSplits(parts={"train": part, "test": part}, classes=CLASSES, how="made"))
 
     plain = part(24, 0)
     assert told(plain) == told(part(24, 1))  # pixels are not looked at
     assert told(plain).keys() == {"train"}  # nor test images
     assert told(plain)["train"]["count"] == 24
-    joined = dataclasses.replace(plain, names=("\0".join(plain.names[:2]), *plain.names[2:], ""))
+    init_distributed = dataclasses.replace(plain, names=("\0".join(plain.names[:2]), *plain.names[2:], ""))
     odd = dataclasses.replace(plain, names=("b\udc80", *plain.names[1:]))
-    for other in (joined, odd, dataclasses.replace(plain, labels=plain.labels[::-1])):
+    for other in (init_distributed, odd, dataclasses.replace(plain, labels=plain.labels[::-1])):
         assert told(other)["train"]["sha256"] != told(plain)["train"]["sha256"]
     small = dataclasses.replace(plain, labels=plain.labels.astype(np.int32))
     assert told(small) == told(plain)
@@ -536,7 +538,7 @@ def interrupt(number: int) -> Callable[[], None]:
     ],
 )
 def test_a_signal_ends_a_run_that_can_be_gone_on_with(
-    at: int | str, number: signal.Signals, tmp_path: Path, whole: Whole
+    at: int | str, number: signal.SignalState, tmp_path: Path, whole: Whole
 ) -> None:
     settings, out, scores = recipe(), tmp_path / "run", Scored(0.5)
     status = 128 + number
@@ -607,8 +609,8 @@ def test_all_that_changes_from_step_to_step_comes_back(changes: dict[str, Any], 
     def make(seed: int) -> TrainingState:
         settings = recipe(seed=seed, **changes)
         model = prepare(settings)(CLASSES)
-        update = Update(make_optimizer(settings.optimization, model), 1.0, half=half)
-        average = None if settings.optimization.polyak is None else Average(model, 0.9)
+        update = OptimizerStep(make_optimizer(settings.optimization, model), 1.0, half=half)
+        average = None if settings.optimization.ema_decay is None else EMA(model, 0.9)
         return TrainingState(model, update, average)
 
     def step(state: TrainingState, number: int, loud: float = 1.0) -> None:
@@ -626,9 +628,9 @@ def test_all_that_changes_from_step_to_step_comes_back(changes: dict[str, Any], 
         step(before, number)
     before.update.scaler.load_state_dict(before.update.scaler.state_dict() | {"scale": 1024.0}) if half else None
     before.update.overflows.fill_(5)
-    write(tmp_path / "c", before.tensors(), before.numbers() | {"step": 3}, ALONE)
+    write(tmp_path / "c", before.tensors(), before.numbers() | {"step": 3}, SINGLE_PROCESS)
     after = make(1)
-    assert after.load(Checkpoint(tmp_path / "c", verify(tmp_path / "c")), ALONE) == 3
+    assert after.load(Checkpoint(tmp_path / "c", verify(tmp_path / "c")), SINGLE_PROCESS) == 3
     assert same(before.tensors(), after.tensors())
     assert after.update.scaler.state_dict() == before.update.scaler.state_dict()
     assert float(after.update.overflows) == 5

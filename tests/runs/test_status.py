@@ -15,16 +15,16 @@ import torch
 from test_fit import recipe
 from test_trust import LINUX, without_privileges
 
+from allmlp.checkpointing.checkpoint import STATE, write
+from allmlp.checkpointing.manager import name
 from allmlp.cli.status import duration, lines
+from allmlp.config.recipe import to_json_object
+from allmlp.distributed.context import SINGLE_PROCESS
 from allmlp.errors import RunError, UserError
 from allmlp.files import to_json
-from allmlp.checkpointing.checkpoint import STATE, write
 from allmlp.runs.folder import LOCK, is_locked, locked, run_folder
-from allmlp.config.recipe import to_json_object
 from allmlp.runs.records import METRICS
-from allmlp.checkpointing.manager import name
 from allmlp.runs.status import status
-from allmlp.distributed.context import ALONE
 
 RECORDS = [
     {"step": 2, "epoch": 1.0, "loss": 1.5},
@@ -45,7 +45,7 @@ def out(tmp_path: Path) -> Path:
     (folder / METRICS).write_text("".join(to_json(record) + "\n" for record in RECORDS))
     for step in (2, 4, 6):
         state = {"step": step, "steps": 10, "seconds": 10.0 * step}
-        write(folder / "checkpoints" / name(step), {"w": torch.zeros(3)}, state, ALONE)
+        write(folder / "checkpoints" / name(step), {"w": torch.zeros(3)}, state, SINGLE_PROCESS)
     return folder
 
 

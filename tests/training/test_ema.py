@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from allmlp.training.ema import Average
+from allmlp.training.ema import EMA
 
 
 def model(seed: int = 0) -> nn.Module:
@@ -33,7 +33,7 @@ def change(of: nn.Module, step: int) -> None:
 @pytest.mark.parametrize("decay", [0.0, 0.5, 0.9, 0.9999])
 def test_it_follows_from_the_first_step_on(decay: float) -> None:
     followed = model()
-    average = Average(followed, decay)
+    average = EMA(followed, decay)
     by_hand: dict[str, Tensor] = {}
     for step in range(1, 8):
         change(followed, step)
@@ -49,7 +49,7 @@ def test_it_follows_from_the_first_step_on(decay: float) -> None:
 def test_the_first_step_is_taken_whole() -> None:
     """The initial weights have no part in it."""
     followed = model()
-    average = Average(followed, 0.99)
+    average = EMA(followed, 0.99)
     change(followed, 1)
     average.update()
     assert same(average.tensors, weights(followed))
@@ -58,7 +58,7 @@ def test_the_first_step_is_taken_whole() -> None:
 def test_a_started_one_is_not_started_again() -> None:
     """As after a checkpoint was loaded into it."""
     followed = model()
-    average, again = Average(followed, 0.9), Average(followed, 0.9)
+    average, again = EMA(followed, 0.9), EMA(followed, 0.9)
     for step in (1, 2, 3):
         change(followed, step)
         average.update()
@@ -75,7 +75,7 @@ def test_a_started_one_is_not_started_again() -> None:
 @pytest.mark.parametrize("fails", [False, True])
 def test_shown_and_put_back_bit_for_bit(fails: bool) -> None:
     followed = model()
-    average = Average(followed, 0.9)
+    average = EMA(followed, 0.9)
     for step in (1, 2):
         change(followed, step)
         average.update()
@@ -100,7 +100,7 @@ def test_shown_and_put_back_bit_for_bit(fails: bool) -> None:
 def test_gradients_and_what_is_frozen_are_left_alone() -> None:
     followed = model()
     frozen = weights(followed)["1.weight"]
-    average = Average(followed, 0.5)
+    average = EMA(followed, 0.5)
     followed(torch.ones(2, 3)).sum().backward()
     gradients = [p.grad for p in followed.parameters()]
     for step in (1, 2):

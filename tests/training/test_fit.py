@@ -14,13 +14,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from allmlp.data.dataset import Part, Source
-from allmlp.data.stores import ArrayStore
-from allmlp.errors import RunError
-from allmlp.evaluation.classification import classify
-from allmlp.model import Mixer
-from allmlp.training import run
-from allmlp.training.fit import Fitted, fit, lengths
 from allmlp.config.recipe import (
     DataRecipe,
     ModelRecipe,
@@ -29,6 +22,13 @@ from allmlp.config.recipe import (
     RunRecipe,
     check,
 )
+from allmlp.data.dataset import DatasetSplits, ImageDataset
+from allmlp.data.stores import ArrayStore
+from allmlp.errors import RunError
+from allmlp.evaluation.classification import classify
+from allmlp.model import Mixer
+from allmlp.training import run
+from allmlp.training.fit import FitResult, fit, lengths
 from allmlp.training.initialization import prepare
 from allmlp.weights.load import load
 from allmlp.weights.native import save
@@ -37,18 +37,20 @@ CLASSES = ("a", "b", "c")
 CPU = torch.device("cpu")
 
 
-def part(images: int, seed: int) -> Part:
+def part(images: int, seed: int) -> ImageDataset:
     """Noisy images, brighter by class."""
     labels = np.arange(images) % 3
     noise = np.random.default_rng(seed).integers(0, 120, (images, 8, 8, 3))
     pixels = (noise + 60 * labels[:, None, None, None]).astype(np.uint8)
     names = tuple(f"{i:03d}" for i in range(images))
-    return Part(store=ArrayStore(pixels, names), names=names, labels=labels, classes=CLASSES)
+    return ImageDataset(store=ArrayStore(pixels, names), names=names, labels=labels, classes=CLASSES)
 
 
-def source(**parts: int) -> Source:
+def source(**parts: int) -> DatasetSplits:
     counts = parts or {"train": 24, "val": 6}
-    return Source(parts={name: part(n, i) for i, (name, n) in enumerate(counts.items())}, classes=CLASSES, how="made")
+    return DatasetSplits(
+        parts={name: part(n, i) for i, (name, n) in enumerate(counts.items())}, classes=CLASSES, how="made"
+    )
 
 
 def recipe(**changes: Any) -> Recipe:
@@ -79,7 +81,7 @@ class Watched:
     """A fit, with the trained weights after each step and those that were shown to each evaluation."""
 
     def __init__(
-        self, out: Path, settings: Recipe, top1: list[float] | None = None, data: Source | None = None
+        self, out: Path, settings: Recipe, top1: list[float] | None = None, data: DatasetSplits | None = None
     ) -> None:
         self.steps: list[dict[str, Tensor]] = []
         self.shown: list[dict[str, Tensor]] = []
@@ -102,12 +104,12 @@ class Watched:
             return classify(model, self.data.parts[name], device=CPU, precision=torch.float32)
         return SimpleNamespace(top1=self.scores[min(len(self.shown), len(self.scores)) - 1], loss=1.0, unreadable={})
 
-    def fit(self) -> Fitted[Any]:
+    def fit(self) -> FitResult[Any]:
         precision = {"float16": torch.float16}.get(self.settings.run.precision, torch.float32)
         return fit(self.settings, self.out, self.data, self.model, CPU, precision, self.examine, self)
 
 
-def watched(out: Path, top1: list[float] | None = None, **changes: Any) -> tuple[Watched, Fitted[Any]]:
+def watched(out: Path, top1: list[float] | None = None, **changes: Any) -> tuple[Watched, FitResult[Any]]:
     seen = Watched(out, recipe(**changes), top1)
     return seen, seen.fit()
 
@@ -132,7 +134,7 @@ def test_a_plain_run_ends_with_the_last_weights(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("decay", [0.5, 0.9, 0.0])
 def test_the_polyak_average_is_the_one_by_hand(decay: float, tmp_path: Path) -> None:
-    seen, fitted = watched(tmp_path / "run", polyak=decay)
+    seen, fitted = watched(tmp_path / "run", ema_decay=decay)
     plain, _ = watched(tmp_path / "plain")
     assert all(same(a, b) for a, b in zip(seen.steps, plain.steps, strict=True))  # it has no part in the training
     average = {name: w.double() for name, w in seen.steps[0].items()}  # it starts at the first step's weights
@@ -149,8 +151,8 @@ def test_the_polyak_average_is_the_one_by_hand(decay: float, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("polyak", [None, 0.5])
-def test_the_best_is_kept(polyak: float | None, tmp_path: Path) -> None:
-    seen, fitted = watched(tmp_path / "run", [0.2, 0.7, 0.7, 0.7], keep="best", polyak=polyak)
+def test_the_best_is_kept(ema_decay: float | None, tmp_path: Path) -> None:
+    seen, fitted = watched(tmp_path / "run", [0.2, 0.7, 0.7, 0.7], keep="best", ema_decay=ema_decay)
     assert (fitted.steps, fitted.kept_step) == (6, 4)  # the first of equals
     assert fitted.val is not None
     assert fitted.val.top1 == 0.7
@@ -251,7 +253,7 @@ def test_micro_batches_and_recomputation_give_the_same_result(changes: dict[str,
 
 @pytest.mark.parametrize(("recompute", "times"), [(False, 1), (True, 2)])
 def test_blocks_are_computed_again_where_the_recipe_says_so(recompute: bool, times: int, tmp_path: Path) -> None:
-    seen = Watched(tmp_path / "run", recipe(recompute=recompute, polyak=0.5))
+    seen = Watched(tmp_path / "run", recipe(recompute=recompute, ema_decay=0.5))
     calls = []
     for block in seen.model.blocks:
         block.get_submodule("norm2").register_forward_hook(lambda *words: calls.append(1))
@@ -270,8 +272,8 @@ def test_float16_is_trained_with_scaled_gradients(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("polyak", [None, 0.9])
-def test_a_diverging_run_says_so_and_leaves_the_last_good_weights(polyak: float | None, tmp_path: Path) -> None:
-    seen = Watched(tmp_path / "run", recipe(learning_rate=1e30, warmup_steps=0, polyak=polyak))
+def test_a_diverging_run_says_so_and_leaves_the_last_good_weights(ema_decay: float | None, tmp_path: Path) -> None:
+    seen = Watched(tmp_path / "run", recipe(learning_rate=1e30, warmup_steps=0, ema_decay=ema_decay))
     with pytest.raises(RunError) as caught:
         seen.fit()
     path = tmp_path / "run/checkpoints/last.safetensors"
@@ -284,8 +286,8 @@ def test_a_diverging_run_says_so_and_leaves_the_last_good_weights(polyak: float 
     assert re.fullmatch(pattern, str(caught.value))
     left = load(path)
     assert all(p.isfinite().all() for p in left.parameters())
-    assert left.card.provenance["step"] == good
-    if polyak is None:
+    assert left.metadata.provenance["step"] == good
+    if ema_decay is None:
         assert same(state(left), seen.steps[-1])
         assert same(state(seen.model), seen.steps[-1])
 
@@ -306,7 +308,7 @@ class Silent:
 def test_a_whole_run_of_everything_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "load_source", lambda *words, **options: source(train=24, val=6, test=6))
     settings = recipe(
-        **NOISY, micro_batch_size=6, recompute=True, polyak=0.5, keep="best", patience=2, randaugment=10.0, steps=9
+        **NOISY, micro_batch_size=6, recompute=True, ema_decay=0.5, keep="best", patience=2, randaugment=10.0, steps=9
     )
     done = run.train(settings, tmp_path / "run", classify, Silent())
     assert done.results.keys() == {"val", "test"}

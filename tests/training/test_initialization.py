@@ -12,14 +12,14 @@ import pytest
 import torch
 from reference import randomise
 
-from allmlp.metadata import Card, Preprocessing
+from allmlp.config.recipe import ModelRecipe, Recipe, RunRecipe, check, from_json, to_json_object
 from allmlp.errors import UserError
+from allmlp.metadata import Metadata, Preprocessing
 from allmlp.model import Mixer
 from allmlp.recipes import get_transfer
 from allmlp.recipes.digits import digits
-from allmlp.config.recipe import ModelRecipe, Recipe, RunRecipe, check, from_json, to_json_object
+from allmlp.training.initialization import prepare, take, view, with_new_head
 from allmlp.training.run import Run, train
-from allmlp.training.initialization import headed, prepare, take, view
 from allmlp.weights.export import export
 from allmlp.weights.load import load
 from allmlp.weights.native import save
@@ -34,7 +34,7 @@ def make(**options: Any) -> Mixer:
     sizes = {"num_classes": 3, "image_size": 8, "patch_size": 2, "num_blocks": 2, "hidden_dim": 12}
     model = Mixer(**sizes | {"tokens_mlp_dim": 5, "channels_mlp_dim": 7} | options)
     randomise(model, seed=0)
-    model.card = Card(
+    model.metadata = Metadata(
         classes=("x", "y", "z") if model.config["num_classes"] == 3 else None,
         preprocessing=VIEW,
         provenance={"source": {"hub": "owner/name", "revision": "abc"}, "val_top1": 0.9, "recipe": {"name": "old"}},
@@ -84,7 +84,7 @@ def test_the_head_is_zero_and_the_rest_is_bit_for_bit_the_same(weights: str, cla
     """Also for as many classes, and for the very same: whatever its head knew is of another data set."""
     model = started(finetune(weights, "digits"), classes)
     assert_transferred(model, make(), len(classes))
-    assert model.card.classes == classes
+    assert model.metadata.classes == classes
     assert model.config == make().config | {"num_classes": len(classes)}
     images = torch.randn(2, 3, 8, 8)
     with torch.no_grad():
@@ -99,7 +99,7 @@ def test_from_every_layout_with_and_without_a_head(tmp_path: Path, to: Any, num_
     export(trained, path, to)
     model = started(finetune(str(path), "digits"))
     assert_transferred(model, trained, 10)
-    assert model.card.provenance["started_from"]["weights"] == str(path)
+    assert model.metadata.provenance["started_from"]["weights"] == str(path)
 
 
 def test_sizes_gelu_and_epsilon_are_those_of_the_weights(tmp_path: Path) -> None:
@@ -138,10 +138,10 @@ def test_each_model_is_one_of_its_own(weights: str) -> None:
     with torch.no_grad():
         for parameter in first.parameters():
             parameter.fill_(7)
-    first.card.provenance["started_from"]["source"]["hub"] = "changed"
+    first.metadata.provenance["started_from"]["source"]["hub"] = "changed"
     second = start(("a", "b"))
     assert_transferred(second, make(), 2)
-    assert second.card.provenance["started_from"]["source"]["hub"] == "owner/name"
+    assert second.metadata.provenance["started_from"]["source"]["hub"] == "owner/name"
     assert_transferred(prepare(finetune(weights, "digits"))(DIGITS), make(), 10)
 
 
@@ -168,7 +168,7 @@ def test_the_bias_of_the_head_is_the_recipes(weights: str, bias: float) -> None:
 
 def with_zero_head(trained: Mixer, num_classes: int, **changes: Any) -> Mixer:
     """What a run that starts from these weights starts from."""
-    model = headed(trained, num_classes, **changes).to_empty(device="cpu")
+    model = with_new_head(trained, num_classes, **changes).to_empty(device="cpu")
     take(model, trained)
     return model
 
@@ -195,7 +195,7 @@ def test_another_image_size_goes_through_resize(weights: str, size: int) -> None
     assert model.image_size == (size, size)
     assert model.config["tokens_mlp_dim"] == (20 if size == 16 else 5)
     assert_transferred(model, resize(load(weights), size), 10)
-    told = model.card.provenance["started_from"].get("resized_from")
+    told = model.metadata.provenance["started_from"].get("resized_from")
     assert told == (None if size == 8 else [[8, 8]])
 
 
@@ -208,7 +208,7 @@ def test_without_a_size_it_is_that_of_the_weights(tmp_path: Path) -> None:
 
 
 def test_preprocessing_is_that_of_the_weights(weights: str) -> None:
-    assert started(finetune(weights, "digits")).card.preprocessing == VIEW
+    assert started(finetune(weights, "digits")).metadata.preprocessing == VIEW
     assert view(finetune(weights, "digits").data) == Preprocessing()
 
 
@@ -220,12 +220,12 @@ def test_preprocessing_is_that_of_the_weights(weights: str) -> None:
 def test_what_the_recipe_says_of_the_view_goes_first(weights: str, told: dict[str, Any]) -> None:
     """But the normalisation is the weights': their stem has learnt it."""
     recipe = changed(finetune(weights, "digits"), "data", **told)
-    assert started(recipe).card.preprocessing == dataclasses.replace(VIEW, **told)
+    assert started(recipe).metadata.preprocessing == dataclasses.replace(VIEW, **told)
 
 
 def test_the_card_says_where_it_started(weights: str) -> None:
     recipe = changed(finetune(weights, "digits"), "model", image_size=16)
-    provenance = started(recipe).card.provenance
+    provenance = started(recipe).metadata.provenance
     assert provenance.keys() == {"recipe", "started_from"}  # no result of the earlier run passes for this one's
     assert provenance["recipe"] == to_json_object(recipe)
     assert provenance["started_from"] == {
@@ -239,7 +239,7 @@ def test_the_card_says_where_it_started(weights: str) -> None:
 def test_the_weights_of_the_recipe_are_named_whatever_the_file_says(tmp_path: Path) -> None:
     path = tmp_path / "w.safetensors"
     save(make(), path, weights="another file")
-    assert started(finetune(str(path), "digits")).card.provenance["started_from"]["weights"] == str(path)
+    assert started(finetune(str(path), "digits")).metadata.provenance["started_from"]["weights"] == str(path)
 
 
 # New
@@ -248,12 +248,12 @@ def test_the_weights_of_the_recipe_are_named_whatever_the_file_says(tmp_path: Pa
 def test_a_new_model_has_the_recipes_view_and_classes() -> None:
     recipe = changed(digits(), "data", crop=None, crop_ratio=None, interpolation=None)
     model = started(recipe)
-    assert model.card.preprocessing == Preprocessing()
-    assert model.card.classes == DIGITS
-    assert model.card.provenance == {"recipe": to_json_object(recipe)}
+    assert model.metadata.preprocessing == Preprocessing()
+    assert model.metadata.classes == DIGITS
+    assert model.metadata.provenance == {"recipe": to_json_object(recipe)}
     assert model.config["gelu"] == "tanh"
     assert started(changed(digits(), "model", gelu="erf")).config["gelu"] == "erf"
-    assert started(digits()).card.preprocessing == dataclasses.replace(Preprocessing(), crop_ratio=1.0)
+    assert started(digits()).metadata.preprocessing == dataclasses.replace(Preprocessing(), crop_ratio=1.0)
 
 
 # Mistakes
@@ -338,8 +338,8 @@ def test_what_a_run_saves(weights: str, tmp_path: Path) -> None:
     assert run.metrics[0]["loss"] == pytest.approx(math.log(10), abs=1e-6)  # of a head that is zero
     for name in ("model.safetensors", "checkpoints/last.safetensors", "checkpoints/best.safetensors"):
         saved = load(tmp_path / "run" / name)
-        assert saved.card.classes == DIGITS
-        assert saved.card.preprocessing == VIEW
+        assert saved.metadata.classes == DIGITS
+        assert saved.metadata.preprocessing == VIEW
         assert saved.config == make().config | {"num_classes": 10}
         before = make().state_dict()
         for key, tensor in saved.state_dict().items():
@@ -347,9 +347,9 @@ def test_what_a_run_saves(weights: str, tmp_path: Path) -> None:
                 assert tensor.abs().max() < 1e-20
             else:
                 assert torch.equal(tensor, before[key]), key
-        assert saved.card.provenance["started_from"]["weights"] == weights
-        assert saved.card.provenance["started_from"]["source"] == {"hub": "owner/name", "revision": "abc"}
-    told = load(tmp_path / "run" / "model.safetensors").card.provenance
+        assert saved.metadata.provenance["started_from"]["weights"] == weights
+        assert saved.metadata.provenance["started_from"]["source"] == {"hub": "owner/name", "revision": "abc"}
+    told = load(tmp_path / "run" / "model.safetensors").metadata.provenance
     assert (told["val_top1"], told["data"]) == (0.25, "digits")
     assert told["started_from"]["val_top1"] == 0.9
 
@@ -381,12 +381,12 @@ def test_a_run_at_twice_the_size_and_one_from_that(weights: str, tmp_path: Path)
     carried_out(short(str(tmp_path / "first" / "model.safetensors")), tmp_path / "second")
     second = load(tmp_path / "second" / "model.safetensors")
     assert second.image_size == (16, 16)
-    origin = second.card.provenance["started_from"]
+    origin = second.metadata.provenance["started_from"]
     assert origin["weights"].endswith("first/model.safetensors")
     assert origin["started_from"]["weights"] == weights
     assert origin["started_from"]["resized_from"] == [[8, 8]]
     assert "recipe" not in origin
-    assert "resized_from" not in second.card.provenance
+    assert "resized_from" not in second.metadata.provenance
 
 
 def test_the_recipe_of_a_run_is_read_back_as_it_was(weights: str, tmp_path: Path) -> None:
@@ -396,7 +396,7 @@ def test_the_recipe_of_a_run_is_read_back_as_it_was(weights: str, tmp_path: Path
     ):
         carried_out(recipe, tmp_path / name)
         assert from_json(tmp_path / name / "recipe.json") == recipe
-        assert load(tmp_path / name / "model.safetensors").card.provenance["recipe"] == to_json_object(recipe)
+        assert load(tmp_path / name / "model.safetensors").metadata.provenance["recipe"] == to_json_object(recipe)
     recipe = finetune("hf-hub:owner/name@abc", "photos")
     (tmp_path / "recipe.json").write_text(json.dumps(to_json_object(recipe)))
     assert from_json(tmp_path / "recipe.json") == recipe

@@ -10,16 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from allmlp.metadata import Preprocessing
 from allmlp.data.loader import Batch
 from allmlp.data.mixup import Mixing
 from allmlp.data.transforms import normalise
-from allmlp.rng import sample_keys
+from allmlp.metadata import Preprocessing
 from allmlp.model import Mixer
+from allmlp.rng import sample_keys
 from allmlp.training.loop import Step, in_groups, train_steps
 from allmlp.training.losses import LOSSES, Loss
 from allmlp.training.optimizer import adamw, sgd
-from allmlp.training.optimizer_step import Update
+from allmlp.training.optimizer_step import OptimizerStep
 
 Forward = Callable[[Tensor, Tensor], Tensor]
 
@@ -65,7 +65,7 @@ def train(
             model,
             forward or model,
             batches,
-            Update(optimizer or adamw(model, weight_decay=0.1, beta1=0.9, beta2=0.999), clip_norm),
+            OptimizerStep(optimizer or adamw(model, weight_decay=0.1, beta1=0.9, beta2=0.999), clip_norm),
             rate,
             partial(LOSSES[loss], smoothing=label_smoothing),
             device=torch.device("cpu"),
@@ -151,7 +151,7 @@ def test_each_step_has_the_rate_of_the_schedule() -> None:
         model,
         model,
         [batch_of(4, seed) for seed in range(3)],
-        Update(optimizer, clip_norm=1.0),
+        OptimizerStep(optimizer, clip_norm=1.0),
         rates.__getitem__,
         LOSSES["softmax"],
         device=torch.device("cpu"),

@@ -13,15 +13,15 @@ import torch
 from reference import numpy_forward, numpy_gradients, randomise
 from torch import Tensor
 
-from allmlp.metadata import Preprocessing
 from allmlp.data.loader import Batch
 from allmlp.data.mixup import Mixing
+from allmlp.metadata import Preprocessing
 from allmlp.model import Mixer
 from allmlp.training.loop import train_steps
 from allmlp.training.losses import LOSSES
 from allmlp.training.optimizer import adamw, sgd, trainable
+from allmlp.training.optimizer_step import OptimizerStep
 from allmlp.training.schedules import learning_rate
-from allmlp.training.optimizer_step import Update
 
 Array = np.ndarray
 Arrays = dict[str, Array]
@@ -267,7 +267,7 @@ def test_fifty_steps_equal_those_of_numpy(setting: Setting) -> None:
             model,
             forward,
             make_batches(),
-            Update(MAKERS[setting.optimizer](model), setting.clip_norm),
+            OptimizerStep(MAKERS[setting.optimizer](model), setting.clip_norm),
             partial(
                 learning_rate,
                 peak=PEAK[setting.optimizer],

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from allmlp.metadata import Preprocessing
 from allmlp.data.loader import Batch
+from allmlp.metadata import Preprocessing
 from allmlp.model import Mixer
 from allmlp.training.loop import train_steps
 from allmlp.training.losses import softmax
 from allmlp.training.optimizer import adamw, sgd
-from allmlp.training.optimizer_step import Update
+from allmlp.training.optimizer_step import OptimizerStep
 
 MAKERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
     "adamw": partial(adamw, weight_decay=0.1, beta1=0.9, beta2=0.99),
@@ -36,11 +36,11 @@ def toy(dtype: torch.dtype = torch.float32) -> nn.Module:
 
 def make(
     model: nn.Module, kind: str = "plain", rate: float = 0.1, clip_norm: float | None = None, half: bool = False
-) -> Update:
+) -> OptimizerStep:
     optimizer = MAKERS[kind](model)
     for group in optimizer.param_groups:
         group["lr"] = rate
-    return Update(optimizer, clip_norm, half)
+    return OptimizerStep(optimizer, clip_norm, half)
 
 
 def loss_of(model: nn.Module, step: int) -> Tensor:
@@ -48,7 +48,9 @@ def loss_of(model: nn.Module, step: int) -> Tensor:
     return model(inputs.to(next(model.parameters()).dtype)).square().mean()
 
 
-def take(update: Update, model: nn.Module, step: int, bad: str = "", measure: bool = False) -> tuple[Tensor, Tensor]:
+def take(
+    update: OptimizerStep, model: nn.Module, step: int, bad: str = "", measure: bool = False
+) -> tuple[Tensor, Tensor]:
     """One step, gone wrong as ``bad`` says."""
     loss = loss_of(model, step)
     told = loss.detach()
@@ -200,7 +202,7 @@ def test_frozen_parameters_are_untouched(kind: str, half: bool) -> None:
 # float16
 
 
-def after(kind: str, half: bool, order: tuple[int, ...], overflow: int = 0) -> tuple[Tensor, Update]:
+def after(kind: str, half: bool, order: tuple[int, ...], overflow: int = 0) -> tuple[Tensor, OptimizerStep]:
     """The weights after the steps of those numbers, one of which overflows and has to leave them alone."""
     model = toy()
     update = make(model, kind, clip_norm=1.0, half=half)
@@ -259,7 +261,7 @@ def test_a_mixer_learns_in_float16(kind: str) -> None:
         kinds.add(logits.dtype)
         return logits
 
-    update = Update(MAKERS[kind](model), clip_norm=1.0, half=True)
+    update = OptimizerStep(MAKERS[kind](model), clip_norm=1.0, half=True)
     steps = list(
         train_steps(
             model,

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from allmlp.rng import sample_keys
 from allmlp.model import Mixer
+from allmlp.rng import sample_keys
 from allmlp.training.recompute import recompute_blocks
 
 SIZES = {"num_classes": 3, "image_size": 8, "patch_size": 2, "num_blocks": 3, "hidden_dim": 8}

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from allmlp.checkpointing.manager import CheckpointManager
+from allmlp.distributed.context import SINGLE_PROCESS
 from allmlp.errors import Stopped
 from allmlp.training import signals as module
 from allmlp.training.preemption import Control
-from allmlp.checkpointing.manager import Saver
-from allmlp.training.signals import Signals, deferred
-from allmlp.distributed.context import ALONE
+from allmlp.training.signals import SignalState, deferred_signals
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
 BOTH = [signal.SIGTERM, signal.SIGINT]
@@ -30,8 +30,8 @@ def wait_until(true: Callable[[], object], seconds: float = 10.0) -> None:
 
 
 @pytest.mark.parametrize("number", BOTH)
-def test_the_first_signal_is_noted_and_nothing_else_happens(number: signal.Signals) -> None:
-    with deferred() as signals:
+def test_the_first_signal_is_noted_and_nothing_else_happens(number: signal.SignalState) -> None:
+    with deferred_signals() as signals:
         assert signals.received == 0
         os.kill(os.getpid(), number)
         wait_until(lambda: signals.received)
@@ -40,7 +40,7 @@ def test_the_first_signal_is_noted_and_nothing_else_happens(number: signal.Signa
 
 def test_a_signal_is_noted_while_the_main_thread_computes() -> None:
     """A handler of Python's would have to wait for the main thread to come back to it."""
-    with deferred() as signals:
+    with deferred_signals() as signals:
         timer = threading.Timer(0.05, lambda: os.kill(os.getpid(), signal.SIGTERM))
         timer.start()
         seen = []
@@ -54,7 +54,7 @@ def test_a_signal_is_noted_while_the_main_thread_computes() -> None:
 
 
 def test_a_second_sigterm_at_once_is_the_same_request() -> None:
-    with deferred() as signals:
+    with deferred_signals() as signals:
         for _ in range(3):
             os.kill(os.getpid(), signal.SIGTERM)
             wait_until(lambda: signals.received)
@@ -70,7 +70,7 @@ def test_everything_is_as_it_was_afterwards() -> None:
     threads, files = threading.active_count(), open_files()
     try:
         for _ in range(3):
-            with deferred():
+            with deferred_signals():
                 os.kill(os.getpid(), signal.SIGTERM)
         assert [signal.getsignal(number) for number in BOTH] == [mine, mine]
         assert signal.set_wakeup_fd(-1) == -1
@@ -85,8 +85,8 @@ def open_files() -> int:
 
 
 def test_one_within_another() -> None:
-    with deferred() as outer:
-        with deferred() as inner:
+    with deferred_signals() as outer:
+        with deferred_signals() as inner:
             os.kill(os.getpid(), signal.SIGINT)
             wait_until(lambda: inner.received)
         assert outer.received == 0
@@ -99,7 +99,7 @@ def test_other_signals_are_none_of_its_business() -> None:
     seen = []
     before = signal.signal(signal.SIGUSR1, lambda number, frame: seen.append(number))
     try:
-        with deferred() as signals:
+        with deferred_signals() as signals:
             os.kill(os.getpid(), signal.SIGUSR1)
             wait_until(lambda: seen)
             time.sleep(0.02)
@@ -112,7 +112,7 @@ def test_in_another_thread_nothing_is_changed() -> None:
     seen = []
 
     def work() -> None:
-        with deferred() as signals:
+        with deferred_signals() as signals:
             seen.append((signals.received, [signal.getsignal(number) for number in BOTH]))
 
     before = [signal.getsignal(number) for number in BOTH]
@@ -123,9 +123,9 @@ def test_in_another_thread_nothing_is_changed() -> None:
 
 
 @pytest.mark.parametrize("number", BOTH)
-def test_a_forked_child_has_signals_of_its_own(number: signal.Signals) -> None:
+def test_a_forked_child_has_signals_of_its_own(number: signal.SignalState) -> None:
     """What is sent to a process that loads images is not the run's."""
-    with deferred() as signals:
+    with deferred_signals() as signals:
         child = os.fork()
         if child == 0:
             os.kill(os.getpid(), number)
@@ -153,7 +153,7 @@ def test_which_second_signal_ends_the_process(
     clock = [100.0]
     monkeypatch.setattr(module.os, "_exit", ended.append)
     monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
-    signals = Signals()
+    signals = SignalState()
     signals.hear(first)
     assert (signals.received, ended) == (first, [])
     clock[0] += after
@@ -186,13 +186,13 @@ def test_ctrl_c_twice_ends_it_at_once() -> None:
 # what a run makes of them
 
 
-def control(tmp_path: Path, signals: Signals, save_seconds: float = 1e9) -> Control:
-    saver = Saver(tmp_path, ALONE, keep=2)
-    return Control(ALONE, signals, saver, save_seconds, "mixer train --resume it")
+def control(tmp_path: Path, signals: SignalState, save_seconds: float = 1e9) -> Control:
+    checkpoints = CheckpointManager(tmp_path, SINGLE_PROCESS, keep=2)
+    return Control(SINGLE_PROCESS, signals, checkpoints, save_seconds, "mixer train --resume it")
 
 
 def test_nothing_is_asked_for(tmp_path: Path) -> None:
-    asks = control(tmp_path, Signals())
+    asks = control(tmp_path, SignalState())
     assert [*asks.requests()] == [0, 0, 0, 0]
     assert not asks.saves([*asks.requests()])
     asks.heed([*asks.requests()])
@@ -200,8 +200,8 @@ def test_nothing_is_asked_for(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_saves_and_stops(number: signal.Signals, status: int, tmp_path: Path) -> None:
-    signals = Signals()
+def test_a_signal_saves_and_stops(number: signal.SignalState, status: int, tmp_path: Path) -> None:
+    signals = SignalState()
     asks = control(tmp_path, signals)
     signals.hear(number)
     assert asks.saves([*asks.requests()])
@@ -217,7 +217,7 @@ def test_a_signal_saves_and_stops(number: signal.Signals, status: int, tmp_path:
 def test_of_two_signals_the_scheduler_s_counts(tmp_path: Path) -> None:
     """Of two processes that heard different ones."""
     with pytest.raises(Stopped, match="SIGTERM"):
-        control(tmp_path, Signals()).heed([1, 1, 0, 0])
+        control(tmp_path, SignalState()).heed([1, 1, 0, 0])
 
 
 def test_time_makes_a_checkpoint_due_and_a_checkpoint_begins_a_new_wait(
@@ -225,21 +225,21 @@ def test_time_makes_a_checkpoint_due_and_a_checkpoint_begins_a_new_wait(
 ) -> None:
     clock = [1000.0]
     monkeypatch.setattr("allmlp.training.preemption.time.monotonic", lambda: clock[0])
-    asks = control(tmp_path, Signals(), save_seconds=60)
+    asks = control(tmp_path, SignalState(), save_seconds=60)
     for passed, due in ((59, 0), (2, 1), (100, 1)):
         clock[0] += passed
         assert [*asks.requests()] == [0, 0, due, 0]
         assert asks.saves([*asks.requests()]) == bool(due)
     asks.save(1, {}, {"step": 1}, None)
-    asks.saver.wait()
+    asks.checkpoints.wait()
     assert [*asks.requests()] == [0, 0, 0, 0]
 
 
 def test_a_checkpoint_that_could_not_be_written_ends_the_run(tmp_path: Path) -> None:
     (tmp_path / "c").write_text("a file where a folder should be")
-    asks = control(tmp_path / "c", Signals())
+    asks = control(tmp_path / "c", SignalState())
     asks.save(1, {}, {"step": 1}, None)
-    wait_until(lambda: asks.saver.failed)
+    wait_until(lambda: asks.checkpoints.failed)
     assert [*asks.requests()] == [0, 0, 0, 1]
     assert not asks.saves([*asks.requests()])
     with pytest.raises(RuntimeError, match="cannot be written"):

@@ -11,15 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-from allmlp.data.dataset import Source
-from allmlp.data.sources import load_source
-from allmlp.data.stores import FolderStore
-from allmlp.errors import RunError, UserError
-from allmlp.evaluation.classification import classify
-from allmlp.evaluation.run_report import report
-from allmlp.files import to_json
-from allmlp.training.fit import Diverged
-from allmlp.runs.folder import run_folder
 from allmlp.config.recipe import (
     DataRecipe,
     ModelRecipe,
@@ -31,6 +22,15 @@ from allmlp.config.recipe import (
     from_json,
     to_json_object,
 )
+from allmlp.data.dataset import DatasetSplits
+from allmlp.data.sources import load_source
+from allmlp.data.stores import FolderStore
+from allmlp.errors import RunError, UserError
+from allmlp.evaluation.classification import classify
+from allmlp.evaluation.run_report import report
+from allmlp.files import to_json
+from allmlp.runs.folder import run_folder
+from allmlp.training.fit import Diverged
 from allmlp.training.run import read_source, train
 from allmlp.training.sweep import spread, transfer
 from allmlp.weights.load import load
@@ -422,7 +422,7 @@ class Real:
 
     def __init__(self, out: Path, bar: Bar | None = None, watch: Callable[[str], None] = lambda _: None) -> None:
         self.out, self.bar, self.watch = out, bar or Bar(), watch
-        self.sources: dict[str, Source] = {}
+        self.sources: dict[str, DatasetSplits] = {}
 
     def __call__(self, recipe: Recipe, folder: Path) -> dict[str, Any]:
         self.watch(folder.relative_to(self.out).as_posix())
@@ -529,4 +529,4 @@ def test_a_rate_that_diverges_in_truth(
     assert summary["search"]["1e+30"] is None
     assert summary["search"]["0.01"] is not None
     assert summary["test_top1s"] == [None]
-    assert load(tmp_path / "out/search/rate-1e+30/checkpoints/last.safetensors").card.classes == ("gray", "grey")
+    assert load(tmp_path / "out/search/rate-1e+30/checkpoints/last.safetensors").metadata.classes == ("gray", "grey")

@@ -14,8 +14,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from allmlp.metadata import Card, Preprocessing
 from allmlp.errors import RunError, UserError
+from allmlp.metadata import Metadata, Preprocessing
 from allmlp.model import Mixer
 from allmlp.weights.export import ENDINGS, Format, export
 from allmlp.weights.load import load
@@ -113,14 +113,14 @@ def test_sixteen_bits_are_written_as_sixteen_and_keep_their_values(
 
 def test_own_is_what_save_writes(tmp_path: Path) -> None:
     model = make()
-    model.card = Card(classes=("a", "b", "c"), provenance={"seed": 1})
+    model.metadata = Metadata(classes=("a", "b", "c"), provenance={"seed": 1})
     export(model, tmp_path / "a.safetensors", "own")
     from allmlp.weights.native import save
 
     save(model, tmp_path / "b.safetensors")
     with safe_open(tmp_path / "a.safetensors", "pt") as a, safe_open(tmp_path / "b.safetensors", "pt") as b:
         assert a.metadata() == b.metadata()
-    assert asdict(load(tmp_path / "a.safetensors").card) == asdict(model.card)
+    assert asdict(load(tmp_path / "a.safetensors").metadata) == asdict(model.metadata)
     assert_same_bits(load(tmp_path / "a.safetensors"), model)
 
 
@@ -128,11 +128,11 @@ def test_own_is_what_save_writes(tmp_path: Path) -> None:
 def test_exporting_changes_no_model(tmp_path: Path, to: Format) -> None:
     model = make().train()
     model.stem.requires_grad_(False)
-    model.card = Card(classes=("a", "b", "c"), provenance={"a": {"b": 1}})
-    before, card = copy.deepcopy(model.state_dict()), copy.deepcopy(model.card)
+    model.metadata = Metadata(classes=("a", "b", "c"), provenance={"a": {"b": 1}})
+    before, metadata = copy.deepcopy(model.state_dict()), copy.deepcopy(model.metadata)
     export(model, target(tmp_path, to), to)
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
-    assert (model.card, model.training, model.stem.weight.requires_grad) == (card, True, False)
+    assert (model.metadata, model.training, model.stem.weight.requires_grad) == (metadata, True, False)
 
 
 # The authors'
@@ -219,11 +219,11 @@ def test_beside_timms_tensors_config_and_card_come_back_exactly(tmp_path: Path, 
     model = make(**options)
     view = Preprocessing(crop="resize", crop_ratio=0.7, interpolation="nearest", mean=(0.1, 0.2, 0.3), std=(1, 2, 3.5))
     classes = ("Äpfel", 'qu"ote', "猫 \n") if model.config["num_classes"] else None
-    model.card = Card(classes=classes, preprocessing=view, provenance={"a": [1, None], "ü": {"b": 0.1}})
+    model.metadata = Metadata(classes=classes, preprocessing=view, provenance={"a": [1, None], "ü": {"b": 0.1}})
     export(model, tmp_path / "m.safetensors", "timm")
     again = load(tmp_path / "m.safetensors")  # with no image_size, though the grid be no square
     assert again.config == model.config
-    assert asdict(again.card) == asdict(model.card)
+    assert asdict(again.metadata) == asdict(model.metadata)
     assert_same_bits(again, model)
     images = torch.randn(2, model.config["in_channels"], *model.image_size)
     assert torch.equal(again(images), model(images))
@@ -238,9 +238,9 @@ def test_a_change_of_timms_tensors_or_of_what_stands_beside_is_found(tmp_path: P
     assert said["format"] == "pt"  # without which others do not read it
     changed = {name: tensor.clone() for name, tensor in tensors.items()}
     changed["head.bias"][0] += 1
-    card = json.dumps(json.loads(said["allmlp.metadata"]) | {"classes": ["x", "y", "z"]})
-    for broken, metadata in ((changed, said), (tensors, said | {"allmlp.metadata": card})):
-        save_file(broken, path, metadata)
+    told = json.dumps(json.loads(said["allmlp.metadata"]) | {"classes": ["x", "y", "z"]})
+    for broken, header in ((changed, said), (tensors, said | {"allmlp.metadata": told})):
+        save_file(broken, path, header)
         with pytest.raises(UserError, match=r"m\.safetensors was changed or damaged since it was saved"):
             load(path)
     save_file(tensors, path, said)
@@ -254,9 +254,9 @@ def test_nothing_is_said_where_nothing_is_lost(tmp_path: Path, caplog: pytest.Lo
     export(make(), tmp_path / "m.npz", "npz")
     export(make(gelu="erf"), tmp_path / "m.safetensors", "timm")
     export(make(norm_eps=1e-4, gelu="erf", image_size=(8, 12)), tmp_path / "o.safetensors", "own")
-    card = Card(classes=("a", "b", "c"), preprocessing=Preprocessing(mean=(0.0,) * 3, std=(1.0,) * 3))
+    metadata = Metadata(classes=("a", "b", "c"), preprocessing=Preprocessing(mean=(0.0,) * 3, std=(1.0,) * 3))
     model = make(gelu="erf")
-    model.card = card
+    model.metadata = metadata
     export(model, tmp_path / "n.safetensors", "timm")  # which has a place for it
     assert warnings_of(caplog) == []
 
@@ -267,28 +267,28 @@ VIEWS = {"mean": Preprocessing(mean=(0.1, 0.2, 0.3)), "std": Preprocessing(std=(
 @pytest.mark.parametrize(
     ("to", "options", "card", "telling"),
     [
-        ("npz", {"gelu": "erf"}, Card(), ["the erf GELU", "the authors' layout means tanh", "approximate=False"]),
+        ("npz", {"gelu": "erf"}, Metadata(), ["the erf GELU", "the authors' layout means tanh", "approximate=False"]),
         (
             "timm",
             {"gelu": "tanh"},
-            Card(),
+            Metadata(),
             ["the tanh GELU", "timm's layout means erf", "act_layer=timm.layers.GELUTanh"],
         ),
-        ("npz", {"norm_eps": 1e-5}, Card(), ["LayerNorm's ε of 1e-05", "means 1e-06"]),
-        ("timm", {"norm_eps": 1e-5, "gelu": "erf"}, Card(), ["LayerNorm's ε of 1e-05", "means 1e-06"]),
-        ("npz", {"image_size": (8, 12)}, Card(), ["the shape of the grid", "image_size=(8, 12)"]),
-        ("npz", {"image_size": (12, 8)}, Card(), ["the shape of the grid", "image_size=(12, 8)"]),
-        ("npz", {}, Card(classes=("a", "b", "c")), ["the names of the classes"]),
-        ("npz", {}, Card(preprocessing=VIEWS["mean"]), ["the normalisation", "(0.1, 0.2, 0.3)"]),
-        ("npz", {}, Card(preprocessing=VIEWS["std"]), ["the normalisation", "(0.2, 0.2, 0.2)"]),
+        ("npz", {"norm_eps": 1e-5}, Metadata(), ["LayerNorm's ε of 1e-05", "means 1e-06"]),
+        ("timm", {"norm_eps": 1e-5, "gelu": "erf"}, Metadata(), ["LayerNorm's ε of 1e-05", "means 1e-06"]),
+        ("npz", {"image_size": (8, 12)}, Metadata(), ["the shape of the grid", "image_size=(8, 12)"]),
+        ("npz", {"image_size": (12, 8)}, Metadata(), ["the shape of the grid", "image_size=(12, 8)"]),
+        ("npz", {}, Metadata(classes=("a", "b", "c")), ["the names of the classes"]),
+        ("npz", {}, Metadata(preprocessing=VIEWS["mean"]), ["the normalisation", "(0.1, 0.2, 0.3)"]),
+        ("npz", {}, Metadata(preprocessing=VIEWS["std"]), ["the normalisation", "(0.2, 0.2, 0.2)"]),
     ],
     ids=["npz gelu", "timm gelu", "npz eps", "timm eps", "wide", "tall", "classes", "mean", "std"],
 )
 def test_what_is_lost_is_said_once(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, to: Format, options: dict, card: Card, telling: list[str]
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, to: Format, options: dict, metadata: Metadata, telling: list[str]
 ) -> None:
     model, path = make(**options), target(tmp_path, to)
-    model.card = card
+    model.metadata = metadata
     export(model, path, to)
     (said,) = warnings_of(caplog)
     assert str(path) in said
@@ -300,7 +300,7 @@ def test_what_is_lost_is_said_once(
 
 def test_all_that_is_lost_stands_in_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = make(gelu="erf", norm_eps=1e-4, image_size=(8, 12))
-    model.card = Card(classes=("a", "b", "c"), preprocessing=VIEWS["mean"])
+    model.metadata = Metadata(classes=("a", "b", "c"), preprocessing=VIEWS["mean"])
     export(model, tmp_path / "m.npz", "npz")
     (said,) = warnings_of(caplog)
     for words in ("erf GELU", "ε of 0.0001", "shape of the grid", "names of the classes", "normalisation"):

@@ -18,13 +18,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import allmlp
-from allmlp.metadata import Card, Preprocessing
 from allmlp.errors import RunError, UserError
+from allmlp.metadata import Metadata, Preprocessing
 from allmlp.model import Mixer
 from allmlp.weights.export import export
-from allmlp.weights.published import class_names
 from allmlp.weights.load import load
 from allmlp.weights.native import save
+from allmlp.weights.published import class_names
 
 COMMIT, OTHER = "0123456789abcdef0123456789abcdef01234567", "f" * 40
 REPO, ADDRESS = "owner/name", "hf-hub:owner/name"
@@ -116,8 +116,8 @@ def test_a_repository_in_the_cache_loads_offline(cache: Callable, tmp_path: Path
     assert not again.training
     images = torch.randn(2, 3, 8, 8)
     assert torch.equal(again(images), model(images))
-    assert again.card.provenance["source"]["hub"] == REPO
-    assert again.card.provenance["source"]["revision"] == COMMIT
+    assert again.metadata.provenance["source"]["hub"] == REPO
+    assert again.metadata.provenance["source"]["revision"] == COMMIT
 
 
 @pytest.mark.parametrize(("write", "missed"), [(in_ours, False), (in_timms_layout, True)], ids=["ours", "timm's"])
@@ -138,19 +138,21 @@ def test_no_config_in_the_cache_is_no_hindrance(
 def test_the_card_of_our_own_files_is_kept(cache: Callable, tmp_path: Path) -> None:
     model = make(num_classes=2)
     view = Preprocessing(crop="resize", crop_ratio=0.7, mean=(0.1, 0.2, 0.3))
-    model.card = Card(classes=("a", "b"), preprocessing=view, provenance={"seed": 1, "source": {"file": "x.npz"}})
+    model.metadata = Metadata(
+        classes=("a", "b"), preprocessing=view, provenance={"seed": 1, "source": {"file": "x.npz"}}
+    )
     other = {"num_classes": 2, "label_names": ["c", "d"], "pretrained_cfg": {"mean": [0, 0, 0], "std": [1, 1, 1]}}
     cache(REPO, {"model.safetensors": in_ours(tmp_path, model), "config.json": as_json(other)})
-    card = load(ADDRESS).card
-    assert (card.classes, card.preprocessing) == (("a", "b"), view)
-    assert card.provenance == {"seed": 1, "source": {"file": "x.npz", "hub": REPO, "revision": COMMIT}}
+    metadata = load(ADDRESS).metadata
+    assert (metadata.classes, metadata.preprocessing) == (("a", "b"), view)
+    assert metadata.provenance == {"seed": 1, "source": {"file": "x.npz", "hub": REPO, "revision": COMMIT}}
 
 
 def test_a_source_that_is_text_is_no_hindrance(cache: Callable, tmp_path: Path) -> None:
     """``save`` takes any JSON value for more about where weights come from."""
     save(make(), tmp_path / "m.safetensors", source="my own pictures")
     cache(REPO, {"model.safetensors": (tmp_path / "m.safetensors").read_bytes()}, absent=("config.json",))
-    assert load(ADDRESS).card.provenance["source"]["revision"] == COMMIT
+    assert load(ADDRESS).metadata.provenance["source"]["revision"] == COMMIT
 
 
 def test_the_older_file_of_torch(cache: Callable, tmp_path: Path) -> None:
@@ -207,15 +209,15 @@ def test_each_revision_has_its_weights_and_its_config(cache: Callable, tmp_path:
     ):
         found = load(ADDRESS + revision)
         assert same(found, model)
-        assert found.card.classes == names
-        assert found.card.provenance["source"]["hub"] == REPO
-        assert found.card.provenance["source"]["revision"] == commit  # never a name, which may move
+        assert found.metadata.classes == names
+        assert found.metadata.provenance["source"]["hub"] == REPO
+        assert found.metadata.provenance["source"]["revision"] == commit  # never a name, which may move
 
 
 def test_a_branch_with_a_slash(cache: Callable, tmp_path: Path) -> None:
     model = make()
     cache(REPO, {"model.safetensors": in_ours(tmp_path, model)}, OTHER, "refs/pr/1", absent=("config.json",))
-    assert load(f"{ADDRESS}@refs/pr/1").card.provenance["source"]["revision"] == OTHER
+    assert load(f"{ADDRESS}@refs/pr/1").metadata.provenance["source"]["revision"] == OTHER
 
 
 @pytest.mark.parametrize("write", [in_ours, in_timms_layout])
@@ -225,7 +227,7 @@ def test_the_revision_travels_with_what_is_saved(cache: Callable, tmp_path: Path
     save(model, tmp_path / "m.safetensors")
     export(allmlp.resize(model, 16), tmp_path / "n.safetensors", "timm")
     for path in (tmp_path / "m.safetensors", tmp_path / "n.safetensors"):
-        source = load(path).card.provenance["source"]
+        source = load(path).metadata.provenance["source"]
         assert (source["hub"], source["revision"]) == (REPO, COMMIT)
 
 
@@ -249,15 +251,15 @@ TIMM_CONFIG = {
 }
 
 
-def carded(cache: Callable, tmp_path: Path, config: bytes, repo: str = REPO, **options: Any) -> Card:
+def carded(cache: Callable, tmp_path: Path, config: bytes, repo: str = REPO, **options: Any) -> Metadata:
     cache(repo, {"model.safetensors": in_timms_layout(tmp_path, make(**options)), "config.json": config})
-    return load(f"hf-hub:{repo}").card
+    return load(f"hf-hub:{repo}").metadata
 
 
 def test_preprocessing_and_classes_of_timms_config(cache: Callable, tmp_path: Path) -> None:
-    card = carded(cache, tmp_path, as_json(TIMM_CONFIG))
-    assert card.classes == ("tench", "n02", "shark")
-    assert card.preprocessing == Preprocessing(
+    metadata = carded(cache, tmp_path, as_json(TIMM_CONFIG))
+    assert metadata.classes == ("tench", "n02", "shark")
+    assert metadata.preprocessing == Preprocessing(
         crop="resize",
         crop_ratio=0.95,
         interpolation="nearest",
@@ -265,14 +267,14 @@ def test_preprocessing_and_classes_of_timms_config(cache: Callable, tmp_path: Pa
         std=(0.229, 0.224, 0.225),
     )
     save(load(ADDRESS), tmp_path / "m.safetensors")
-    assert load(tmp_path / "m.safetensors").card == load(ADDRESS).card
+    assert load(tmp_path / "m.safetensors").metadata == load(ADDRESS).metadata
 
 
 def test_what_the_config_leaves_open_is_as_in_the_layout(cache: Callable, tmp_path: Path) -> None:
     config = {"num_classes": 3, "pretrained_cfg": {"mean": [0, 0, 0], "std": [1, 1, 1]}}
-    card = carded(cache, tmp_path, as_json(config))
-    assert card.preprocessing == Preprocessing(interpolation="bicubic", mean=(0, 0, 0), std=(1, 1, 1))
-    assert card.classes is None
+    metadata = carded(cache, tmp_path, as_json(config))
+    assert metadata.preprocessing == Preprocessing(interpolation="bicubic", mean=(0, 0, 0), std=(1, 1, 1))
+    assert metadata.classes is None
 
 
 @pytest.mark.parametrize("mode", ["center", "border", None, 3])
@@ -290,9 +292,9 @@ def test_only_squash_changes_the_aspect(cache: Callable, tmp_path: Path, mode: A
     ],
 )  # fmt: skip
 def test_an_odd_config_says_nothing(cache: Callable, tmp_path: Path, config: bytes) -> None:
-    card = carded(cache, tmp_path, config)
-    assert card.preprocessing == Preprocessing(interpolation="bicubic")
-    assert card.classes is None
+    metadata = carded(cache, tmp_path, config)
+    assert metadata.preprocessing == Preprocessing(interpolation="bicubic")
+    assert metadata.classes is None
     save(load(ADDRESS), tmp_path / "m.safetensors")
 
 
@@ -310,9 +312,9 @@ def test_what_cannot_be_is_said_and_left_out(
     cache: Callable, tmp_path: Path, caplog: pytest.LogCaptureFixture, key: str, value: Any
 ) -> None:
     config = {"num_classes": 3, "label_names": ["a", "b", "c"], "pretrained_cfg": {key: value}}
-    card = carded(cache, tmp_path, as_json(config))
-    assert card.preprocessing == Preprocessing(interpolation="bicubic")
-    assert card.classes == ("a", "b", "c")
+    metadata = carded(cache, tmp_path, as_json(config))
+    assert metadata.preprocessing == Preprocessing(interpolation="bicubic")
+    assert metadata.classes == ("a", "b", "c")
     assert "config.json" in warnings_of(caplog)
 
 
@@ -384,14 +386,14 @@ def test_the_wrong_name_is_told(
     files = {"model.safetensors": in_timms_layout(tmp_path, make(num_classes=1000))}
     config = {"config.json": published_config(1000, 0.5, 0.5, "bicubic")} if with_config else {}
     cache(repo, files | config, absent=() if with_config else ("config.json",))
-    card = load(f"hf-hub:{repo}").card
+    metadata = load(f"hf-hub:{repo}").metadata
     said = warnings_of(caplog)
     assert repo in said
     assert "not fine-tuned from ImageNet-21k" in said
     assert "from-scratch ImageNet weights" in said
-    assert card.provenance["source"]["known_as"] == repo
-    assert card.preprocessing == Preprocessing(interpolation="bicubic")
-    assert card.classes == class_names(1000)
+    assert metadata.provenance["source"]["known_as"] == repo
+    assert metadata.preprocessing == Preprocessing(interpolation="bicubic")
+    assert metadata.classes == class_names(1000)
 
 
 @pytest.mark.parametrize(("name", "classes"), [("miil_in21k", 11221), ("miil_in21k_ft_in1k", 1000)])
@@ -403,9 +405,9 @@ def test_miils_take_pixels_from_0_to_1(
     files = {"model.safetensors": in_timms_layout(tmp_path, make(num_classes=classes))}
     config = {"config.json": published_config(classes, 0.0, 1.0, "bilinear")} if with_config else {}
     cache(repo, files | config, absent=() if with_config else ("config.json",))
-    card = load(f"hf-hub:{repo}").card
-    assert card.preprocessing == Preprocessing(mean=(0, 0, 0), std=(1, 1, 1))
-    assert card.classes == class_names(classes)
+    metadata = load(f"hf-hub:{repo}").metadata
+    assert metadata.preprocessing == Preprocessing(mean=(0, 0, 0), std=(1, 1, 1))
+    assert metadata.classes == class_names(classes)
     assert "not fine-tuned" not in warnings_of(caplog)
 
 

@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 
 import allmlp.model
 import allmlp.weights.native as own
-from allmlp.metadata import Card, Preprocessing
 from allmlp.errors import RunError, UserError
+from allmlp.metadata import Metadata, Preprocessing
 from allmlp.model import Mixer
 from allmlp.weights.load import load
 from allmlp.weights.native import save
@@ -99,26 +99,26 @@ def test_weights_of_a_diverged_run_are_refused(tmp_path: Path, value: float) -> 
 def test_the_card_travels_with_the_weights(tmp_path: Path) -> None:
     preprocessing = Preprocessing(crop="resize", crop_ratio=0.75, interpolation="bicubic", mean=(0, 0.1, 0.2))
     model = make()
-    model.card = Card(
+    model.metadata = Metadata(
         classes=("Äpfel", 'qu"ote', "猫 \n"), preprocessing=preprocessing, provenance={"a": [1, None], "ü": {"b": 0.1}}
     )
     save(model, tmp_path / "m.safetensors", steps=7)
-    card = load(tmp_path / "m.safetensors").card
-    assert card.classes == model.card.classes
-    assert card.preprocessing == preprocessing
-    assert card.provenance == {"a": [1, None], "ü": {"b": 0.1}, "steps": 7}
-    assert model.card.provenance == {"a": [1, None], "ü": {"b": 0.1}}  # saving changes no model
+    metadata = load(tmp_path / "m.safetensors").metadata
+    assert metadata.classes == model.metadata.classes
+    assert metadata.preprocessing == preprocessing
+    assert metadata.provenance == {"a": [1, None], "ü": {"b": 0.1}, "steps": 7}
+    assert model.metadata.provenance == {"a": [1, None], "ü": {"b": 0.1}}  # saving changes no model
 
 
 def test_classes_given_replace_those_of_the_card(tmp_path: Path) -> None:
     model = make()
-    model.card = Card(classes=("x", "y", "z"))
+    model.metadata = Metadata(classes=("x", "y", "z"))
     save(model, tmp_path / "m.safetensors")
-    assert load(tmp_path / "m.safetensors").card.classes == ("x", "y", "z")
+    assert load(tmp_path / "m.safetensors").metadata.classes == ("x", "y", "z")
     save(model, tmp_path / "m.safetensors", classes=["a", "b", "c"])
-    assert load(tmp_path / "m.safetensors").card.classes == ("a", "b", "c")
+    assert load(tmp_path / "m.safetensors").metadata.classes == ("a", "b", "c")
     save(make(), tmp_path / "m.safetensors")
-    assert load(tmp_path / "m.safetensors").card.classes is None
+    assert load(tmp_path / "m.safetensors").metadata.classes is None
 
 
 def test_a_loaded_model_is_in_evaluation_mode_and_can_be_trained(saved: Path) -> None:
@@ -225,7 +225,7 @@ def test_a_version_to_come_is_told_to_update(saved: Path) -> None:
         {"tensors": {"head.bias": torch.ones(3)}},
         {"tensors": {"head.bias": torch.zeros(1, 3)}},
         {"tensors": {"more": torch.zeros(1)}},
-        {"card": json.dumps({"classes": ["x", "y", "z"]})},
+        {"metadata": json.dumps({"classes": ["x", "y", "z"]})},
         {"config": "{}"},
     ],
 )

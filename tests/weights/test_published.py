@@ -14,8 +14,8 @@ import torch
 import allmlp
 from allmlp.variants import VARIANTS
 from allmlp.weights import published
-from allmlp.weights.published import CHECKPOINTS, MIIL, SYNSETS, candidates, class_names, synset_names, variant_of
 from allmlp.weights.layouts import TIMM
+from allmlp.weights.published import CHECKPOINTS, MIIL, SYNSETS, candidates, class_names, synset_names, variant_of
 
 SUBSETS = {1000: "imagenet-1k", 21843: "imagenet-21k-goog", 11221: "imagenet-21k-miil"}
 
@@ -105,7 +105,7 @@ def test_a_timm_without_its_data_gives_no_names(
 def test_timm_is_not_imported_for_its_names() -> None:
     program = (
         "import sys; from allmlp.weights import published;"
-        "first = 'timm' in sys.modules; names = known.class_names(1000);"
+        "first = 'timm' in sys.modules; names = published.class_names(1000);"
         "print(first, 'timm' in sys.modules, names is None or len(names))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
@@ -124,7 +124,7 @@ def test_files_are_named_once() -> None:
 
 
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS, ids=lambda checkpoint: checkpoint.file)
-def test_a_line_of_the_table_agrees_with_itself(checkpoint: known.Checkpoint) -> None:
+def test_a_line_of_the_table_agrees_with_itself(checkpoint: published.Checkpoint) -> None:
     assert checkpoint.variant in {*VARIANTS, "S/8"}
     assert checkpoint.classes in SYNSETS
     assert checkpoint.source

@@ -16,12 +16,12 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
 import allmlp
-from allmlp.metadata import Card, Preprocessing
-from allmlp.flops import cost
+from allmlp.config.recipe import to_json_object
 from allmlp.errors import RunError, UserError
+from allmlp.flops import cost
+from allmlp.metadata import Metadata, Preprocessing
 from allmlp.model import Mixer
 from allmlp.recipes.digits import digits
-from allmlp.config.recipe import to_json_object
 from allmlp.weights.load import load
 from allmlp.weights.push_to_hub import UNKNOWN, model_card, push_to_hub
 
@@ -32,7 +32,7 @@ E = huggingface_hub.errors
 def make(provenance: dict[str, Any] | None = None, **options: Any) -> Mixer:
     sizes = {"num_classes": 3, "image_size": (8, 12), "patch_size": 4, "num_blocks": 2, "hidden_dim": 8}
     model = Mixer(**sizes | {"tokens_mlp_dim": 5, "channels_mlp_dim": 6, "seed": 0} | options)
-    model.card = Card(provenance=provenance or {})
+    model.metadata = Metadata(provenance=provenance or {})
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(generator=torch.Generator().manual_seed(parameter.numel()))
@@ -76,7 +76,9 @@ def blocks(text: str) -> list[Token]:
 
 def test_the_card_of_a_trained_run_says_it_all() -> None:
     model = make(trained(), image_size=(8, 12), gelu="erf")
-    model.card = Card(classes=("a", "b", "c"), preprocessing=Preprocessing(mean=(0.1, 0.2, 0.3)), provenance=trained())
+    model.metadata = Metadata(
+        classes=("a", "b", "c"), preprocessing=Preprocessing(mean=(0.1, 0.2, 0.3)), provenance=trained()
+    )
     text = model_card(model, REPO, "cc-by-4.0")
     found = sections(text)
     assert list(found) == ["How to load", "Model", "Data", "Results", "Recipe"]
@@ -100,18 +102,18 @@ def test_the_card_of_a_trained_run_says_it_all() -> None:
 
 
 def test_its_metadata_is_what_the_hub_reads() -> None:
-    card = parsed(model_card(make(trained()), REPO, "apache-2.0"))
-    assert card.data.license == "apache-2.0"
-    assert card.data.library_name == "allmlp"
-    assert card.data.pipeline_tag == "image-classification"
-    assert {"allmlp", "image-classification"} <= set(card.data.tags)
-    results = {result.dataset_split: result for result in card.data.eval_results}
+    metadata = parsed(model_card(make(trained()), REPO, "apache-2.0"))
+    assert metadata.data.license == "apache-2.0"
+    assert metadata.data.library_name == "allmlp"
+    assert metadata.data.pipeline_tag == "image-classification"
+    assert {"allmlp", "image-classification"} <= set(metadata.data.tags)
+    results = {result.dataset_split: result for result in metadata.data.eval_results}
     assert {split: result.metric_value for split, result in results.items()} == {"validation": 0.9876, "test": 0.9812}
     for result in results.values():
         assert (result.metric_type, result.dataset_name, result.task_type) == (
             "accuracy", "digits", "image-classification",
         )  # fmt: skip
-    assert card.data.model_name == "name"
+    assert metadata.data.model_name == "name"
 
 
 def test_the_example_of_the_card_is_python() -> None:
@@ -139,9 +141,9 @@ def test_what_is_not_recorded_is_said() -> None:
     assert f"Accuracy: {UNKNOWN}" in found["Results"]
     assert UNKNOWN in found["Recipe"].lower()
     assert "None" not in text
-    card = parsed(text)
-    assert not card.data.eval_results
-    assert card.data.license == "other"
+    metadata = parsed(text)
+    assert not metadata.data.eval_results
+    assert metadata.data.license == "other"
 
 
 def test_weights_of_others_name_their_origin() -> None:
@@ -154,8 +156,8 @@ def test_weights_of_others_name_their_origin() -> None:
 
 
 def test_a_run_without_a_test_part_has_one_result() -> None:
-    card = parsed(model_card(make(trained(test_top1=None)), REPO, "mit"))
-    assert [result.dataset_split for result in card.data.eval_results] == ["validation"]
+    metadata = parsed(model_card(make(trained(test_top1=None)), REPO, "mit"))
+    assert [result.dataset_split for result in metadata.data.eval_results] == ["validation"]
     assert "test top-1" not in model_card(make(trained(test_top1=None)), REPO, "mit")
     zero = parsed(model_card(make(trained(val_top1=0.0, test_top1=None)), REPO, "mit"))
     assert [result.metric_value for result in zero.data.eval_results] == [0.0]
@@ -163,18 +165,18 @@ def test_a_run_without_a_test_part_has_one_result() -> None:
 
 def test_a_model_of_features_is_no_classifier() -> None:
     text = model_card(make(num_classes=0), REPO, "mit")
-    card = parsed(text)
-    assert card.data.pipeline_tag == "image-feature-extraction"
+    metadata = parsed(text)
+    assert metadata.data.pipeline_tag == "image-feature-extraction"
     assert "features only" in text
-    assert "image-classification" not in card.data.tags
+    assert "image-classification" not in metadata.data.tags
     assert "allmlp.predict" not in text  # which refuses a model without a head
 
 
 def test_writing_a_card_changes_no_model() -> None:
     model = make(trained())
-    before = copy.deepcopy(model.card)
+    before = copy.deepcopy(model.metadata)
     model_card(model, REPO, "mit")
-    assert model.card == before
+    assert model.metadata == before
 
 
 NASTY = [
@@ -200,7 +202,7 @@ def card_with(text: str, where: str) -> str:
         told[where] = text
     model = make(told)
     if where == "classes":
-        model.card = Card(classes=(text, "b", "c"), provenance=told)
+        model.metadata = Metadata(classes=(text, "b", "c"), provenance=told)
     return model_card(model, REPO, "apache-2.0")
 
 
@@ -208,14 +210,14 @@ def card_with(text: str, where: str) -> str:
 @pytest.mark.parametrize("where", ["data", "split", "command", "recipe name", "weights", "source", "classes"])
 def test_text_from_elsewhere_breaks_no_card(text: str, where: str) -> None:
     """Neither the metadata nor the sections: paragraph by paragraph it is made as a harmless one, without HTML."""
-    card, harmless = parsed(card_with(text, where)), parsed(card_with("x", where))
-    assert card.data.license == "apache-2.0"
-    assert sorted(result.metric_value for result in card.data.eval_results) == [0.9812, 0.9876]
-    assert card.data.to_dict().keys() == harmless.data.to_dict().keys()
-    assert [(token.type, token.tag) for token in blocks(card.text)] == [
+    metadata, harmless = parsed(card_with(text, where)), parsed(card_with("x", where))
+    assert metadata.data.license == "apache-2.0"
+    assert sorted(result.metric_value for result in metadata.data.eval_results) == [0.9812, 0.9876]
+    assert metadata.data.to_dict().keys() == harmless.data.to_dict().keys()
+    assert [(token.type, token.tag) for token in blocks(metadata.text)] == [
         (token.type, token.tag) for token in blocks(harmless.text)
     ]
-    inlines = [token for token in blocks(card.text) if token.type == "inline"]
+    inlines = [token for token in blocks(metadata.text) if token.type == "inline"]
     assert not [child for token in inlines for child in token.children or [] if child.type == "html_inline"]
     headings = ["MLP-Mixer", "How to load", "Model", "Data", "Results", "Recipe"]
     assert [token.content for token in inlines if token.content in headings] == headings
@@ -275,7 +277,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
 
 def test_weights_and_card_are_sent_and_come_back(hub: Hub, tmp_path: Path) -> None:
     model = make(trained())
-    model.card = Card(classes=("a", "b", "c"), provenance=trained())
+    model.metadata = Metadata(classes=("a", "b", "c"), provenance=trained())
     address = push_to_hub(model, REPO, license="cc-by-4.0", private=True, token="hf_x", message="Mine")
     assert address == "https://huggingface.co/owner/name/commit/abc"
     assert hub.made[0]["token"] == "hf_x"
@@ -287,7 +289,7 @@ def test_weights_and_card_are_sent_and_come_back(hub: Hub, tmp_path: Path) -> No
     assert hub.sent["README.md"].decode() == model_card(model, REPO, "cc-by-4.0")
     (tmp_path / "again.safetensors").write_bytes(hub.sent["model.safetensors"])
     again = load(tmp_path / "again.safetensors")
-    assert again.card == model.card
+    assert again.metadata == model.metadata
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
 
 
@@ -354,7 +356,7 @@ def test_a_temporary_folder_is_left_by_no_failure(hub: Hub, tmp_path: Path, monk
 
 def test_weights_that_cannot_be_saved_are_not_sent(hub: Hub) -> None:
     model = make()
-    model.card = Card(classes=("a", "b"))
+    model.metadata = Metadata(classes=("a", "b"))
     with pytest.raises(UserError, match="2 class names for a head of 3"):
         push_to_hub(model, REPO, license="mit")
     assert hub.created == []
@@ -379,10 +381,10 @@ def test_a_resized_model_does_not_claim_the_scores_of_its_old_size() -> None:
     model = allmlp.create(
         num_classes=2, image_size=8, patch_size=4, num_blocks=1, hidden_dim=4, tokens_mlp_dim=2, channels_mlp_dim=4
     )
-    model.card.provenance.update(data="flowers", test_top1=0.625)
+    model.metadata.provenance.update(data="flowers", test_top1=0.625)
     assert "0.6250" in model_card(model, "me/flowers", "mit")
     resized = allmlp.resize(model, 16)
-    card = model_card(resized, "me/flowers", "mit")
-    assert "0.625" not in card
-    assert "Resized from" in card
-    assert resized.card.provenance["before_resize"] == {"image_size": [8, 8], "test_top1": 0.625}
+    metadata = model_card(resized, "me/flowers", "mit")
+    assert "0.625" not in metadata
+    assert "Resized from" in metadata
+    assert resized.metadata.provenance["before_resize"] == {"image_size": [8, 8], "test_top1": 0.625}

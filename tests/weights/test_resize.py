@@ -13,9 +13,9 @@ from reference import numpy_forward, randomise
 from torch import Tensor
 
 import allmlp
-from allmlp.metadata import Card, Preprocessing
-from allmlp.flops import cost
 from allmlp.errors import UserError
+from allmlp.flops import cost
+from allmlp.metadata import Metadata, Preprocessing
 from allmlp.model import Mixer
 from allmlp.variants import VARIANTS
 from allmlp.weights.load import load
@@ -149,7 +149,7 @@ def test_the_same_size_is_a_copy_bit_for_bit() -> None:
     assert again.state_dict().keys() == before.keys()
     for name, tensor in again.state_dict().items():
         assert torch.equal(tensor.view(torch.int64), before[name].view(torch.int64)), name
-    assert again.card == model.card
+    assert again.metadata == model.metadata
     with torch.no_grad():
         for parameter in again.parameters():
             parameter.fill_(7)
@@ -159,16 +159,16 @@ def test_the_same_size_is_a_copy_bit_for_bit() -> None:
 @pytest.mark.parametrize("size", [24, (12, 24), 16, 8, (24, 16)])
 def test_changing_the_resized_model_leaves_the_original(size: int | Pair) -> None:
     model = make()
-    model.card = Card(provenance={"source": {"file": "a"}})
-    before = copy.deepcopy(model.state_dict()), copy.deepcopy(model.card), dict(model.config)
+    model.metadata = Metadata(provenance={"source": {"file": "a"}})
+    before = copy.deepcopy(model.state_dict()), copy.deepcopy(model.metadata), dict(model.config)
     resized = resize(model, size)
     with torch.no_grad():
         for parameter in resized.parameters():
             parameter.zero_()
-    resized.card.provenance["source"]["file"] = "b"
+    resized.metadata.provenance["source"]["file"] = "b"
     resized.config["gelu"] = "erf"
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before[0].items())
-    assert (model.card, model.config) == before[1:]
+    assert (model.metadata, model.config) == before[1:]
     assert model.image_size == (12, 12)
 
 
@@ -341,7 +341,7 @@ def test_up_and_down_again_is_nearly_what_it_was(between: Pair) -> None:
     model = over_the_image(make((12, 12), (1, 1)))
     again = resize(resize(model, between), 12)
     assert again.config == model.config
-    assert again.card.provenance["resized_from"] == [[12, 12], list(between)]
+    assert again.metadata.provenance["resized_from"] == [[12, 12], list(between)]
     pixels = torch.cat([smooth(12, 12, 3, linear=True), smooth(12, 12, 3, linear=False)])
     with torch.no_grad():
         before = model.tokens(pixels)
@@ -494,17 +494,20 @@ def test_a_model_without_a_head_and_one_of_one_channel() -> None:
 def test_the_card_goes_along_and_says_where_from(tmp_path) -> None:
     model = make()
     view = Preprocessing(crop="resize", crop_ratio=0.7, interpolation="bicubic", mean=(0.1, 0.2, 0.3))
-    model.card = Card(classes=("a", "b", "c"), preprocessing=view, provenance={"source": {"file": "x.npz"}})
+    model.metadata = Metadata(classes=("a", "b", "c"), preprocessing=view, provenance={"source": {"file": "x.npz"}})
     once = resize(model, (24, 12))
-    assert (once.card.classes, once.card.preprocessing) == (("a", "b", "c"), view)
-    assert once.card.provenance == {"source": {"file": "x.npz"}, "resized_from": [[12, 12]]}
+    assert (once.metadata.classes, once.metadata.preprocessing) == (
+        ("a", "b", "c"),
+        view,
+    )
+    assert once.metadata.provenance == {"source": {"file": "x.npz"}, "resized_from": [[12, 12]]}
     twice = resize(once, 16)
-    assert twice.card.provenance["resized_from"] == [[12, 12], [24, 12]]
-    assert once.card.provenance["resized_from"] == [[12, 12]]
-    assert model.card.provenance == {"source": {"file": "x.npz"}}
+    assert twice.metadata.provenance["resized_from"] == [[12, 12], [24, 12]]
+    assert once.metadata.provenance["resized_from"] == [[12, 12]]
+    assert model.metadata.provenance == {"source": {"file": "x.npz"}}
     save(twice, tmp_path / "m.safetensors")
     again = load(tmp_path / "m.safetensors")
-    assert asdict(again.card) == asdict(twice.card)
+    assert asdict(again.metadata) == asdict(twice.metadata)
     assert again.config == twice.config
 
 

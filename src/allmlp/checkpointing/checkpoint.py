@@ -20,10 +20,10 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystem
 from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 
+from allmlp.checkpointing.trust import signature, written_here
+from allmlp.distributed.context import DistributedContext
 from allmlp.errors import RunError, UserError
 from allmlp.files import sync_folder, to_json
-from allmlp.checkpointing.trust import signature, written_here
-from allmlp.distributed.context import World
 
 FORMAT = 1
 STATE, MANIFEST = "state.json", "manifest.json"
@@ -33,7 +33,7 @@ class Damaged(RunError):
     """A checkpoint of which a file is missing, cut short or changed."""
 
 
-def write(folder: Path, tensors: dict[str, Tensor], state: dict[str, Any], world: World) -> None:
+def write(folder: Path, tensors: dict[str, Tensor], state: dict[str, Any], context: DistributedContext) -> None:
     """Writes a checkpoint, all ranks together; ``folder`` is replaced where it exists.
 
     Raises:
@@ -41,13 +41,13 @@ def write(folder: Path, tensors: dict[str, Tensor], state: dict[str, Any], world
     """
     temporary = folder.with_name(f".{folder.name}.partial")
     try:
-        together(world, lambda: clear(temporary) if world.first else None)
-        save(tensors, temporary, world)
-        mine = temporary.glob(f"__{world.rank}_*")
-        shares = together(world, lambda: {path.name: fingerprint(path) for path in mine})
-        together(world, lambda: complete(folder, temporary, state, shares) if world.first else None)
+        together(context, lambda: clear(temporary) if context.is_rank0 else None)
+        save(tensors, temporary, context)
+        mine = temporary.glob(f"__{context.rank}_*")
+        shares = together(context, lambda: {path.name: fingerprint(path) for path in mine})
+        together(context, lambda: complete(folder, temporary, state, shares) if context.is_rank0 else None)
     except BaseException:
-        if world.first:
+        if context.is_rank0:
             shutil.rmtree(temporary, ignore_errors=True)
         raise
 
@@ -57,14 +57,14 @@ def clear(temporary: Path) -> None:
     temporary.mkdir()  # not its parents: storage that has vanished is not to be made again elsewhere
 
 
-def save(tensors: dict[str, Tensor], temporary: Path, world: World) -> None:
+def save(tensors: dict[str, Tensor], temporary: Path, context: DistributedContext) -> None:
     """The tensors' files, synced."""
     try:
         writer = FileSystemWriter(temporary, sync_files=True)
-        save_distributed(tensors, storage_writer=writer, process_group=world.saving, no_dist=world.ranks == 1)
+        save_distributed(tensors, storage_writer=writer, process_group=context.saving, no_dist=context.world_size == 1)
     except CheckpointException as error:  # no Exception, in PyTorch
         rank, (cause, _) = next(iter(error.failures.items()))
-        raise unwritable(temporary, f"rank {rank}: {cause}" if world.ranks > 1 else cause) from error
+        raise unwritable(temporary, f"rank {rank}: {cause}" if context.world_size > 1 else cause) from error
     except (OSError, RuntimeError) as error:  # before it shares its failures; in one process, always
         raise unwritable(temporary, error) from error
 
@@ -90,7 +90,7 @@ def complete(folder: Path, temporary: Path, state: dict[str, Any], shares: list[
     shutil.rmtree(old, ignore_errors=True)
 
 
-def together(world: World, action: Callable[[], Any]) -> list[Any]:
+def together(context: DistributedContext, action: Callable[[], Any]) -> list[Any]:
     """What the action returns on each rank; a RunError on all where it fails on one."""
     outcome: tuple[Any, str | None] = None, None
     try:
@@ -98,12 +98,12 @@ def together(world: World, action: Callable[[], Any]) -> list[Any]:
     except OSError as error:
         outcome = None, str(unwritable(Path(error.filename or "the checkpoint"), error))
     outcomes: list[Any] = [outcome]
-    if world.ranks > 1:
-        outcomes = [None] * world.ranks
-        dist.all_gather_object(outcomes, outcome, group=world.saving)
+    if context.world_size > 1:
+        outcomes = [None] * context.world_size
+        dist.all_gather_object(outcomes, outcome, group=context.saving)
     for rank, (_, failure) in enumerate(outcomes):
         if failure is not None:
-            raise RunError(f"rank {rank}: {failure}" if world.ranks > 1 else failure)
+            raise RunError(f"rank {rank}: {failure}" if context.world_size > 1 else failure)
     return [value for value, _ in outcomes]
 
 
@@ -182,7 +182,7 @@ def check_file(path: Path, expected: dict[str, Any]) -> None:
         raise Damaged(f"{path} was changed since it was written (SHA-256 differs)")
 
 
-def read(folder: Path, tensors: dict[str, Tensor], world: World) -> None:
+def read(folder: Path, tensors: dict[str, Tensor], context: DistributedContext) -> None:
     """Fills the tensors from a verified checkpoint, whatever number of ranks wrote it.
 
     Raises:
@@ -190,7 +190,7 @@ def read(folder: Path, tensors: dict[str, Tensor], world: World) -> None:
     """
     try:
         reader = FileSystemReader(folder)
-        load_distributed(tensors, storage_reader=reader, process_group=world.saving, no_dist=world.ranks == 1)
+        load_distributed(tensors, storage_reader=reader, process_group=context.saving, no_dist=context.world_size == 1)
     except CheckpointException as error:
         cause = next(iter(error.failures.values()))[0]
         raise RunError(f"{folder} does not fit this run: {cause}") from error

@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
-from allmlp.errors import RunError
 from allmlp.checkpointing.checkpoint import Damaged, verify, write
-from allmlp.distributed.context import World
+from allmlp.distributed.context import DistributedContext
+from allmlp.errors import RunError
 
 log = logging.getLogger(__name__)
 
 LAST_WAIT = 60.0  # seconds
 
 
-class Saver:
+class CheckpointManager:
     """Writes checkpoints of one run, one at a time.
 
     Args:
@@ -30,8 +30,8 @@ class Saver:
         background: the state is copied, and written by a thread; else the caller waits.
     """
 
-    def __init__(self, folder: Path, world: World, keep: int, background: bool = True) -> None:
-        self.folder, self.world, self.keep, self.background = folder, world, keep, background
+    def __init__(self, folder: Path, context: DistributedContext, keep: int, background: bool = True) -> None:
+        self.folder, self.context, self.keep, self.background = folder, context, keep, background
         cuda = torch.cuda.is_available()
         options = StagingOptions(
             use_pinned_memory=cuda,
@@ -44,7 +44,7 @@ class Saver:
         self.failure: BaseException | None = None
         self.last = 0  # step of the newest checkpoint, perhaps not yet written to its end
 
-    def __enter__(self) -> "Saver":
+    def __enter__(self) -> "CheckpointManager":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
@@ -76,8 +76,8 @@ class Saver:
 
     def work(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any], best: int | None) -> None:
         try:
-            write(self.folder / name(step), tensors, state, self.world)
-            if self.world.first:
+            write(self.folder / name(step), tensors, state, self.context)
+            if self.context.is_rank0:
                 retain(self.folder, self.keep, {step, best})
         except BaseException as error:
             self.failure = error
@@ -94,7 +94,7 @@ class Saver:
         failure, self.failure = self.failure, None
         if isinstance(failure, OSError):
             failure = RunError(f"old checkpoints in {self.folder} cannot be removed ({failure.strerror or failure})")
-        told = [other for other in self.world.gather(None if failure is None else str(failure)) if other]
+        told = [other for other in self.context.gather(None if failure is None else str(failure)) if other]
         if told:
             raise RunError(told[0]) from failure
 

@@ -50,9 +50,9 @@ def run(args: Sequence[str]) -> None:
     size = pair(chosen.image_size) if chosen.image_size else None
     model = load(chosen.weights, image_size=size, in_channels=chosen.in_channels)
     view = {key: channels(key, getattr(chosen, key)) for key in ("mean", "std") if getattr(chosen, key)}
-    names = read_names(chosen.classes, model.config["num_classes"]) if chosen.classes else model.card.classes
-    model.card = dataclasses.replace(
-        model.card, classes=names, preprocessing=dataclasses.replace(model.card.preprocessing, **view)
+    names = read_names(chosen.classes, model.config["num_classes"]) if chosen.classes else model.metadata.classes
+    model.metadata = dataclasses.replace(
+        model.metadata, classes=names, preprocessing=dataclasses.replace(model.metadata.preprocessing, **view)
     )
     to = chosen.to if chosen.to != "auto" else "npz" if chosen.out.suffix == ".npz" else "own"
     export(model, chosen.out, to)

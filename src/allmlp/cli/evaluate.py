@@ -57,16 +57,18 @@ def run(args: Sequence[str]) -> None:
 
     model = load_sized(chosen.weights, chosen.image_size)
     check_classifier(model)
-    recipe = model.card.provenance.get("recipe")
+    recipe = model.metadata.provenance.get("recipe")
     told = recipe.get("data") if isinstance(recipe, dict) else None
     trained = told if isinstance(told, dict) else {}
     split = {key: trained[key] for key in ("val_fraction", "test_fraction", "split_seed") if key in trained}
     source = load_source(chosen.data, max_pixels=chosen.max_pixels, **split)
     part, head = source.part(chosen.part), model.config["num_classes"]
     synsets = synset_names(head)
-    if model.card.classes == tuple(synsets.values()) and set(part.classes) <= synsets.keys():  # folders as n01440764
+    if (
+        model.metadata.classes == tuple(synsets.values()) and set(part.classes) <= synsets.keys()
+    ):  # folders as n01440764
         part = dataclasses.replace(part, classes=tuple(synsets[name] for name in part.classes))
-    part = part.relabelled(class_names(model.card.classes, head, source.classes))
+    part = part.relabelled(class_names(model.metadata.classes, head, source.classes))
     device = select_device(chosen.device)
     with progress_bar() as bar:
         result = classify(

@@ -24,8 +24,6 @@ from allmlp.cli.train import (
     starts_others,
     train_and_report,
 )
-from allmlp.errors import UserError
-from allmlp.recipes import TRANSFERS, get_transfer, listed
 from allmlp.config.recipe import (
     DataRecipe,
     OptimizationRecipe,
@@ -35,6 +33,8 @@ from allmlp.config.recipe import (
     Transfer,
     check_transfer,
 )
+from allmlp.errors import UserError
+from allmlp.recipes import TRANSFERS, get_transfer, listed
 
 DESCRIPTION = """Trains weights further on your own classes: the head starts at zero, the rest as it was.
 
@@ -134,22 +134,22 @@ def search_and_train(plan: Transfer, out: Path | None, as_json: bool, words: Seq
     """As ``carry_out``, for many runs; those that are complete are not made again."""
     if starts_others(plan.recipe, launch):
         return start_all(launch, words)
+    from allmlp.distributed.context import init_distributed
     from allmlp.training.run import check_validation
     from allmlp.training.sweep import transfer
-    from allmlp.distributed.context import joined
 
     launch = dataclasses.replace(launch, resume="auto")
     command = f"mixer {shlex.join(words)}"
-    with joined(plan.recipe.run.timeout_seconds, plan.recipe.run.device) as world:
-        speak_for(world)
-        world.in_turns(lambda: check_validation(plan.recipe))  # before hours of searching
-        chosen = world.once(lambda: out or new_folder(plan.recipe))
+    with init_distributed(plan.recipe.run.timeout_seconds, plan.recipe.run.device) as context:
+        speak_for(context)
+        context.local_rank0_first(lambda: check_validation(plan.recipe))  # before hours of searching
+        chosen = context.broadcast_from_rank0(lambda: out or new_folder(plan.recipe))
         again = command if out else f"{command} --out {shlex.quote(str(chosen))}"
 
         def run_one(recipe: Recipe, folder: Path) -> dict[str, Any]:
-            return train_and_report(recipe, folder, command, world, launch, again)
+            return train_and_report(recipe, folder, command, context, launch, again)
 
-        summary = transfer(plan, chosen, run_one, world)
-        if world.first:
+        summary = transfer(plan, chosen, run_one, context)
+        if context.is_rank0:
             announce(summary, chosen, as_json)
     return 0

@@ -85,12 +85,12 @@ def about(model: "Mixer") -> dict[str, Any]:
     """What the file says of itself, and the published files it may be."""
     from allmlp.weights.published import candidates
 
-    source = model.card.provenance.get("source")
+    source = model.metadata.provenance.get("source")
     source = source if isinstance(source, dict) else {}
     known, publisher = source.get("known_as"), source.get("publisher")
     possible = candidates(model.config, authors=publisher == "authors") if publisher else []
     named = [asdict(one) for one in possible if known in (None, one.file)]
-    return {**asdict(model.card), "head_is_zero": not model.get_parameter("head.weight").any().item()
+    return {**asdict(model.metadata), "head_is_zero": not model.get_parameter("head.weight").any().item()
             if model.config["num_classes"] else None, "may_be": named}  # fmt: skip
 
 

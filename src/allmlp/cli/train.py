@@ -13,9 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from allmlp.cli.arguments import parse
-from allmlp.errors import UserError
-from allmlp.files import to_json
-from allmlp.recipes import RECIPES, get_recipe, listed
 from allmlp.config.recipe import (
     DataRecipe,
     ModelRecipe,
@@ -26,9 +23,12 @@ from allmlp.config.recipe import (
     check_ranks,
     from_json,
 )
+from allmlp.errors import UserError
+from allmlp.files import to_json
+from allmlp.recipes import RECIPES, get_recipe, listed
 
 if TYPE_CHECKING:
-    from allmlp.distributed.context import World
+    from allmlp.distributed.context import DistributedContext
 
 DESCRIPTION = """Trains a Mixer from scratch and writes a folder with its weights, metrics and report.html.
 
@@ -159,20 +159,20 @@ def carry_out(recipe: Recipe, out: Path | None, as_json: bool, words: Sequence[s
     """Trains in one process or in many, and tells how it went; the exit status."""
     if starts_others(recipe, launch):
         return start_all(launch, words)
-    from allmlp.distributed.context import joined
+    from allmlp.distributed.context import init_distributed
 
-    with joined(recipe.run.timeout_seconds, recipe.run.device) as world:
-        speak_for(world)
-        chosen = world.once(lambda: out or new_folder(recipe))
-        summary = train_and_report(recipe, chosen, f"mixer {shlex.join(words)}", world, launch)
-        if world.first:
+    with init_distributed(recipe.run.timeout_seconds, recipe.run.device) as context:
+        speak_for(context)
+        chosen = context.broadcast_from_rank0(lambda: out or new_folder(recipe))
+        summary = train_and_report(recipe, chosen, f"mixer {shlex.join(words)}", context, launch)
+        if context.is_rank0:
             announce(summary, chosen, as_json)
     return 0
 
 
 def starts_others(recipe: Recipe, launch: Launch) -> bool:
     """Whether this process is to start those of the run, and not one of them."""
-    ranks = launch.processes * launch.machines
+    world_size = launch.processes * launch.machines
     if launch.processes < 1 or launch.machines < 1:
         raise UserError(f"--processes {launch.processes} --machines {launch.machines}: at least 1")
     if not 0 <= launch.machine < launch.machines:
@@ -181,14 +181,14 @@ def starts_others(recipe: Recipe, launch: Launch) -> bool:
     if (launch.machines > 1 or launch.meet) and not (host and port.isdecimal() and 0 < int(port) < 65536):
         raise UserError(f"--meet {launch.meet}: give HOST:PORT of machine 0, as --meet node1:29500")
     started = os.environ.get("WORLD_SIZE", "1") if "RANK" in os.environ else None
-    if started is not None and ranks not in (1, int(started) if started.isdecimal() else 0):
+    if started is not None and world_size not in (1, int(started) if started.isdecimal() else 0):
         raise UserError(
             f"--processes {launch.processes}, but this is one of {started} that something else has started (RANK and "
             "WORLD_SIZE are set): leave it out, or unset them"
         )
-    if ranks == 1 or started is not None:
+    if world_size == 1 or started is not None:
         return False
-    check_ranks(check(recipe), ranks)  # told once, not by each
+    check_ranks(check(recipe), world_size)  # told once, not by each
     return True
 
 
@@ -200,9 +200,9 @@ def start_all(launch: Launch, words: Sequence[str]) -> int:
     return start(plan, words)
 
 
-def speak_for(world: "World") -> None:
+def speak_for(context: "DistributedContext") -> None:
     """What concerns all is said by one."""
-    if not world.first:
+    if not context.is_rank0:
         logging.getLogger("allmlp").setLevel(logging.ERROR)
 
 
@@ -211,7 +211,7 @@ def new_folder(recipe: Recipe) -> Path:
 
 
 def train_and_report(
-    recipe: Recipe, out: Path, command: str, world: "World", launch: Launch, again: str = ""
+    recipe: Recipe, out: Path, command: str, context: "DistributedContext", launch: Launch, again: str = ""
 ) -> dict[str, Any]:
     """Trains, with a progress bar, writes the run's folder with its report, and returns the summary.
 
@@ -223,27 +223,27 @@ def train_and_report(
     from allmlp.runs.resume import finished
     from allmlp.training.run import train
 
-    done = world.once(lambda: finished(recipe, out)) if launch.resume else None
+    done = context.broadcast_from_rank0(lambda: finished(recipe, out)) if launch.resume else None
     if done is not None:
-        if world.first:
+        if context.is_rank0:
             print(f"{out} is complete: nothing is left to do", file=sys.stderr)
         return done
-    with_all = f" --processes {world.local_ranks}" if world.ranks > 1 else ""
+    with_all = f" --processes {context.local_world_size}" if context.world_size > 1 else ""
     if launch.machines > 1:
         with_all += f" --machines {launch.machines} --machine {launch.machine} --meet {launch.meet}"
-    with progress_bar(world.first) as bar:
+    with progress_bar(context.is_rank0) as bar:
         run = train(
             recipe,
             out,
             classify,
             bar,
             command,
-            world=world,
+            context=context,
             resume=launch.resume is not None,
             trusted=launch.trust_checkpoint,
             again=again or f"mixer train --resume {shlex.quote(str(out))}{with_all}",
         )
-    world.once(lambda: report(run))
+    context.broadcast_from_rank0(lambda: report(run))
     return run.summary
 
 

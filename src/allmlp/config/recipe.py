@@ -131,7 +131,7 @@ class OptimizationRecipe:
     """Global norm of the gradient, None: not clipped."""
     label_smoothing: float = 0.0
     """Share of the target that is spread over all classes."""
-    polyak: float | None = None
+    ema_decay: float | None = None
     """Polyak averaging: what is evaluated and saved is avg = polyak · avg + (1 − polyak) · weights, as of each step."""
 
 
@@ -235,7 +235,7 @@ def check(recipe: Recipe) -> Recipe:
         "beta1": recipe.optimization.beta1,
         "beta2": recipe.optimization.beta2,
         "momentum": recipe.optimization.momentum,
-        "polyak": recipe.optimization.polyak,
+        "polyak": recipe.optimization.ema_decay,
         "holdout": recipe.data.holdout,
     }
     for name, value in fractions.items():
@@ -320,25 +320,27 @@ def check_micro_batches(recipe: Recipe) -> None:
         raise UserError(f"--micro-batch-size {part}: {limits}; the nearest: {near}")
 
 
-def check_ranks(recipe: Recipe, ranks: int) -> None:
+def check_ranks(recipe: Recipe, world_size: int) -> None:
     """A UserError where a step's images cannot be shared out among so many processes."""
     whole, group = recipe.optimization.global_batch_size, recipe.data.mix_group_size
-    if whole % ranks:
-        near = max(whole // ranks, 1) * ranks
-        raise UserError(f"--global-batch-size {whole} on {ranks} processes: a multiple of {ranks} is needed, as {near}")
-    part, share = recipe.optimization.micro_batch_size, whole // ranks
-    if part is not None and share % min(part, share):
-        raise UserError(f"--micro-batch-size {part}: must divide the {share} images of each of {ranks} processes")
-    if (recipe.data.mixup is not None or recipe.data.cutmix is not None) and share % group and ranks > 1:
+    if whole % world_size:
+        near = max(whole // world_size, 1) * world_size
         raise UserError(
-            f"--mix-group-size {group}: images that mix must be on one process, and each of {ranks} has {share}: "
+            f"--global-batch-size {whole} on {world_size} processes: a multiple of {world_size} is needed, as {near}"
+        )
+    part, share = recipe.optimization.micro_batch_size, whole // world_size
+    if part is not None and share % min(part, share):
+        raise UserError(f"--micro-batch-size {part}: must divide the {share} images of each of {world_size} processes")
+    if (recipe.data.mixup is not None or recipe.data.cutmix is not None) and share % group and world_size > 1:
+        raise UserError(
+            f"--mix-group-size {group}: images that mix must be on one process, and each of {world_size} has {share}: "
             f"a divisor of {share} is needed"
         )
 
 
-def micro_batch(settings: OptimizationRecipe, ranks: int) -> int:
+def micro_batch(settings: OptimizationRecipe, world_size: int) -> int:
     """Images that one process computes at a time."""
-    share = settings.global_batch_size // ranks
+    share = settings.global_batch_size // world_size
     return min(settings.micro_batch_size or share, share)
 
 

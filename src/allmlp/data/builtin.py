@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from allmlp.data.dataset import Part
+from allmlp.data.dataset import ImageDataset
 from allmlp.data.stores import ArrayStore, FolderStore
 from allmlp.errors import RunError, UserError
 
@@ -23,7 +23,7 @@ FOLDERS = {  # where torchvision keeps each, below the folder it is given
 }
 
 
-def digits() -> dict[str, Part]:
+def digits() -> dict[str, ImageDataset]:
     """The 1,797 handwritten digits of 8×8 pixels inside scikit-learn (Alpaydin & Kaynak 1998): no download."""
     from sklearn.datasets import load_digits
 
@@ -32,20 +32,20 @@ def digits() -> dict[str, Part]:
     names = tuple(f"{label}/{i:04d}.png" for i, label in enumerate(labels))
     store = ArrayStore(np.repeat(grey[..., None], 3, axis=-1), names)
     classes = tuple(str(i) for i in range(10))
-    return {"all": Part(store=store, names=names, labels=labels.astype(np.int64), classes=classes)}
+    return {"all": ImageDataset(store=store, names=names, labels=labels.astype(np.int64), classes=classes)}
 
 
-def cifar10(root: Path | None = None) -> dict[str, Part]:
+def cifar10(root: Path | None = None) -> dict[str, ImageDataset]:
     """CIFAR-10 (Krizhevsky 2009): 50,000 and 10,000 images of 32×32 pixels; a copy in root, else by name."""
     return cifar("cifar10", "CIFAR10", root)
 
 
-def cifar100(root: Path | None = None) -> dict[str, Part]:
+def cifar100(root: Path | None = None) -> dict[str, ImageDataset]:
     """CIFAR-100 (Krizhevsky 2009), its 100 fine classes: images as in CIFAR-10; a copy in root, else by name."""
     return cifar("cifar100", "CIFAR100", root)
 
 
-def cifar(name: str, kind: str, root: Path | None) -> dict[str, Part]:
+def cifar(name: str, kind: str, root: Path | None) -> dict[str, ImageDataset]:
     train, test = fetch(name, kind, root, {"train": True}, {"train": False})
     data, classes = {"train": train, "test": test}, tuple(train.classes)
     names = {
@@ -55,12 +55,14 @@ def cifar(name: str, kind: str, root: Path | None) -> dict[str, Part]:
     pixels = np.concatenate([images.data for images in data.values()])
     store = ArrayStore(pixels, names["train"] + names["test"])
     return {
-        part: Part(store=store, names=names[part], labels=np.array(images.targets, dtype=np.int64), classes=classes)
+        part: ImageDataset(
+            store=store, names=names[part], labels=np.array(images.targets, dtype=np.int64), classes=classes
+        )
         for part, images in data.items()
     }
 
 
-def pets(root: Path | None = None) -> dict[str, Part]:
+def pets(root: Path | None = None) -> dict[str, ImageDataset]:
     """Oxford-IIIT Pets (Parkhi et al. 2012): 3,680 and 3,669 photographs of 37 breeds; a copy in root, else by name."""
     train, test = fetch("pets", "OxfordIIITPet", root, {"split": "trainval"}, {"split": "test"})
     # Private, but the items of the data set are decoded images: nothing public tells their files.
@@ -71,7 +73,7 @@ def pets(root: Path | None = None) -> dict[str, Part]:
     return photographs("pets", Path(train.root), train.classes, files)
 
 
-def flowers102(root: Path | None = None) -> dict[str, Part]:
+def flowers102(root: Path | None = None) -> dict[str, ImageDataset]:
     """102 Flowers (Nilsback & Zisserman 2008): 2,040 and 6,149 photographs; a copy in root, else by name.
 
     Train is torchvision's train and val together: the paper's "2k examples" (Section 3).
@@ -87,7 +89,7 @@ def flowers102(root: Path | None = None) -> dict[str, Part]:
 
 def photographs(
     name: str, root: Path, classes: Sequence[str], files: dict[str, list[tuple[Path, int]]]
-) -> dict[str, Part]:
+) -> dict[str, ImageDataset]:
     """Parts of files with labels, left on disk for ``data/images.py`` to decode, as those of any folder are.
 
     Raises:
@@ -109,7 +111,7 @@ def photographs(
         )
     store = FolderStore(folder)
     return {
-        part: Part(
+        part: ImageDataset(
             store=store,
             names=tuple(file.relative_to(folder).as_posix() for file, _ in pairs),
             labels=np.array([label for _, label in pairs], dtype=np.int64),
@@ -146,4 +148,4 @@ def fetch(name: str, kind: str, root: Path | None, *splits: dict[str, Any]) -> l
 
 
 DOWNLOADED = {"cifar10": cifar10, "cifar100": cifar100, "pets": pets, "flowers102": flowers102}
-BUILT_IN: dict[str, Callable[[], dict[str, Part]]] = {"digits": digits, **DOWNLOADED}
+BUILT_IN: dict[str, Callable[[], dict[str, ImageDataset]]] = {"digits": digits, **DOWNLOADED}

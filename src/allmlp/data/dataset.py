@@ -12,7 +12,7 @@ from allmlp.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
+class ImageDataset:
     """Labelled images: ``names[i]`` in ``store`` shows ``classes[labels[i]]``."""
 
     store: Store
@@ -24,14 +24,14 @@ class Part:
     def __len__(self) -> int:
         return len(self.names)
 
-    def image(self, index: int, enough: int | None = None) -> Image.Image:
+    def image(self, index: int, min_side: int | None = None) -> Image.Image:
         """Upright RGB; a JPEG perhaps at a fraction of its size, its shorter side still of ``enough`` pixels."""
-        return self.store.open(self.names[index], self.max_pixels, enough)
+        return self.store.open(self.names[index], self.max_pixels, min_side)
 
-    def subset(self, indices: np.ndarray) -> "Part":
+    def subset(self, indices: np.ndarray) -> "ImageDataset":
         return replace(self, names=tuple(self.names[i] for i in indices), labels=self.labels[indices])
 
-    def relabelled(self, classes: Sequence[str]) -> "Part":
+    def relabelled(self, classes: Sequence[str]) -> "ImageDataset":
         """The same images with labels by name in another list of classes (a model's), so a missing one shifts none."""
         position = {name: i for i, name in enumerate(classes)}
         unknown = [name for name in self.classes if name not in position]
@@ -46,15 +46,15 @@ class Part:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
+class DatasetSplits:
     """The parts that are there ("train", "val", "test"), and how they came about, in words for the user."""
 
-    parts: dict[str, Part]
+    parts: dict[str, ImageDataset]
     classes: tuple[str, ...]
     how: str
     left_out: dict[str, int] = field(default_factory=dict)  # files that are no images, by ending
 
-    def part(self, name: str) -> Part:
+    def part(self, name: str) -> ImageDataset:
         if name == "all":
             first = next(iter(self.parts.values()))
             labels = np.concatenate([part.labels for part in self.parts.values()])

@@ -62,7 +62,7 @@ def is_hidden(name: str) -> bool:
     return any(piece.startswith((".", "__MACOSX")) and piece not in (".", "..") for piece in name.split("/"))
 
 
-def decode(data: bytes, name: str, max_pixels: int = MAX_PIXELS, enough: int | None = None) -> Image.Image:
+def decode(data: bytes, name: str, max_pixels: int = MAX_PIXELS, min_side: int | None = None) -> Image.Image:
     """An encoded picture → upright 8-bit RGB; of several frames or pages, the first.
 
     EXIF orientation is applied, transparency is laid over white, 16-bit grey is scaled to 8 bits (65535 → 255). Colour
@@ -89,8 +89,8 @@ def decode(data: bytes, name: str, max_pixels: int = MAX_PIXELS, enough: int | N
         image = parse(io.BytesIO(data), "")
         if image.width * image.height > max_pixels:
             raise unreadable(name, f"it has {image.width} × {image.height} pixels, {larger[0]}", larger[1])
-        if enough is not None:
-            image.draft(None, (enough, enough))  # of the formats here, only JPEG's parser can
+        if min_side is not None:
+            image.draft(None, (min_side, min_side))  # of the formats here, only JPEG's parser can
         image.load()
         if isinstance(image, PngImageFile):
             bring_key_to_8_bits(image, stored_bits=data[24])

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from allmlp.data.decode import UnreadableImage
-from allmlp.data.sources import Part
+from allmlp.data.sources import ImageDataset
 from allmlp.data.stores import ArrayStore
 from allmlp.data.transforms import EvaluationView, TrainingView
 from allmlp.errors import UserError
@@ -34,10 +34,10 @@ class Batch(NamedTuple):
     problems: list[tuple[int, str]]  # (index, what is wrong)
 
 
-class Views(Dataset):
+class ViewedDataset(Dataset):
     """(epoch, index) to one sample of a part, for a DataLoader's workers."""
 
-    def __init__(self, part: Part, view: EvaluationView | TrainingView, seed: int) -> None:
+    def __init__(self, part: ImageDataset, view: EvaluationView | TrainingView, seed: int) -> None:
         self.part, self.view, self.seed = part, view, seed
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, int, str | None]:
@@ -47,7 +47,7 @@ class Views(Dataset):
         label = int(self.part.labels[index])
         try:
             return (
-                self.view(self.part.image(index, self.view.enough), sample_generator(self.seed, epoch, index)),
+                self.view(self.part.image(index, self.view.min_side), sample_generator(self.seed, epoch, index)),
                 label,
                 index,
                 None,
@@ -103,10 +103,17 @@ class TrainingOrder:
     """
 
     def __init__(
-        self, images: int, batch_size: int, steps: int, seed: int, first_step: int = 0, rank: int = 0, ranks: int = 1
+        self,
+        images: int,
+        batch_size: int,
+        steps: int,
+        seed: int,
+        first_step: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         self.images, self.batch_size, self.steps, self.seed = images, batch_size, steps, seed
-        self.first_step, self.rank, self.ranks = first_step, rank, ranks
+        self.first_step, self.rank, self.world_size = first_step, rank, world_size
 
     def __len__(self) -> int:
         return self.steps - self.first_step
@@ -115,7 +122,7 @@ class TrainingOrder:
         epoch, order = -1, np.empty(0, dtype=np.int64)
         for step in range(self.first_step, self.steps):
             keys = []
-            start = (step * self.ranks + self.rank) * self.batch_size
+            start = (step * self.world_size + self.rank) * self.batch_size
             for position in range(start, start + self.batch_size):
                 if position // self.images != epoch:
                     epoch = position // self.images
@@ -125,7 +132,7 @@ class TrainingOrder:
 
 
 def training_batches(
-    part: Part,
+    part: ImageDataset,
     view: TrainingView,
     *,
     batch_size: int,
@@ -134,24 +141,24 @@ def training_batches(
     workers: int | None = None,
     first_step: int = 0,
     rank: int = 0,
-    ranks: int = 1,
+    world_size: int = 1,
 ) -> DataLoader:
     """The batches of a run's steps, in order, all of the same size (see ``TrainingOrder``).
 
     ``workers`` None chooses (``default_workers``).
     """
-    order = TrainingOrder(len(part), batch_size, steps, seed, first_step, rank, ranks)
-    return loader(Views(part, view, seed), order, default_workers(part) if workers is None else workers)
+    order = TrainingOrder(len(part), batch_size, steps, seed, first_step, rank, world_size)
+    return loader(ViewedDataset(part, view, seed), order, default_workers(part) if workers is None else workers)
 
 
 def evaluation_batches(
-    part: Part,
+    part: ImageDataset,
     view: EvaluationView,
     *,
     batch_size: int,
     workers: int | None = None,
     rank: int = 0,
-    ranks: int = 1,
+    world_size: int = 1,
 ) -> DataLoader:
     """Every image of the part once, in order: batches of one size, the last filled up with ``PADDING``.
 
@@ -161,13 +168,13 @@ def evaluation_batches(
     if batch_size < 1:
         raise UserError(f"batch size {batch_size}: at least 1 image")
     size = min(batch_size, len(part)) or 1  # of no images, no batches
-    rounds = -(-len(part) // (size * ranks))
-    starts = [(turn * ranks + rank) * size for turn in range(rounds)]
+    rounds = -(-len(part) // (size * world_size))
+    starts = [(turn * world_size + rank) * size for turn in range(rounds)]
     order = [[(0, i if i < len(part) else PADDING) for i in range(at, at + size)] for at in starts]
-    return loader(Views(part, view, 0), order, default_workers(part) if workers is None else workers)
+    return loader(ViewedDataset(part, view, 0), order, default_workers(part) if workers is None else workers)
 
 
-def loader(views: Views, order: TrainingOrder | list[list[tuple[int, int]]], workers: int) -> DataLoader:
+def loader(views: ViewedDataset, order: TrainingOrder | list[list[tuple[int, int]]], workers: int) -> DataLoader:
     if workers < 0:
         raise UserError(f"{workers} workers: 0 loads images in this process, 1 or more in processes beside it")
     return DataLoader(
@@ -192,7 +199,7 @@ def ignore_first_signals(worker: int) -> None:
     signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(signal.SIGTERM, signal.SIG_DFL) and None)
 
 
-def default_workers(part: Part, processes: int = 1) -> int:
+def default_workers(part: ImageDataset, processes: int = 1) -> int:
     """0 for images in memory or few of them, which this process loads; else one for each core, at most 8.
 
     The cores are shared by so many processes of a run on this machine.
@@ -202,10 +209,10 @@ def default_workers(part: Part, processes: int = 1) -> int:
     return min(max((os.cpu_count() or 1) // processes, 1), 8)
 
 
-class Unreadable:
+class UnreadableImages:
     """Counts the images that could not be read, each once, and stops a run that loses more than it may."""
 
-    def __init__(self, part: Part, limit: float) -> None:
+    def __init__(self, part: ImageDataset, limit: float) -> None:
         self.part, self.limit = part, limit
         self.problems: dict[int, str] = {}
 

@@ -12,9 +12,9 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from allmlp.data.decode import EXTENSIONS, MAX_PIXELS, is_hidden, is_image_name
 from allmlp.data.builtin import BUILT_IN, DOWNLOADED, FOLDERS
-from allmlp.data.dataset import Part, Source
+from allmlp.data.dataset import DatasetSplits, ImageDataset
+from allmlp.data.decode import EXTENSIONS, MAX_PIXELS, is_hidden, is_image_name
 from allmlp.data.split import stratified
 from allmlp.data.stores import FolderStore, Store, ZipStore
 from allmlp.errors import UserError
@@ -29,7 +29,7 @@ def load_source(
     test_fraction: float = 0.2,
     split_seed: int = 0,
     max_pixels: int = MAX_PIXELS,
-) -> Source:
+) -> DatasetSplits:
     """Finds the labelled images of a SOURCE and splits them where they do not come split.
 
     Args:
@@ -49,9 +49,7 @@ def load_source(
         how += f" (not the folder ./{source})" if path.is_dir() else ""
     elif copies := [name for name, folder in FOLDERS.items() if (path / folder).is_dir()]:
         if len(copies) > 1:
-            raise UserError(
-                f"{source} holds {' and '.join(copies)}: give the name of one, with ALLMLP_DATA={source}"
-            )
+            raise UserError(f"{source} holds {' and '.join(copies)}: give the name of one, with ALLMLP_DATA={source}")
         parts, how, left_out = DOWNLOADED[copies[0]](path), f"{copies[0]} in {source}", {}
     elif path.is_dir():
         parts, left_out = read_tree(FolderStore(path), source)
@@ -72,8 +70,13 @@ def load_source(
 
 
 def cut(
-    parts: dict[str, Part], how: str, left_out: dict[str, int], val_fraction: float, test_fraction: float, seed: int
-) -> Source:
+    parts: dict[str, ImageDataset],
+    how: str,
+    left_out: dict[str, int],
+    val_fraction: float,
+    test_fraction: float,
+    seed: int,
+) -> DatasetSplits:
     """Splits what is not split yet; "all" is the name of a source that came without parts."""
     if "all" in parts:
         whole = parts.pop("all")
@@ -96,10 +99,10 @@ def cut(
         if unknown:
             raise UserError(f"class {unknown[0]!r} is in {name} but not in {first}: add its images there, or remove it")
     ordered = {name: part.relabelled(classes) for name, part in ordered.items()}
-    return Source(parts=ordered, classes=classes, how=how, left_out=left_out)
+    return DatasetSplits(parts=ordered, classes=classes, how=how, left_out=left_out)
 
 
-def hold_out(source: Source, fraction: float, seed: int) -> Source:
+def hold_out(source: DatasetSplits, fraction: float, seed: int) -> DatasetSplits:
     """For choosing settings: train and val both cut from the source's train; its own val and test are left out."""
     train = source.part("train")
     kept, val = stratified(train.labels, train.names, fraction, seed)
@@ -113,7 +116,7 @@ def hold_out(source: Source, fraction: float, seed: int) -> Source:
     return replace(source, parts=parts, how=how)
 
 
-def read_tree(store: FolderStore | ZipStore, source: str) -> tuple[dict[str, Part], dict[str, int]]:
+def read_tree(store: FolderStore | ZipStore, source: str) -> tuple[dict[str, ImageDataset], dict[str, int]]:
     """The parts of a folder or zip (or "all" of it, where it holds class folders), and how many files are no images."""
     files = list(store.names())
     images = [name for name in files if is_image_name(name)]
@@ -133,7 +136,7 @@ def read_tree(store: FolderStore | ZipStore, source: str) -> tuple[dict[str, Par
     if not named:
         part, loose = read_classes(store, images, folders, "", source)
         return {"all": part}, count_loose(left_out, loose)
-    parts: dict[str, Part] = {}
+    parts: dict[str, ImageDataset] = {}
     loose = [name for name in images if name.split("/")[0] not in named]
     for folder, part_name in named.items():
         parts[part_name], lying = read_classes(store, images, folders, f"{folder}/", f"{source}/{folder}")
@@ -143,7 +146,7 @@ def read_tree(store: FolderStore | ZipStore, source: str) -> tuple[dict[str, Par
 
 def read_classes(
     store: Store, images: Sequence[str], folders: Sequence[str], prefix: str, where: str
-) -> tuple[Part, list[str]]:
+) -> tuple[ImageDataset, list[str]]:
     """One folder a class below the prefix, images at any depth; the part, and the images outside the class folders."""
     classes = sorted({name.removeprefix(prefix).split("/")[0] for name in folders if name.startswith(prefix)})
     below = sorted(name for name in images if name.startswith(prefix))
@@ -158,7 +161,7 @@ def read_classes(
             raise UserError(f"class {name!r} of {where} holds no images: add some, or remove the folder")
     position = {name: i for i, name in enumerate(classes)}
     labels = np.array([position[name.removeprefix(prefix).split("/")[0]] for name in members], dtype=np.int64)
-    part = Part(store=store, names=tuple(members), labels=labels, classes=tuple(classes))
+    part = ImageDataset(store=store, names=tuple(members), labels=labels, classes=tuple(classes))
     return part, sorted(set(below) - set(members))
 
 

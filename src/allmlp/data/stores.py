@@ -22,7 +22,7 @@ MAX_BYTES = 1 << 30  # of one image file; a larger one is refused before it is r
 
 
 class Store(Protocol):
-    def open(self, name: str, max_pixels: int, enough: int | None = None) -> Image.Image:
+    def open(self, name: str, max_pixels: int, min_side: int | None = None) -> Image.Image:
         """The upright RGB image of that name (see ``decode``); an UnreadableImage where it cannot be read."""
         ...
 
@@ -31,14 +31,14 @@ class FolderStore:
     def __init__(self, root: Path) -> None:
         self.root = root
 
-    def open(self, name: str, max_pixels: int, enough: int | None = None) -> Image.Image:
+    def open(self, name: str, max_pixels: int, min_side: int | None = None) -> Image.Image:
         path = os.path.join(self.root, name)  # noqa: PTH118 (pathlib takes longer than a small file's reading)
         try:
             data = read_regular(path)
         except OSError as error:
             why = f"{path} cannot be read: {error.strerror}; check the file and its permissions"
             raise UnreadableImage(printable(why)) from None
-        return decode(data, path, max_pixels, enough)
+        return decode(data, path, max_pixels, min_side)
 
     def names(self) -> Iterator[str]:
         """Every file below the root, relative, with forward slashes, in the same order on every machine."""
@@ -77,14 +77,14 @@ class ZipStore:
                 raise UserError(f"{self.path} is not a sound zip file ({error}): pack or copy it again") from None
         return self.opened[1]
 
-    def open(self, name: str, max_pixels: int, enough: int | None = None) -> Image.Image:
+    def open(self, name: str, max_pixels: int, min_side: int | None = None) -> Image.Image:
         label = f"{self.path}/{self.prefix}{name}"
         check_bytes(self.archive().getinfo(self.prefix + name).file_size, label)
         try:
             data = self.archive().read(self.prefix + name)
         except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, OSError, RuntimeError, EOFError) as error:
             raise UnreadableImage(printable(f"{label} cannot be unpacked: {error}; pack the zip again")) from None
-        return decode(data, label, max_pixels, enough)
+        return decode(data, label, max_pixels, min_side)
 
     def names(self) -> Iterator[str]:
         yield from (name for name in self.entries() if not name.endswith("/"))
@@ -114,7 +114,7 @@ class ArrayStore:
         self.pixels = pixels
         self.index = {name: i for i, name in enumerate(names)}
 
-    def open(self, name: str, max_pixels: int, enough: int | None = None) -> Image.Image:
+    def open(self, name: str, max_pixels: int, min_side: int | None = None) -> Image.Image:
         return Image.fromarray(self.pixels[self.index[name]])
 
 

@@ -12,8 +12,8 @@ import torch
 from PIL import Image, ImageEnhance
 from torch import Tensor
 
-from allmlp.metadata import Preprocessing
 from allmlp.data.randaugment import RandAugment
+from allmlp.metadata import Preprocessing
 
 TrainCrop = Literal["none", "pad", "inception"]
 RESAMPLING = {
@@ -33,7 +33,7 @@ class EvaluationView:
     preprocessing: Preprocessing
 
     @property
-    def enough(self) -> int:
+    def min_side(self) -> int:
         """Pixels of an image's shorter side that suffice: twice what it is resized to."""
         return 2 * round(max(self.image_size) / self.preprocessing.crop_ratio)
 
@@ -62,11 +62,11 @@ class TrainingView:
     color_jitter: float = 0.0
 
     @property
-    def enough(self) -> int:
+    def min_side(self) -> int:
         """Pixels of an image's shorter side that suffice: those of the smallest crop, or the evaluation view's."""
         if self.crop == "inception":
             return round(max(self.image_size) / LEAST_AREA**0.5)
-        return EvaluationView(image_size=self.image_size, preprocessing=self.preprocessing).enough
+        return EvaluationView(image_size=self.image_size, preprocessing=self.preprocessing).min_side
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Tensor:
         height, width = self.image_size

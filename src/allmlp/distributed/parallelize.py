@@ -14,13 +14,13 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from allmlp.distributed.context import DistributedContext
 from allmlp.model import Mixer
-from allmlp.distributed.context import World
 
 
-def shard(model: Mixer, world: World, device: torch.device) -> None:
+def shard(model: Mixer, context: DistributedContext, device: torch.device) -> None:
     """From now on each process holds its share of every parameter; blocks are put together where they are computed."""
-    mesh = init_device_mesh(device.type, (world.ranks,))
+    mesh = init_device_mesh(device.type, (context.world_size,))
     for module in (*model.blocks, model):
         fully_shard(module, mesh=mesh, reshard_after_forward=True)  # else a change by hand would miss a whole copy
 
@@ -48,7 +48,7 @@ def whole(model: Mixer) -> Mixer:
     with torch.device("meta"):
         plain = Mixer(**model.config)
     plain.load_state_dict(state, assign=True)
-    plain.card = model.card
+    plain.metadata = model.metadata
     return plain
 
 
@@ -66,14 +66,14 @@ def norm(tensors: list[Tensor], shared: bool) -> Tensor:
     return squares.sqrt()
 
 
-def replicated(model: Mixer, world: World, device: torch.device) -> nn.Module:
+def replicate(model: Mixer, context: DistributedContext, device: torch.device) -> nn.Module:
     """What computes gradients that are the means over all ranks: the model itself where it is alone, or sharded."""
-    if world.ranks == 1 or isinstance(model, FSDPModule):
+    if context.world_size == 1 or isinstance(model, FSDPModule):
         return model
     return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
 
 
-def synchronising(forward: Callable[..., Tensor], last: bool) -> contextlib.AbstractContextManager[None]:
+def grad_sync(forward: Callable[..., Tensor], last: bool) -> contextlib.AbstractContextManager[None]:
     """Around the forward and backward pass of a micro-batch: only a step's last one makes the ranks exchange."""
     if isinstance(forward, FSDPModule):
         forward.set_requires_gradient_sync(last)

@@ -22,7 +22,7 @@ CONNECTING = timedelta(seconds=60)
 PATIENCE = 3600.0  # for what has no steps of its own to show: compiling, reading a large folder
 
 
-def meeting_place(timeout: timedelta, opens: bool = False) -> Store:
+def connect_store(timeout: timedelta, opens: bool = False) -> Store:
     """A connection to the store where the processes meet, which one of them ``opens`` unless whoever started them has.
 
     torchrun may keep a store when it starts the processes again, so each attempt has names of its own in it.
@@ -43,14 +43,14 @@ class Watchdog:
     Leaving the ``with`` block by an error tells the other ranks, which then end too; the first error is the one shown.
     """
 
-    def __init__(self, store: Store, rank: int, ranks: int, timeout: float) -> None:
-        self.store, self.rank, self.ranks, self.timeout = store, rank, ranks, timeout
+    def __init__(self, store: Store, rank: int, world_size: int, timeout: float) -> None:
+        self.store, self.rank, self.world_size, self.timeout = store, rank, world_size, timeout
         self.doing, self.since, self.deadline = "starting", time.monotonic(), time.monotonic() + PATIENCE
         self.done = threading.Event()
         self.signs = 0
         self.thread = threading.Thread(target=self.watch, name="watchdog", daemon=True)
 
-    def beat(self, doing: str, slow: bool = False) -> None:
+    def heartbeat(self, doing: str, slow: bool = False) -> None:
         """Called by the main thread at each piece of progress."""
         self.doing, self.since = doing, time.monotonic()
         self.deadline = self.since + (max(self.timeout, PATIENCE) if slow else self.timeout)
@@ -85,7 +85,7 @@ class Watchdog:
                 if self.store.check(["failure"]):
                     self.follow(json.loads(self.store.get("failure")))
                 elif time.monotonic() > self.deadline:
-                    self.accuse()
+                    self.diagnose_hang()
         except RuntimeError as error:
             if not self.done.wait(GRACE):
                 self.die(f"the store of the run is gone ({str(error).splitlines()[0]}): so is whoever started it")
@@ -106,17 +106,17 @@ class Watchdog:
         if failure["rank"] != self.rank and not self.done.wait(GRACE):
             self.die(f"ended because rank {failure['rank']} failed: {failure['what']}", failure["status"])
 
-    def accuse(self) -> None:
-        before = [self.signs_of(rank)["signs"] for rank in range(self.ranks)]
+    def diagnose_hang(self) -> None:
+        before = [self.signs_of(rank)["signs"] for rank in range(self.world_size)]
         end = time.monotonic() + 4 * PERIOD + 1
         while time.monotonic() < end:
             self.show()
             time.sleep(PERIOD)
-        now = [self.signs_of(rank) for rank in range(self.ranks)]
-        silent = [rank for rank in range(self.ranks) if now[rank]["signs"] == before[rank]]
-        busy = [rank for rank in range(self.ranks) if not now[rank]["waits"]]
-        slowest = max(range(self.ranks), key=lambda rank: now[rank]["age"])
-        stuck = silent or (busy if len(busy) < self.ranks else [slowest])
+        now = [self.signs_of(rank) for rank in range(self.world_size)]
+        silent = [rank for rank in range(self.world_size) if now[rank]["signs"] == before[rank]]
+        busy = [rank for rank in range(self.world_size) if not now[rank]["waits"]]
+        slowest = max(range(self.world_size), key=lambda rank: now[rank]["age"])
+        stuck = silent or (busy if len(busy) < self.world_size else [slowest])
         state = "is stopped or dead" if silent else "is stuck"
         names = ", ".join(f"rank {r} {state} ({now[r]['doing']}, in {now[r]['where']})" for r in stuck)
         what = f"no progress for {self.timeout:g} s: {names}"

@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 
 from allmlp.data.loader import default_workers, evaluation_batches
-from allmlp.data.sources import Part
+from allmlp.data.sources import ImageDataset
 from allmlp.data.transforms import EvaluationView, normalise
 from allmlp.device import autocast
+from allmlp.distributed.context import SINGLE_PROCESS, DistributedContext
 from allmlp.errors import UserError
 from allmlp.model import Mixer
-from allmlp.distributed.context import ALONE, World
 
 KEPT = 5  # best classes of each image
 
@@ -24,7 +24,7 @@ KEPT = 5  # best classes of each image
 class Classification:
     """Predictions for the N readable images of a part, in its order, and what they amount to."""
 
-    part: Part
+    part: ImageDataset
     indices: np.ndarray  # (N,) int64, of the readable images in the part
     labels: np.ndarray  # (N,) int64
     best: np.ndarray  # (N, ≤ 5) int64, classes from the most probable down
@@ -68,14 +68,14 @@ class ClassScore(NamedTuple):
 
 def classify(
     model: Mixer,
-    part: Part,
+    part: ImageDataset,
     *,
     device: torch.device,
     precision: torch.dtype,
     batch_size: int = 256,
     workers: int | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
-    world: World = ALONE,
+    context: DistributedContext = SINGLE_PROCESS,
 ) -> Classification:
     """Classifies every image of a part whose labels are those of the model's head (``Part.relabelled``).
 
@@ -86,28 +86,28 @@ def classify(
     """
     check_head(model)
     found, done = [], 0
-    view = EvaluationView(image_size=model.image_size, preprocessing=model.card.preprocessing)
+    view = EvaluationView(image_size=model.image_size, preprocessing=model.metadata.preprocessing)
     batches = evaluation_batches(
         part,
         view,
         batch_size=batch_size,
-        workers=default_workers(part, world.local_ranks) if workers is None else workers,
-        rank=world.rank,
-        ranks=world.ranks,
+        workers=default_workers(part, context.local_world_size) if workers is None else workers,
+        rank=context.rank,
+        world_size=context.world_size,
     )
     with evaluating(model.to(device)), torch.inference_mode():
         for batch in batches:
             with autocast(device, precision):
-                logits = model(normalise(batch.images.to(device), model.card.preprocessing)).float()
+                logits = model(normalise(batch.images.to(device), model.metadata.preprocessing)).float()
             losses = F.cross_entropy(logits, batch.labels.to(device), reduction="none")
             top = logits.softmax(-1).topk(min(KEPT, logits.shape[1]))
             columns = (batch.indices, batch.labels, top.indices.cpu(), top.values.cpu(), losses.cpu())
             problems = {part.names[index]: problem for index, problem in batch.problems}
             found.append(([column[batch.valid].numpy() for column in columns], problems))
-            done += len(batch.valid) * world.ranks
+            done += len(batch.valid) * context.world_size
             on_progress(min(done, len(part)), len(part))
-    ranks = world.gather(found)
-    in_order = [ranks[i % world.ranks][i // world.ranks] for i in range(sum(map(len, ranks)))]
+    world_size = context.gather(found)
+    in_order = [world_size[i % context.world_size][i // context.world_size] for i in range(sum(map(len, world_size)))]
     unreadable = {name: problem for _, problems in in_order for name, problem in problems.items()}
     if len(unreadable) == len(part):
         raise UserError(f"none of the {len(part)} images can be read; the first: {next(iter(unreadable.values()), '')}")

@@ -70,9 +70,7 @@ def write_report(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"percent": percent, "data_uri": data_uri}
-    template = environment.from_string(
-        resources.files("allmlp.evaluation").joinpath("report.html").read_text("utf-8")
-    )
+    template = environment.from_string(resources.files("allmlp.evaluation").joinpath("report.html").read_text("utf-8"))
     page = template.render(
         summary=summary,
         part={"val": "validation"}.get(part, part),

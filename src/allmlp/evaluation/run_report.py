@@ -4,10 +4,10 @@ from pathlib import Path
 
 import numpy as np
 
+from allmlp.config.recipe import to_json_object
 from allmlp.evaluation.classification import Classification
 from allmlp.evaluation.report import Example, write_report
 from allmlp.runs.folder import disk_error
-from allmlp.config.recipe import to_json_object
 from allmlp.training.run import Run
 
 SHOWN = 24  # images of each grid

@@ -95,13 +95,13 @@ def stream(
     precision: torch.dtype,
     max_pixels: int,
 ) -> Iterator[Prediction]:
-    names = model.card.classes or tuple(map(str, range(model.config["num_classes"])))
-    view = EvaluationView(image_size=model.image_size, preprocessing=model.card.preprocessing)
+    names = model.metadata.classes or tuple(map(str, range(model.config["num_classes"])))
+    view = EvaluationView(image_size=model.image_size, preprocessing=model.metadata.preprocessing)
 
     def read(place: tuple[Store, str, str]) -> Tensor | str:
         store, name, _ = place
         try:
-            return view(store.open(name, max_pixels, view.enough))
+            return view(store.open(name, max_pixels, view.min_side))
         except UnreadableImage as problem:
             return str(problem)
 
@@ -120,7 +120,7 @@ def classify_pixels(
 ) -> list[list[tuple[int, float]]]:
     """For each (3, H, W) uint8 image, its best classes and their probabilities."""
     with torch.inference_mode():
-        images = normalise(torch.stack(pixels).to(device), model.card.preprocessing)
+        images = normalise(torch.stack(pixels).to(device), model.metadata.preprocessing)
         with autocast(device, precision):
             logits = model(images)
         best = logits.float().softmax(-1).topk(top)

@@ -4,6 +4,7 @@ import difflib
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
+from allmlp.config.recipe import Recipe, Transfer
 from allmlp.errors import UserError
 from allmlp.recipes.cifar10 import cifar10
 from allmlp.recipes.digits import digits
@@ -11,7 +12,6 @@ from allmlp.recipes.finetune import FINETUNE
 from allmlp.recipes.photos import photos
 from allmlp.recipes.pretrain import PRETRAIN
 from allmlp.recipes.small import small, small_transfer
-from allmlp.config.recipe import Recipe, Transfer
 
 T = TypeVar("T")
 

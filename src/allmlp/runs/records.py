@@ -10,9 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from allmlp.config.recipe import Recipe, to_json_object
 from allmlp.errors import RunError
 from allmlp.files import to_json, write_text
-from allmlp.config.recipe import Recipe, to_json_object
 
 log = logging.getLogger(__name__)
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from allmlp.data.dataset import Source
+from allmlp.checkpointing.manager import newest, set_aside, tidy
+from allmlp.config.recipe import Recipe, flag, from_json, to_json_object
+from allmlp.data.dataset import DatasetSplits
 from allmlp.errors import UserError
 from allmlp.files import to_json, write_text
-from allmlp.config.recipe import Recipe, flag, from_json, to_json_object
-from allmlp.checkpointing.manager import newest, set_aside, tidy
 from allmlp.training.state import Checkpoint
 
 log = logging.getLogger(__name__)
@@ -97,7 +97,7 @@ def fixed(recipe: Recipe) -> Recipe:
     return replace(recipe, name=plain.name, **sections)
 
 
-def fingerprint(source: Source) -> dict[str, Any]:
+def fingerprint(source: DatasetSplits) -> dict[str, Any]:
     """Of which images are trained on and validated with, in which order, under which labels."""
     told = {}
     for name in ("train", "val"):
@@ -108,7 +108,7 @@ def fingerprint(source: Source) -> dict[str, Any]:
     return told
 
 
-def check_same(state: dict[str, Any], source: Source, precision: str, where: Path) -> None:
+def check_same(state: dict[str, Any], source: DatasetSplits, precision: str, where: Path) -> None:
     """Holds a checkpoint to what the run has been given to go on with.
 
     Raises:

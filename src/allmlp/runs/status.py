@@ -6,12 +6,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from allmlp.errors import UserError
 from allmlp.checkpointing.checkpoint import STATE
-from allmlp.runs.folder import is_locked
-from allmlp.config.recipe import from_json
-from allmlp.runs.records import METRICS, read_lines
 from allmlp.checkpointing.manager import newest, steps_in
+from allmlp.config.recipe import from_json
+from allmlp.errors import UserError
+from allmlp.runs.folder import is_locked
+from allmlp.runs.records import METRICS, read_lines
 
 
 def status(out: Path, verify: bool = False) -> dict[str, Any]:

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from allmlp.device import autocast
+from allmlp.distributed.context import SINGLE_PROCESS, DistributedContext
+from allmlp.distributed.parallelize import replicate
 from allmlp.errors import RunError
 from allmlp.model import Mixer
-from allmlp.distributed.parallelize import replicated
-from allmlp.distributed.context import ALONE, World
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ def made_ready(
     training_flop: float,
     device: torch.device,
     precision: torch.dtype,
-    world: World = ALONE,
+    context: DistributedContext = SINGLE_PROCESS,
 ) -> tuple[Forward, bool]:
     """The forward pass for training batches, warmed up, and whether it is compiled.
 
@@ -37,23 +37,25 @@ def made_ready(
     compiler); "on" raises a RunError where it does not.
     """
     wanted = mode == "on" or (mode == "auto" and training_flop >= WORTHWHILE_FLOP.get(device.type, float("inf")))
-    forward: Forward = replicated(model, world, device)
+    forward: Forward = replicate(model, context, device)
     if not wanted:
-        if world.ranks > 1:  # DDP arranges its buckets after the first pass: now, so that no sum depends on the start
+        if (
+            context.world_size > 1
+        ):  # DDP arranges its buckets after the first pass: now, so that no sum depends on the start
             warm_up(forward, model, batch_size, device, precision)
         return forward, False
     from torch._dynamo.exc import TorchDynamoException  # two seconds that only a compiled run need spend
 
     log.info("compiling the training step: about half a minute")
     try:
-        if world.ranks == 1:
+        if context.world_size == 1:
             forward = torch.compile(model)
         else:
             compile_blocks(model)
         warm_up(forward, model, batch_size, device, precision)
     except TorchDynamoException as error:  # what it wraps differs by backend
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        if mode == "on" or world.ranks > 1:  # the other ranks have compiled, and wait
+        if mode == "on" or context.world_size > 1:  # the other ranks have compiled, and wait
             raise RunError(f"torch.compile failed ({reason}): install a C++ compiler, or use --compile off") from error
         log.warning("torch.compile does not work here (%s): training without it, slower", reason)
         return model, False

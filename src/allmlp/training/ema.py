@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from allmlp.distributed.parallelize import local
 
 
-class Average:
+class EMA:
     """avg = decay · avg + (1 − decay) · weights, from those of the first step on.
 
     Args:

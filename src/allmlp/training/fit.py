@@ -12,31 +12,31 @@ from typing import Any, Generic
 import torch
 from torch.utils.data import DataLoader
 
-from allmlp.flops import cost
+from allmlp.config.recipe import DataRecipe, OptimizationRecipe, Recipe, micro_batch, to_json_object
+from allmlp.data.dataset import DatasetSplits
 from allmlp.data.loader import default_workers, training_batches
 from allmlp.data.mixup import Mixing
-from allmlp.data.dataset import Source
 from allmlp.data.randaugment import RandAugment
 from allmlp.data.transforms import TrainingView
+from allmlp.distributed.context import SINGLE_PROCESS, DistributedContext
+from allmlp.distributed.parallelize import is_sharded, whole
 from allmlp.errors import RunError
+from allmlp.flops import cost
 from allmlp.model import Mixer
-from allmlp.training.ema import Average
+from allmlp.runs.provenance import versions
+from allmlp.runs.records import Records
+from allmlp.runs.resume import fingerprint
 from allmlp.training.compilation import made_ready
-from allmlp.training.preemption import Control
+from allmlp.training.ema import EMA
 from allmlp.training.loop import train_steps
 from allmlp.training.losses import LOSSES
 from allmlp.training.optimizer import adamw, sgd
-from allmlp.distributed.parallelize import is_sharded, whole
-from allmlp.runs.provenance import versions
-from allmlp.config.recipe import DataRecipe, OptimizationRecipe, Recipe, micro_batch, to_json_object
+from allmlp.training.optimizer_step import OptimizerStep
+from allmlp.training.preemption import Control
 from allmlp.training.recompute import recompute_blocks
-from allmlp.runs.records import Records
-from allmlp.runs.resume import fingerprint
 from allmlp.training.schedules import learning_rate
 from allmlp.training.state import Checkpoint, TrainingState
-from allmlp.training.optimizer_step import Update
 from allmlp.training.watch import Progress, R, Waiting, Watch
-from allmlp.distributed.context import ALONE, World
 from allmlp.weights.native import save
 
 log = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ class Diverged(RunError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fitted(Generic[R]):
+class FitResult(Generic[R]):
     """How the training went, and the model it ends with."""
 
     model: Mixer  # the trained one, with its Polyak average, or the best on validation: what the recipe asks for
@@ -65,7 +65,7 @@ class Fitted(Generic[R]):
 def fit(
     recipe: Recipe,
     out: Path,
-    source: Source,
+    source: DatasetSplits,
     model: Mixer,
     device: torch.device,
     precision: torch.dtype,
@@ -73,7 +73,7 @@ def fit(
     progress: Progress,
     control: Control | None = None,
     start: Checkpoint | None = None,
-) -> Fitted[R]:
+) -> FitResult[R]:
     """Trains the model; logs, evaluates and saves on the recipe's cadences.
 
     Args:
@@ -93,15 +93,15 @@ def fit(
         Stopped: by a signal; the checkpoint is written.
     """
     control = control or Control.unattended(recipe, out)
-    world, settings = control.world, recipe.optimization
+    context, settings = control.context, recipe.optimization
     steps, warmup_steps = lengths(settings, len(source.parts["train"]))
-    part = micro_batch(settings, world.ranks)
-    average = None if settings.polyak is None else Average(model, settings.polyak)
+    part = micro_batch(settings, context.world_size)
+    average = None if settings.ema_decay is None else EMA(model, settings.ema_decay)
     if settings.recompute:
         recompute_blocks(model)
     begin = time.perf_counter()
     with memory_errors(part):
-        world.beat("compiling", slow=True)
+        context.heartbeat("compiling", slow=True)
         forward, is_compiled = made_ready(
             model,
             recipe.run.compile,
@@ -109,21 +109,21 @@ def fit(
             training_flop=3.0 * cost(model.config).flops * steps * settings.global_batch_size,
             device=device,
             precision=precision,
-            world=world,
+            context=context,
         )
     compile_seconds = time.perf_counter() - begin
     control.poll()
     optimizer = make_optimizer(settings, model)
-    update = Update(optimizer, settings.clip_norm, half=precision == torch.float16, shared=is_sharded(model))
+    update = OptimizerStep(optimizer, settings.clip_norm, half=precision == torch.float16, shared=is_sharded(model))
     state = TrainingState(model, update, average)
-    first_step = 0 if start is None else state.load(start, world)
-    batches = Waiting(make_batches(recipe, source, model, steps, first_step, world), world)
-    about = describe(recipe, source, precision, world)
+    first_step = 0 if start is None else state.load(start, context)
+    batches = Waiting(make_batches(recipe, source, model, steps, first_step, context), context)
+    about = describe(recipe, source, precision, context)
     schedule = partial(
         learning_rate, peak=settings.learning_rate, warmup_steps=warmup_steps, steps=steps, decay=settings.decay
     )
-    with Records(out, recipe, world.first, first_step) as records, control.saver, memory_errors(part):
-        watch = Watch(recipe, out, source, model, state.shown, examine, progress, records, steps, world, batches)
+    with Records(out, recipe, context.is_rank0, first_step) as records, control.checkpoints, memory_errors(part):
+        watch = Watch(recipe, out, source, model, state.shown, examine, progress, records, steps, context, batches)
         if start is not None:
             watch.restore(start.state)
         if watch.evaluates(first_step):  # that evaluation was interrupted, or came to no checkpoint of its own
@@ -137,18 +137,18 @@ def fit(
             partial(LOSSES[settings.loss], smoothing=settings.label_smoothing),
             device=device,
             precision=precision,
-            preprocessing=model.card.preprocessing,
+            preprocessing=model.metadata.preprocessing,
             seed=recipe.run.seed,
             mixing=make_mixing(recipe.data),
-            accumulate=settings.global_batch_size // (part * world.ranks),
+            accumulate=settings.global_batch_size // (part * context.world_size),
             first_step=first_step,
             measure=watch.logs,
-            world=world,
+            context=context,
             requests=control.requests,
         ):
             saves = watch.saves(step.step) or control.saves(step.asked)
             if device.type == "cpu" or watch.logs(step.step) or saves:  # elsewhere, to look is to wait
-                stop_if_failed(state, out, world)
+                stop_if_failed(state, out, context)
             state.follow()
             watch.see(step)
             if saves:
@@ -161,7 +161,7 @@ def fit(
                 break
         state.settle()
         result, kept_step, val = watch.keep(recipe.run.keep)
-    return Fitted(
+    return FitResult(
         model=result,
         steps=watch.step,
         kept_step=kept_step,
@@ -200,7 +200,7 @@ def make_view(data: DataRecipe, model: Mixer) -> TrainingView:
     strength = data.randaugment
     return TrainingView(
         image_size=model.image_size,
-        preprocessing=model.card.preprocessing,
+        preprocessing=model.metadata.preprocessing,
         crop=data.train_crop,
         crop_padding=data.crop_padding,
         flip=data.flip,
@@ -210,11 +210,16 @@ def make_view(data: DataRecipe, model: Mixer) -> TrainingView:
 
 
 def make_batches(
-    recipe: Recipe, source: Source, model: Mixer, steps: int, first_step: int = 0, world: World = ALONE
+    recipe: Recipe,
+    source: DatasetSplits,
+    model: Mixer,
+    steps: int,
+    first_step: int = 0,
+    context: DistributedContext = SINGLE_PROCESS,
 ) -> DataLoader:
     """This process's micro-batches of the steps that are still to be made."""
-    images, part = source.parts["train"], micro_batch(recipe.optimization, world.ranks)
-    accumulate = recipe.optimization.global_batch_size // (part * world.ranks)
+    images, part = source.parts["train"], micro_batch(recipe.optimization, context.world_size)
+    accumulate = recipe.optimization.global_batch_size // (part * context.world_size)
     workers = recipe.data.workers
     return training_batches(
         images,
@@ -222,21 +227,23 @@ def make_batches(
         batch_size=part,
         steps=steps * accumulate,
         seed=recipe.run.seed,
-        workers=default_workers(images, world.local_ranks) if workers is None else workers,
+        workers=default_workers(images, context.local_world_size) if workers is None else workers,
         first_step=first_step * accumulate,
-        rank=world.rank,
-        ranks=world.ranks,
+        rank=context.rank,
+        world_size=context.world_size,
     )
 
 
-def describe(recipe: Recipe, source: Source, precision: torch.dtype, world: World) -> dict[str, Any]:
+def describe(
+    recipe: Recipe, source: DatasetSplits, precision: torch.dtype, context: DistributedContext
+) -> dict[str, Any]:
     """What a checkpoint says of its run, against which a run that goes on from it is held."""
     return {
         "recipe": to_json_object(recipe),
         "classes": source.classes,
         "images": fingerprint(source),
         "precision": str(precision).removeprefix("torch."),
-        "ranks": world.ranks,
+        "ranks": context.world_size,
         "versions": versions(),
     }
 
@@ -256,14 +263,14 @@ def memory_errors(images: int) -> Iterator[None]:
         ) from error
 
 
-def stop_if_failed(state: TrainingState, out: Path, world: World) -> None:
+def stop_if_failed(state: TrainingState, out: Path, context: DistributedContext) -> None:
     """Diverged, where a step was not finite; the weights, which it has not touched, are saved first."""
     step, loss, norm = state.update.failure.tolist()
     if step:
         path = out / "checkpoints" / "last.safetensors"
         with state.shown():
             model = whole(state.model)
-            world.once(lambda: save(model, path, step=int(step) - 1))
+            context.broadcast_from_rank0(lambda: save(model, path, step=int(step) - 1))
         raise Diverged(
             f"step {step:.0f}: loss {loss:g}, gradient norm {norm:g}: training has diverged; lower --learning-rate or "
             f"lengthen --warmup-steps; the weights of step {step - 1:.0f}, the last good one, are in {path}"

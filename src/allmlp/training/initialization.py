@@ -7,32 +7,32 @@ from typing import Any
 
 import torch
 
-from allmlp.metadata import Card, Preprocessing
-from allmlp.errors import UserError
-from allmlp.model import Mixer, initialise
-from allmlp.distributed.parallelize import put
 from allmlp.config.recipe import DataRecipe, Recipe, to_json_object
+from allmlp.distributed.parallelize import put
+from allmlp.errors import UserError
+from allmlp.metadata import Metadata, Preprocessing
+from allmlp.model import Mixer, init_weights
 from allmlp.variants import create
 from allmlp.weights.load import load
 from allmlp.weights.resize import resize
 
 
 @dataclass(frozen=True)
-class Start:
+class ModelInitializer:
     """Makes the model in two steps, between which it may be sharded; or at once, on the CPU: ``start(classes)``."""
 
-    skeleton: Callable[
+    build_meta: Callable[
         [tuple[str, ...]], Mixer
     ]  # class names → the model with a head for them, without memory ("meta")
     fill: Callable[[Mixer], None]  # the initial weights into its memory
 
     def __call__(self, classes: tuple[str, ...]) -> Mixer:
-        model = self.skeleton(classes).to_empty(device="cpu")
+        model = self.build_meta(classes).to_empty(device="cpu")
         self.fill(model)
         return model
 
 
-def prepare(recipe: Recipe) -> Start:
+def prepare(recipe: Recipe) -> ModelInitializer:
     """Makes the recipe's model once the classes are known; mistakes in sizes and weights are told here, before that.
 
     Raises:
@@ -40,13 +40,13 @@ def prepare(recipe: Recipe) -> Start:
     """
     if recipe.model.weights is None:
         new(recipe, ("a", "b"))
-        return Start(lambda classes: new(recipe, classes), lambda model: draw(model, recipe))
+        return ModelInitializer(lambda classes: new(recipe, classes), lambda model: draw(model, recipe))
     trained = load(recipe.model.weights)
     if trained.config["in_channels"] != 3:
         channels = trained.config["in_channels"]
         raise UserError(f"{recipe.model.weights} takes images of {channels} channels: RGB ones are read here, of three")
     sized = resize(trained, size(recipe) or trained.image_size)
-    return Start(
+    return ModelInitializer(
         lambda classes: transferred(sized, recipe, classes), lambda model: take(model, sized, recipe.model.head_bias)
     )
 
@@ -60,13 +60,15 @@ def new(recipe: Recipe, classes: tuple[str, ...]) -> Mixer:
         raise UserError("no --image-size: give one, or --weights, whose size is then taken")
     with torch.device("meta"):
         model = create(sizes.pop("model"), num_classes=len(classes), **sizes)
-    model.card = Card(classes=classes, preprocessing=view(recipe.data), provenance={"recipe": to_json_object(recipe)})
+    model.metadata = Metadata(
+        classes=classes, preprocessing=view(recipe.data), provenance={"recipe": to_json_object(recipe)}
+    )
     return model
 
 
 def draw(model: Mixer, recipe: Recipe) -> None:
     """The authors' initial weights, and the recipe's head bias."""
-    initialise(model, recipe.run.seed, put)
+    init_weights(model, recipe.run.seed, put)
     torch.nn.init.constant_(model.get_parameter("head.bias"), recipe.model.head_bias)
 
 
@@ -91,7 +93,7 @@ def size(recipe: Recipe) -> tuple[int, int] | None:
 def transferred(trained: Mixer, recipe: Recipe, classes: tuple[str, ...]) -> Mixer:
     """A model for the weights and a new head for the classes (Section 3, as the authors fine-tune), on "meta"."""
     settings = recipe.model
-    model = headed(
+    model = with_new_head(
         trained,
         len(classes),
         dropout=settings.dropout,
@@ -101,17 +103,17 @@ def transferred(trained: Mixer, recipe: Recipe, classes: tuple[str, ...]) -> Mix
     if settings.frozen:
         model.requires_grad_(False)
         model.head.requires_grad_(True)
-    before = copy.deepcopy(trained.card.provenance)
+    before = copy.deepcopy(trained.metadata.provenance)
     before.pop("recipe", None)
-    model.card = Card(
+    model.metadata = Metadata(
         classes=classes,
-        preprocessing=view(recipe.data, trained.card.preprocessing),
+        preprocessing=view(recipe.data, trained.metadata.preprocessing),
         provenance={"recipe": to_json_object(recipe), "started_from": {**before, "weights": settings.weights}},
     )
     return model
 
 
-def headed(trained: Mixer, num_classes: int, **changes: Any) -> Mixer:
+def with_new_head(trained: Mixer, num_classes: int, **changes: Any) -> Mixer:
     """The same sizes with a head for other classes, on "meta"; ``changes`` are other arguments of ``Mixer``.
 
     Weights of 16 bits become float32, exactly: the small steps of training would be lost in them.

@@ -7,16 +7,16 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from allmlp.metadata import Preprocessing
 from allmlp.data.loader import Batch
 from allmlp.data.mixup import Mixing
 from allmlp.data.transforms import normalise
 from allmlp.device import autocast
-from allmlp.rng import mixed, sample_keys
+from allmlp.distributed.context import SINGLE_PROCESS, DistributedContext
+from allmlp.distributed.parallelize import grad_sync
+from allmlp.metadata import Preprocessing
 from allmlp.model import Mixer
-from allmlp.distributed.parallelize import synchronising
-from allmlp.training.optimizer_step import Update
-from allmlp.distributed.context import ALONE, World
+from allmlp.rng import mixed, sample_keys
+from allmlp.training.optimizer_step import OptimizerStep
 
 T = TypeVar("T")
 
@@ -36,7 +36,7 @@ def train_steps(
     model: Mixer,
     forward: Callable[[Tensor, Tensor], Tensor],
     batches: Iterable[Batch],
-    update: Update,
+    update: OptimizerStep,
     learning_rate: Callable[[int], float],
     loss_of: Callable[[Tensor, Tensor], Tensor],
     *,
@@ -48,7 +48,7 @@ def train_steps(
     accumulate: int = 1,
     first_step: int = 0,
     measure: Callable[[int], bool] = lambda step: False,
-    world: World = ALONE,
+    context: DistributedContext = SINGLE_PROCESS,
     requests: Callable[[], Sequence[int]] = tuple,
 ) -> Iterator[Step]:
     """Trains the model, step by step.
@@ -78,11 +78,13 @@ def train_steps(
         for part, batch in enumerate(micro_batches, start=1):
             images = normalise(batch.images.to(device, non_blocking=True), preprocessing)
             labels, valid = (t.to(device, non_blocking=True) for t in (batch.labels, batch.valid))
-            place = ((step - 1) * accumulate + part - 1) * world.ranks + world.rank  # in the row of all micro-batches
+            place = (
+                (step - 1) * accumulate + part - 1
+            ) * context.world_size + context.rank  # in the row of all micro-batches
             samples = torch.arange(place * len(labels), (place + 1) * len(labels))  # their numbers in the run
             keys = sample_keys(seed, samples).to(device, non_blocking=True)
             mix = mixing.mix(images, valid, draw) if mixing and draw else None
-            with synchronising(forward, last=part == accumulate):
+            with grad_sync(forward, last=part == accumulate):
                 with autocast(device, precision):
                     logits = forward(mix.images if mix else images, keys)
                 logits = logits.float() if logits.dtype.itemsize < 4 else logits
@@ -95,11 +97,11 @@ def train_steps(
             read, size = read + int(batch.valid.sum()), size + len(labels)
             consumed += digest(samples, batch.indices)
             problems += batch.problems
-        size, read, consumed, *asked = world.sum([size, read, consumed, *requests()])
+        size, read, consumed, *asked = context.sum([size, read, consumed, *requests()])
         if read < size:
-            problems = [problem for told in world.gather(problems) for problem in told]
+            problems = [problem for told in context.gather(problems) for problem in told]
         factor = size / max(read, 1)  # the mean is over the images that could be read
-        total = world.mean(total)
+        total = context.mean(total)
         norm, change = update(step, total, factor, measure(step))
         yield Step(step, rate, total * factor, norm, change, problems, consumed % 2**64, asked)
 

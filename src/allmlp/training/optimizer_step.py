@@ -9,7 +9,7 @@ from allmlp.distributed.parallelize import norm as norm_of
 OVERFLOWS = 32  # in a row: the multiplier is then 2⁻¹⁶ of what is reasonable
 
 
-class Update:
+class OptimizerStep:
     """Applies one step after another; after the first whose loss or gradient is not finite, none.
 
     The weights then stay those of the last good step, without the host waiting for the device at every step to see

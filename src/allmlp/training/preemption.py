@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from allmlp.errors import Stopped
+from allmlp.checkpointing.manager import CheckpointManager
 from allmlp.config.recipe import Recipe
-from allmlp.checkpointing.manager import Saver
-from allmlp.training.signals import Signals
-from allmlp.distributed.context import ALONE, World
+from allmlp.distributed.context import SINGLE_PROCESS, DistributedContext
+from allmlp.errors import Stopped
+from allmlp.training.signals import SignalState
 
 
 class Requests(NamedTuple):
@@ -34,24 +34,33 @@ class Control:
         resume: the words that go on with the run, for the message of its end.
     """
 
-    def __init__(self, world: World, signals: Signals, saver: Saver, save_seconds: float, resume: str) -> None:
-        self.world, self.signals, self.saver = world, signals, saver
+    def __init__(
+        self,
+        context: DistributedContext,
+        signals: SignalState,
+        checkpoints: CheckpointManager,
+        save_seconds: float,
+        resume: str,
+    ) -> None:
+        self.context, self.signals, self.checkpoints = context, signals, checkpoints
         self.save_seconds, self.resume = save_seconds, resume
         self.saved = time.monotonic()
 
     @classmethod
     def unattended(cls, recipe: Recipe, out: Path) -> "Control":
         """Of one process that nobody signals."""
-        saver = Saver(out / "checkpoints", ALONE, recipe.run.keep_checkpoints, recipe.run.save_in_background)
-        return cls(ALONE, Signals(), saver, 60 * recipe.run.save_every_minutes, "")
+        checkpoints = CheckpointManager(
+            out / "checkpoints", SINGLE_PROCESS, recipe.run.keep_checkpoints, recipe.run.save_in_background
+        )
+        return cls(SINGLE_PROCESS, SignalState(), checkpoints, 60 * recipe.run.save_every_minutes, "")
 
     def requests(self) -> Requests:
         """This process's, to be summed over all."""
         return Requests(
             terminate=int(self.signals.received == signal.SIGTERM),
             interrupt=int(self.signals.received == signal.SIGINT),
-            save=int(self.world.first and time.monotonic() - self.saved > self.save_seconds),
-            failed=int(self.saver.failed),
+            save=int(self.context.is_rank0 and time.monotonic() - self.saved > self.save_seconds),
+            failed=int(self.checkpoints.failed),
         )
 
     def saves(self, asked: list[int]) -> bool:
@@ -63,8 +72,8 @@ class Control:
         self, step: int, tensors: dict[str, Tensor], state: dict[str, Any], best: tuple[int, float] | None
     ) -> None:
         """Begins a checkpoint, and with it a new wait for the next that is due."""
-        self.world.beat(f"saving step {step}")
-        self.saver.save(step, tensors, state, None if best is None else best[0])
+        self.context.heartbeat(f"saving step {step}")
+        self.checkpoints.save(step, tensors, state, None if best is None else best[0])
         self.saved = time.monotonic()
 
     def heed(self, asked: list[int]) -> None:
@@ -77,13 +86,13 @@ class Control:
         all_want = Requests(*asked)
         stop = all_want.terminate or all_want.interrupt
         if all_want.failed or stop:
-            self.saver.wait()
+            self.checkpoints.wait()
         if stop:
             number = signal.SIGTERM if all_want.terminate else signal.SIGINT
             raise Stopped(
-                f"stopped by {number.name} after step {self.saver.last}: resume with {self.resume}", 128 + number
+                f"stopped by {number.name} after step {self.checkpoints.last}: resume with {self.resume}", 128 + number
             )
 
     def poll(self) -> None:
         """Between two steps, in an evaluation: asks all, and heeds."""
-        self.heed(self.world.sum([*self.requests()]))
+        self.heed(self.context.sum([*self.requests()]))

@@ -9,27 +9,27 @@ from typing import Any, Generic
 
 import torch
 
-from allmlp.data.dataset import Source
+from allmlp.checkpointing.manager import CheckpointManager
+from allmlp.config.recipe import Recipe, check, check_ranks
+from allmlp.data.dataset import DatasetSplits
 from allmlp.data.sources import hold_out, load_source
 from allmlp.device import select_device, select_precision
+from allmlp.distributed.context import SINGLE_PROCESS, DistributedContext
+from allmlp.distributed.parallelize import shard
 from allmlp.errors import UserError
 from allmlp.files import to_json, write_text
 from allmlp.model import Mixer
-from allmlp.training.preemption import Control
-from allmlp.training.fit import Fitted, fit
 from allmlp.runs.folder import locked, run_folder
-from allmlp.training.memory import keep_freed_memory
-from allmlp.distributed.parallelize import shard
 from allmlp.runs.provenance import current_commit, describe_device, peak_memory, versions
-from allmlp.config.recipe import Recipe, check, check_ranks
 from allmlp.runs.resume import check_same, claim, take
-from allmlp.checkpointing.manager import Saver
-from allmlp.training.signals import deferred
+from allmlp.training.fit import FitResult, fit
 from allmlp.training.initialization import prepare
+from allmlp.training.memory import keep_freed_memory
+from allmlp.training.preemption import Control
+from allmlp.training.signals import deferred_signals
 from allmlp.training.watch import Progress, R
-from allmlp.distributed.context import ALONE, World
-from allmlp.weights.published import variant_of
 from allmlp.weights.native import save
+from allmlp.weights.published import variant_of
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ class Run(Generic[R]):
     summary: dict[str, Any]
     metrics: list[dict[str, float]]
     model: Mixer
-    source: Source
+    source: DatasetSplits
     results: dict[str, R]  # "val", "test", where there are such parts
 
 
@@ -57,7 +57,7 @@ def train(
     progress: Progress,
     command: str = "",
     *,
-    world: World = ALONE,
+    context: DistributedContext = SINGLE_PROCESS,
     resume: bool = False,
     trusted: bool = False,
     again: str = "the same command and --resume auto",
@@ -80,18 +80,18 @@ def train(
         RunError: a loss that is not finite, a batch that does not fit the memory, or a full disk.
         Stopped: by SIGTERM or SIGINT, after a checkpoint.
     """
-    check_ranks(check(recipe), world.ranks)
-    if not resume and world.once(out.exists):
+    check_ranks(check(recipe), context.world_size)
+    if not resume and context.broadcast_from_rank0(out.exists):
         raise UserError(f"{out} exists: go on with it by --resume {out}, name another folder with --out, or remove it")
-    if world.once(lambda: out.exists() and not out.is_dir()):
+    if context.broadcast_from_rank0(lambda: out.exists() and not out.is_dir()):
         raise UserError(f"{out} is a file: name a folder with --out")
-    device = world.device(select_device(recipe.run.device))
+    device = context.device(select_device(recipe.run.device))
     precision = select_precision(recipe.run.precision, device)
     start = prepare(recipe)  # a mistake in the sizes is told before any data is read
     if device.type == "cpu":
         keep_freed_memory()
-    world.beat("reading the data", slow=True)
-    source = world.in_turns(lambda: read_source(recipe))
+    context.heartbeat("reading the data", slow=True)
+    source = context.local_rank0_first(lambda: read_source(recipe))
     origin = {
         "seed": recipe.run.seed,
         "command": command,
@@ -99,42 +99,44 @@ def train(
         "versions": versions(),
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
-    with deferred() as signals, run_folder(out, world.first), locked(out, world.first):
-        saver = Saver(out / "checkpoints", world, recipe.run.keep_checkpoints, recipe.run.save_in_background)
-        control = Control(world, signals, saver, 60 * recipe.run.save_every_minutes, again)
-        found = world.once(lambda: claim(recipe, out, trusted))
+    with deferred_signals() as signals, run_folder(out, context.is_rank0), locked(out, context.is_rank0):
+        checkpoints = CheckpointManager(
+            out / "checkpoints", context, recipe.run.keep_checkpoints, recipe.run.save_in_background
+        )
+        control = Control(context, signals, checkpoints, 60 * recipe.run.save_every_minutes, again)
+        found = context.broadcast_from_rank0(lambda: claim(recipe, out, trusted))
         if found is not None:
-            saver.last = found.state["step"]
+            checkpoints.last = found.state["step"]
             check_same(found.state, source, str(precision).removeprefix("torch."), found.folder)
             whose = "trusted as you asked" if trusted else "trusted: one of your own"
             log.info("going on after step %d, from %s (%s)", found.state["step"], found.folder, whose)
-        world.once(lambda: take(recipe, out, found))
-        model = start.skeleton(source.classes)
-        if recipe.run.shard and world.ranks > 1:
-            shard(model, world, device)
+        context.broadcast_from_rank0(lambda: take(recipe, out, found))
+        model = start.build_meta(source.classes)
+        if recipe.run.shard and context.world_size > 1:
+            shard(model, context, device)
         model.to_empty(device=device)
         if found is None:
             start.fill(model)
 
         def examine(model: Mixer, part: str) -> R:
             def show(done: int, total: int) -> None:
-                world.beat(f"evaluating on {part}")
+                context.heartbeat(f"evaluating on {part}")
                 control.poll()
                 progress.update(done, total, f"evaluating on {part}")
 
             return evaluate(
-                model, source.parts[part], device=device, precision=precision, on_progress=show, world=world
+                model, source.parts[part], device=device, precision=precision, on_progress=show, context=context
             )
 
         fitted = fit(recipe, out, source, model, device, precision, examine, progress, control, found)
         model = fitted.model
         results = {"val": fitted.val} if fitted.val else {}
-        if world.first:
+        if context.is_rank0:
             save(model, out / "model.safetensors", **origin)
         results |= {"test": examine(model, "test")} if "test" in source.parts else {}
-        summary = summarise(recipe, source, model, fitted, results, device, precision, world) | origin
+        summary = summarise(recipe, source, model, fitted, results, device, precision, context) | origin
         measured = {key: summary[key] for key in ("data", "split", "epochs", "val_top1", "test_top1")}
-        if world.first:
+        if context.is_rank0:
             save(model, out / "model.safetensors", **origin, **measured)
             write_text(out / "summary.json", to_json(summary, indent=2) + "\n")
     metrics = fitted.metrics
@@ -143,13 +145,13 @@ def train(
 
 def summarise(
     recipe: Recipe,
-    source: Source,
+    source: DatasetSplits,
     model: Mixer,
-    fitted: Fitted[R],
+    fitted: FitResult[R],
     results: dict[str, R],
     device: torch.device,
     precision: torch.dtype,
-    world: World,
+    context: DistributedContext,
 ) -> dict[str, Any]:
     """What summary.json holds, but for where it comes from."""
     images = fitted.steps * recipe.optimization.global_batch_size
@@ -173,8 +175,8 @@ def summarise(
         "val_top1": results["val"].top1 if "val" in results else None,
         "test_top1": results["test"].top1 if "test" in results else None,
         "device": describe_device(device),
-        "processes": world.ranks,
-        "sharded": recipe.run.shard and world.ranks > 1,
+        "processes": context.world_size,
+        "sharded": recipe.run.shard and context.world_size > 1,
         "precision": str(precision).removeprefix("torch."),
         "compiled": fitted.compiled,
         "unreadable_images": len(bad),
@@ -182,7 +184,7 @@ def summarise(
     }
 
 
-def read_source(recipe: Recipe) -> Source:
+def read_source(recipe: Recipe) -> DatasetSplits:
     """The recipe's data, said to the user; a UserError where a classifier cannot be trained on it."""
     data = recipe.data
     source = find_source(recipe)
@@ -199,7 +201,7 @@ def read_source(recipe: Recipe) -> Source:
     return source
 
 
-def find_source(recipe: Recipe) -> Source:
+def find_source(recipe: Recipe) -> DatasetSplits:
     data = recipe.data
     return load_source(
         data.data,
@@ -216,7 +218,7 @@ def check_validation(recipe: Recipe) -> None:
         require_validation(recipe, find_source(recipe))
 
 
-def require_validation(recipe: Recipe, source: Source) -> None:
+def require_validation(recipe: Recipe, source: DatasetSplits) -> None:
     chooses = {"--keep best": recipe.run.keep == "best", "--patience": recipe.run.patience is not None}
     for choice, asked in chooses.items():
         if asked and "val" not in source.parts:

@@ -13,7 +13,7 @@ HEEDED = (signal.SIGTERM, signal.SIGINT)
 ONE_REQUEST = 1.0  # second: SIGTERM comes twice where a scheduler and a launcher both send it
 
 
-class Signals:
+class SignalState:
     """``received`` is the first signal that came, 0 before."""
 
     def __init__(self) -> None:
@@ -37,12 +37,12 @@ def leave_children_alone() -> None:
 
 
 @contextlib.contextmanager
-def deferred() -> Iterator[Signals]:
+def deferred_signals() -> Iterator[SignalState]:
     """Within the block signals are noted by a thread: even while the main one is deep in a computation.
 
     Outside the main thread, where Python cannot set handlers, nothing is changed.
     """
-    signals = Signals()
+    signals = SignalState()
     if threading.current_thread() is not threading.main_thread():
         yield signals
         return

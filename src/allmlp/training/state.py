@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from allmlp.model import Mixer
-from allmlp.training.ema import Average
 from allmlp.checkpointing.checkpoint import read
-from allmlp.training.optimizer_step import Update
-from allmlp.distributed.context import World
+from allmlp.distributed.context import DistributedContext
+from allmlp.model import Mixer
+from allmlp.training.ema import EMA
+from allmlp.training.optimizer_step import OptimizerStep
 
 
 class Checkpoint(NamedTuple):
@@ -24,7 +24,7 @@ class Checkpoint(NamedTuple):
 class TrainingState:
     """A model in training, its optimiser, and the Polyak average of its weights, if there is one."""
 
-    def __init__(self, model: Mixer, update: Update, average: Average | None) -> None:
+    def __init__(self, model: Mixer, update: OptimizerStep, average: EMA | None) -> None:
         self.model, self.update, self.average = model, update, average
 
     def tensors(self) -> dict[str, Tensor]:
@@ -42,9 +42,9 @@ class TrainingState:
         """What is not tensors, as JSON values."""
         return {"scaler": self.update.scaler.state_dict(), "overflows": float(self.update.overflows)}
 
-    def load(self, start: Checkpoint, world: World) -> int:
+    def load(self, start: Checkpoint, context: DistributedContext) -> int:
         """Takes all of it from a checkpoint of any number of ranks, and returns how many steps it has made."""
-        read(start.folder, self.tensors(), world)
+        read(start.folder, self.tensors(), context)
         if start.state["scaler"]:
             self.update.scaler.load_state_dict(start.state["scaler"])
         self.update.overflows.fill_(start.state["overflows"])

@@ -10,12 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from allmlp.config.recipe import Recipe, Transfer, check_transfer
+from allmlp.distributed.context import SINGLE_PROCESS, DistributedContext
 from allmlp.errors import RunError, UserError
 from allmlp.files import to_json, write_text
-from allmlp.training.fit import Diverged
 from allmlp.runs.folder import run_folder
-from allmlp.config.recipe import Recipe, Transfer, check_transfer
-from allmlp.distributed.context import ALONE, World
+from allmlp.training.fit import Diverged
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +23,9 @@ RunOne = Callable[[Recipe, Path], dict[str, Any]]  # trains into a folder, repor
 LAST_FILE = "report.html"  # of a run's folder: with it, the run is whole
 
 
-def transfer(plan: Transfer, out: Path, run_one: RunOne, world: World = ALONE) -> dict[str, Any]:
+def transfer(
+    plan: Transfer, out: Path, run_one: RunOne, context: DistributedContext = SINGLE_PROCESS
+) -> dict[str, Any]:
     """Searches, trains, and leaves one folder; called again with the same folder, goes on where it was stopped.
 
     In ``out``: ``search/rate-…`` and ``seed-…``, each a run's folder; the first seed's weights, report and recipe; and
@@ -46,13 +48,14 @@ def transfer(plan: Transfer, out: Path, run_one: RunOne, world: World = ALONE) -
     check_transfer(plan)
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file: name a folder with --out")
-    with run_folder(out, world.first, worth_keeping="**/checkpoints/*"):
-        world.once(lambda: claim(plan, out))
-        tried, rate = choose(plan, out, run_one, world)
+    with run_folder(out, context.is_rank0, worth_keeping="**/checkpoints/*"):
+        context.broadcast_from_rank0(lambda: claim(plan, out))
+        tried, rate = choose(plan, out, run_one, context)
         recipe = replace(plan.recipe, optimization=replace(plan.recipe.optimization, learning_rate=rate))
         seeds = range(recipe.run.seed, recipe.run.seed + plan.search.seeds)
         runs = [
-            finished(replace(recipe, run=replace(recipe.run, seed=s)), out / f"seed-{s}", run_one, world) for s in seeds
+            finished(replace(recipe, run=replace(recipe.run, seed=s)), out / f"seed-{s}", run_one, context)
+            for s in seeds
         ]
         if failures := [run["failed"] for run in runs if "failed" in run]:
             raise RunError(failures[0])
@@ -65,7 +68,7 @@ def transfer(plan: Transfer, out: Path, run_one: RunOne, world: World = ALONE) -
             **spread(accuracies),
             "total_train_seconds": sum(run.get("train_seconds", 0.0) for run in (*tried.values(), *runs)),
         }
-        world.once(lambda: show(out / f"seed-{seeds[0]}", summary, out))
+        context.broadcast_from_rank0(lambda: show(out / f"seed-{seeds[0]}", summary, out))
     return summary
 
 
@@ -78,7 +81,9 @@ def show(first: Path, summary: dict[str, Any], out: Path) -> None:
     write_text(out / "summary.json", to_json(summary, indent=2) + "\n")
 
 
-def choose(plan: Transfer, out: Path, run_one: RunOne, world: World) -> tuple[dict[float, dict[str, Any]], float]:
+def choose(
+    plan: Transfer, out: Path, run_one: RunOne, context: DistributedContext
+) -> tuple[dict[float, dict[str, Any]], float]:
     """The summary of each rate's run with a part of the training images held out, and the rate to use."""
     recipe, tried = plan.recipe, {}
     for rate in plan.search.learning_rates:
@@ -87,7 +92,7 @@ def choose(plan: Transfer, out: Path, run_one: RunOne, world: World) -> tuple[di
             data=replace(recipe.data, holdout=plan.search.search_fraction),
             optimization=replace(recipe.optimization, learning_rate=rate),
         )
-        tried[rate] = finished(at_rate, out / "search" / f"rate-{rate}", run_one, world)
+        tried[rate] = finished(at_rate, out / "search" / f"rate-{rate}", run_one, context)
         log.info("learning rate %g: held-out top-1 %s", rate, tried[rate]["val_top1"])
     scores = {rate: summary["val_top1"] for rate, summary in tried.items() if summary["val_top1"] is not None}
     if tried and not scores:
@@ -118,7 +123,7 @@ def differences(a: Any, b: Any, where: str = "") -> list[str]:
     return [] if a == b else [where]
 
 
-def finished(recipe: Recipe, folder: Path, run_one: RunOne, world: World) -> dict[str, Any]:
+def finished(recipe: Recipe, folder: Path, run_one: RunOne, context: DistributedContext) -> dict[str, Any]:
     """The summary of the run in the folder, which is trained first, or to its end, unless it is there, whole."""
     done = folder / "summary.json"
 
@@ -126,7 +131,7 @@ def finished(recipe: Recipe, folder: Path, run_one: RunOne, world: World) -> dic
         told = json.loads(done.read_text(encoding="utf-8")) if done.exists() else {}
         return told if (folder / LAST_FILE).exists() or "failed" in told else None
 
-    summary = world.once(known)
+    summary = context.broadcast_from_rank0(known)
     if summary is not None:
         return summary
     try:
@@ -134,7 +139,7 @@ def finished(recipe: Recipe, folder: Path, run_one: RunOne, world: World) -> dic
     except Diverged as error:
         log.warning("%s", error)
         failed = {"val_top1": None, "test_top1": None, "failed": str(error)}
-        world.once(lambda: write_text(done, to_json(failed, indent=2) + "\n"))
+        context.broadcast_from_rank0(lambda: write_text(done, to_json(failed, indent=2) + "\n"))
         return failed
 
 

@@ -7,15 +7,15 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
-from allmlp.data.loader import Batch, Unreadable
-from allmlp.data.dataset import Source
-from allmlp.model import Mixer
-from allmlp.training.loop import Step
-from allmlp.distributed.parallelize import whole
-from allmlp.runs.provenance import peak_memory
 from allmlp.config.recipe import Recipe
+from allmlp.data.dataset import DatasetSplits
+from allmlp.data.loader import Batch, UnreadableImages
+from allmlp.distributed.context import DistributedContext
+from allmlp.distributed.parallelize import whole
+from allmlp.model import Mixer
+from allmlp.runs.provenance import peak_memory
 from allmlp.runs.records import Records
-from allmlp.distributed.context import World
+from allmlp.training.loop import Step
 from allmlp.weights.load import load
 from allmlp.weights.native import save
 
@@ -63,24 +63,24 @@ class Watch(Generic[R]):
         self,
         recipe: Recipe,
         out: Path,
-        source: Source,
+        source: DatasetSplits,
         model: Mixer,
         shown: Callable[[], AbstractContextManager[None]],
         examine: Callable[[Mixer, str], R],
         progress: Progress,
         records: Records,
         steps: int,
-        world: World,
+        context: DistributedContext,
         batches: "Waiting",
     ) -> None:
         self.model, self.shown, self.examine, self.progress, self.records = model, shown, examine, progress, records
         self.folder, self.run, self.steps = out / "checkpoints", recipe.run, steps
-        self.world, self.batches = world, batches
+        self.context, self.batches = context, batches
         self.batch_size, images = recipe.optimization.global_batch_size, len(source.parts["train"])
         self.epochs_a_step, self.validates = self.batch_size / images, "val" in source.parts
         by_epochs = max(round(recipe.run.evaluate_every_epochs / self.epochs_a_step), 1)
         self.evaluate_every = recipe.run.evaluate_every_steps or by_epochs
-        self.unreadable = Unreadable(source.parts["train"], recipe.data.max_unreadable_fraction)
+        self.unreadable = UnreadableImages(source.parts["train"], recipe.data.max_unreadable_fraction)
         self.step, self.since_best, self.seconds, self.text = 0, 0, 0.0, "starting"
         self.loss: float | None = None
         self.val: R | None = None
@@ -136,7 +136,7 @@ class Watch(Generic[R]):
             log.warning("%s (its place stays empty)", problem)
         self.records.consume(step.step, step.step * self.batch_size, step.consumed)
         if self.logs(step.step):
-            record = read_step(step, epoch) | self.clock.read(step.step * self.batch_size, self.world.ranks)
+            record = read_step(step, epoch) | self.clock.read(step.step * self.batch_size, self.context.world_size)
             record["memory_bytes"] = peak_memory(self.model.stem.weight.device)
             self.loss = record["loss"]
             self.records.write(record)
@@ -166,16 +166,16 @@ class Watch(Generic[R]):
             log.info("stopped early: no better validation accuracy in %d evaluations", self.since_best)
 
     def export(self, model: Mixer, name: str, **provenance: Any) -> None:
-        if self.world.first:
+        if self.context.is_rank0:
             save(model, self.folder / name, step=self.step, **provenance)
 
     def keep(self, which: Literal["last", "best"]) -> tuple[Mixer, int, R | None]:
         """The model that is the run's result, the step whose weights it has, and what it reached on validation."""
         if which == "last" or self.best is None or self.best[0] == self.step:
             return whole(self.model), self.step, self.val
-        self.world.sum([0])  # all wait until the first rank has written the file
+        self.context.sum([0])  # all wait until the first rank has written the file
         best = load(self.folder / "best.safetensors").to(self.model.stem.weight.device)
-        return best, best.card.provenance["step"], self.examine(best, "val")
+        return best, best.metadata.provenance["step"], self.examine(best, "val")
 
 
 class Clock:
@@ -186,7 +186,7 @@ class Clock:
         self.start = time.perf_counter()
         self.last: tuple[float, float, int] | None = None  # when it was read, seconds waited until then, images
 
-    def read(self, images: int, ranks: int) -> dict[str, float]:
+    def read(self, images: int, world_size: int) -> dict[str, float]:
         """Speed and share of time spent waiting for images since the last reading; at the first, which has the start-up
         in it, nothing."""
         now, before = (time.perf_counter(), self.batches.seconds, images), self.last
@@ -195,7 +195,11 @@ class Clock:
             return {}
         seconds, waited, done = (b - a for a, b in zip(before, now, strict=True))
         rate = done / seconds
-        return {"images_per_second": rate, "images_per_second_per_device": rate / ranks, "data_wait": waited / seconds}
+        return {
+            "images_per_second": rate,
+            "images_per_second_per_device": rate / world_size,
+            "data_wait": waited / seconds,
+        }
 
     @property
     def seconds(self) -> float:
@@ -205,19 +209,19 @@ class Clock:
 class Waiting:
     """Batches, and the seconds that were spent waiting for them."""
 
-    def __init__(self, batches: Iterable[Batch], world: World) -> None:
-        self.batches, self.world, self.seconds = batches, world, 0.0
+    def __init__(self, batches: Iterable[Batch], context: DistributedContext) -> None:
+        self.batches, self.context, self.seconds = batches, context, 0.0
 
     def __iter__(self) -> Iterator[Batch]:
         batches = iter(self.batches)
         while True:
-            self.world.beat("waiting for images")
+            self.context.heartbeat("waiting for images")
             start = time.perf_counter()
             batch = next(batches, None)
             self.seconds += time.perf_counter() - start
             if batch is None:
                 return
-            self.world.beat("computing a step")
+            self.context.heartbeat("computing a step")
             yield batch
 
 

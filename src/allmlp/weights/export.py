@@ -12,7 +12,7 @@ from allmlp.errors import RunError, UserError
 from allmlp.files import replacing
 from allmlp.model import Mixer
 from allmlp.weights.layouts import AUTHORS, TIMM, Layout
-from allmlp.weights.native import BESIDE, save, seal, write
+from allmlp.weights.native import PREFIX, save, seal, write
 
 log = logging.getLogger(__name__)
 
@@ -60,8 +60,8 @@ def write_timm(model: Mixer, path: Path) -> None:
     """timm reads the tensors alone; the metadata beside them lets ``load`` give back the very model."""
     warn_of_losses(model, TIMM, path)
     tensors = in_layout(model, TIMM)
-    sealed = seal(model.config, model.card, tensors)
-    write(path, tensors, {"format": "pt"} | {BESIDE + key: text for key, text in sealed.items()})
+    sealed = seal(model.config, model.metadata, tensors)
+    write(path, tensors, {"format": "pt"} | {PREFIX + key: text for key, text in sealed.items()})
 
 
 def in_layout(model: Mixer, layout: Layout) -> dict[str, Tensor]:
@@ -88,9 +88,9 @@ def warn_of_losses(model: Mixer, layout: Layout, path: Path) -> None:
     if layout is AUTHORS:
         if model.grid[0] != model.grid[1]:
             lost.append(f"the shape of the grid: load it again with image_size={model.image_size}")
-        if model.card.classes:
+        if model.metadata.classes:
             lost.append("the names of the classes")
-        view, usual = model.card.preprocessing, layout.preprocessing
+        view, usual = model.metadata.preprocessing, layout.preprocessing
         if (view.mean, view.std) != (usual.mean, usual.std):
             lost.append(f"the normalisation with mean {view.mean} and std {view.std}")
         if (view.crop, view.crop_ratio, view.interpolation) != (usual.crop, usual.crop_ratio, usual.interpolation):

@@ -5,18 +5,18 @@ import logging
 from dataclasses import replace
 from typing import Any
 
-from allmlp.metadata import Card, Preprocessing
 from allmlp.errors import UserError, printable
+from allmlp.metadata import Metadata, Preprocessing
 from allmlp.model import Mixer
 from allmlp.weights.containers import Container
 from allmlp.weights.hub import Download
-from allmlp.weights.published import CHECKPOINTS, MIIL, MIIL_CLASSES, Checkpoint, candidates, class_names
 from allmlp.weights.layouts import TIMM, Layout
+from allmlp.weights.published import CHECKPOINTS, MIIL, MIIL_CLASSES, Checkpoint, candidates, class_names
 
 log = logging.getLogger(__name__)
 
 
-def make_card(container: Container, origin: Download, layout: Layout, model: Mixer) -> Card:
+def foreign_metadata(container: Container, origin: Download, layout: Layout, model: Mixer) -> Metadata:
     """From the hub's config.json where there is one; else what is known of the file, or of its layout, and said so."""
     what, known = printable(str(container.path.name)), identify(container, origin, layout)
     source: dict[str, Any] = {"file": container.path.name, "layout": layout.title, "publisher": layout.publisher}
@@ -45,7 +45,7 @@ def make_card(container: Container, origin: Download, layout: Layout, model: Mix
         log.warning(
             "%s does not say how pixels were normalised: taken to be [−1, 1] (else: mixer convert --mean --std)", what
         )
-    return Card(classes=names, preprocessing=view, provenance={"source": source})
+    return Metadata(classes=names, preprocessing=view, provenance={"source": source})
 
 
 def identify(container: Container, origin: Download, layout: Layout) -> Checkpoint | None:

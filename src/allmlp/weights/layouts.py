@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from allmlp.metadata import Preprocessing
 from allmlp.errors import UserError, printable
+from allmlp.metadata import Preprocessing
 from allmlp.model import Gelu, Mixer, Size, as_pair
 
 # {i} is a block's number. lucidrains' names are positions in one nn.Sequential: {b} = i + 2, {n} = blocks + 2,

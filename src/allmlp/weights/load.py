@@ -11,9 +11,9 @@ from torch import Tensor
 
 from allmlp.errors import UserError, printable
 from allmlp.model import Mixer, Size, as_pair
-from allmlp.weights import layouts, own
-from allmlp.weights.foreign_metadata import make_card
+from allmlp.weights import layouts, native
 from allmlp.weights.containers import Container, open_container, require_floats
+from allmlp.weights.foreign_metadata import foreign_metadata
 from allmlp.weights.hub import PREFIX, Download, download
 
 log = logging.getLogger(__name__)
@@ -39,14 +39,14 @@ def load(path: str | Path, *, image_size: Size | None = None, in_channels: int |
     """
     origin = download(str(path)) if str(path).startswith(PREFIX) else Download(path=Path(path))
     with open_container(origin.path) as container:
-        if own.is_ours(container.metadata):
-            model = own.read(container)
+        if native.is_native(container.metadata):
+            model = native.read(container)
             check_given(model.config, image_size, in_channels, str(path))
         else:
             model = read_foreign(container, origin, image_size, in_channels)
     if origin.source:
-        told = model.card.provenance.get("source", {})
-        model.card.provenance["source"] = (told if isinstance(told, dict) else {"told": told}) | origin.source
+        told = model.metadata.provenance.get("source", {})
+        model.metadata.provenance["source"] = (told if isinstance(told, dict) else {"told": told}) | origin.source
     if model.config["num_classes"] and not torch.count_nonzero(model.get_parameter("head.weight")):
         log.warning("%s: its head is all zero: it gives features, but no classes until it is trained", path)
     return model.requires_grad_(True).eval()
@@ -82,7 +82,7 @@ def read_foreign(container: Container, origin: Download, image_size: Size | None
         ours: tuple(oriented(ours, torch.empty(infos[theirs].shape, device="meta")).shape)
         for ours, theirs in stored.items()
     }
-    config, card = own.remembered(container) or (None, None)
+    config, metadata = native.exported_header(container) or (None, None)
     if config is None:
         sizes = layouts.infer(shapes, num_blocks, image_size, what)
         config = sizes | {"gelu": layout.gelu, "norm_eps": layout.norm_eps}
@@ -100,12 +100,12 @@ def read_foreign(container: Container, origin: Download, image_size: Size | None
     tensors = {}
     for ours, theirs in stored.items():
         tensor = oriented(ours, container.read(full[theirs]))
-        tensors[ours] = tensor.to(tensor.dtype if card else wide).contiguous()
-        own.check_finite(tensors[ours], theirs, what)
+        tensors[ours] = tensor.to(tensor.dtype if metadata else wide).contiguous()
+        native.check_finite(tensors[ours], theirs, what)
     with torch.device("meta"):
         model = Mixer(**config)
     model.load_state_dict(tensors, assign=True)
-    model.card = card or make_card(container, origin, layout, model)
+    model.metadata = metadata or foreign_metadata(container, origin, layout, model)
     return model
 
 

@@ -1,7 +1,8 @@
-"""Our own format: a safetensors file whose metadata holds everything that is needed to predict.
+"""The native format: a safetensors file whose header holds everything that is needed to predict.
 
-Metadata keys: ``format`` ("allmlp"), ``version``, ``config`` (the arguments of ``Mixer``), ``card`` (classes,
-preprocessing, provenance) and ``sha256``, over both and every tensor, so that a changed byte is found on loading.
+Header keys: ``format`` ("allmlp"), ``version``, ``config`` (the arguments of ``Mixer``), ``metadata`` (classes,
+preprocessing, provenance) and ``sha256`` over all of these and every tensor, so that loading detects a changed byte.
+Files of the earlier version, whose format was called "mlp-mixer" and which kept the metadata under ``card``, load too.
 """
 
 import dataclasses
@@ -17,15 +18,17 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from allmlp.metadata import Card, Preprocessing
 from allmlp.errors import RunError, UserError, printable
 from allmlp.files import replacing
+from allmlp.metadata import Metadata, Preprocessing
 from allmlp.model import Mixer, as_pair
 from allmlp.weights.containers import Container, require_floats
 from allmlp.weights.layouts import compare, expected_shapes, no_mixer
 
 FORMAT, VERSION = "allmlp", "1"
-BESIDE = "allmlp."  # before the keys of what we write into a file of another layout
+EARLIER_FORMAT = "mlp-mixer"
+PREFIX = "allmlp."  # of our header keys in a file of another layout
+EARLIER_PREFIX = "mlp_mixer."
 
 
 def save(model: Mixer, path: str | Path, classes: Sequence[str] | None = None, **provenance: Any) -> None:
@@ -46,31 +49,31 @@ def save(model: Mixer, path: str | Path, classes: Sequence[str] | None = None, *
         raise UserError(f"{path}: weights are saved as .safetensors; name the file so")
     if not path.parent.is_dir():
         raise UserError(f"{path.parent} is no folder: make it first")
-    names = tuple(classes) if classes is not None else model.card.classes
+    names = tuple(classes) if classes is not None else model.metadata.classes
     if names is not None and (isinstance(classes, str) or not all(isinstance(name, str) for name in names)):
         raise UserError(f"classes {names[:5]}: give a list of texts, one name for each logit")
     if names is not None and len(names) != model.config["num_classes"]:
         raise UserError(f"{len(names)} class names for a head of {model.config['num_classes']}: give one for each")
-    card = dataclasses.replace(model.card, classes=names, provenance=model.card.provenance | provenance)
+    metadata = dataclasses.replace(model.metadata, classes=names, provenance=model.metadata.provenance | provenance)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    write(path, tensors, seal(model.config, card, tensors))
+    write(path, tensors, seal(model.config, metadata, tensors))
 
 
-def seal(config: dict[str, Any], card: Card, tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """The metadata that say what the tensors are, with the digest of both."""
-    said = {
+def seal(config: dict[str, Any], metadata: Metadata, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """The header that says what the tensors are, with the digest of both."""
+    header = {
         "format": FORMAT,
         "version": VERSION,
         "config": json.dumps(config),
-        "card": json.dumps(dataclasses.asdict(card)),
+        "metadata": json.dumps(dataclasses.asdict(metadata)),
     }
-    return said | {"sha256": digest(tensors, said)}
+    return header | {"sha256": digest(tensors, header)}
 
 
-def write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+def write(path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
     with replacing(path) as temporary:
         try:
-            save_file(tensors, temporary, metadata)
+            save_file(tensors, temporary, header)
         except SafetensorError as error:  # which is what it makes of a full disk
             raise RunError(f"{path} cannot be written ({error}): free some space or save elsewhere") from None
 
@@ -79,14 +82,14 @@ def read(container: Container) -> Mixer:
     """The model of a file that ``save`` wrote, as it was saved.
 
     Raises:
-        UserError: another version, a changed byte, or tensors that do not fit the sizes in the metadata.
+        UserError: another version, a changed byte, or tensors that do not fit the sizes in the header.
     """
-    path, metadata = container.name, container.metadata
+    path, header = container.name, container.metadata
     require_floats(container.infos, path)
-    if (version := metadata.get("version", "")).isdigit() and int(version[:9]) > int(VERSION):
+    if (version := header.get("version", "")).isdigit() and int(version[:9]) > int(VERSION):
         raise UserError(f"{path} has format version {version}, this is {VERSION}: update allmlp (or it is damaged)")
-    tensors = verified(container, metadata)
-    config, card = parse(metadata, path)
+    tensors = verified(container, header)
+    config, metadata = parse(header, path)
     expected = expected_shapes(config, len(tensors), path)
     compare(expected, {name: info.shape for name, info in container.infos.items()}, (), {}, path)
     for name, tensor in tensors.items():
@@ -94,34 +97,36 @@ def read(container: Container) -> Mixer:
     with torch.device("meta"):
         model = Mixer(**config)
     model.load_state_dict(tensors, assign=True)
-    model.card = card
+    model.metadata = metadata
     return model
 
 
-def is_ours(metadata: Mapping[str, str]) -> bool:
-    """Whether ``save`` wrote a file with this metadata, even if a byte of it has changed since."""
-    return metadata.get("format") == FORMAT or len({"config", "card", "sha256"} & metadata.keys()) > 1
+def is_native(header: Mapping[str, str]) -> bool:
+    """Whether ``save`` wrote a file with this header, even if a byte of it has changed since."""
+    keys = {"config", "metadata", "card", "sha256"}
+    return header.get("format") in (FORMAT, EARLIER_FORMAT) or len(keys & header.keys()) > 1
 
 
-def remembered(container: Container) -> tuple[dict[str, Any], Card] | None:
-    """The config and card that ``export`` wrote beside tensors in another layout; None in anybody else's file.
+def exported_header(container: Container) -> tuple[dict[str, Any], Metadata] | None:
+    """The config and metadata that ``export`` wrote beside tensors in another layout; None in anybody else's file.
 
     Raises:
         UserError: a changed byte.
     """
-    beside = {key.removeprefix(BESIDE): text for key, text in container.metadata.items() if key.startswith(BESIDE)}
-    if not beside:
-        return None
-    if len(container.metadata) != len(beside) + 1 or container.metadata.get("format") != "pt":
-        raise changed(container)
-    verified(container, beside)
-    return parse(beside, container.name)
+    for prefix in (PREFIX, EARLIER_PREFIX):
+        header = {k.removeprefix(prefix): text for k, text in container.metadata.items() if k.startswith(prefix)}
+        if header:
+            if len(container.metadata) != len(header) + 1 or container.metadata.get("format") != "pt":
+                raise changed(container)
+            verified(container, header)
+            return parse(header, container.name)
+    return None
 
 
-def verified(container: Container, metadata: Mapping[str, str]) -> dict[str, Tensor]:
-    """The tensors, which safetensors maps and does not copy; a UserError where they or the metadata were changed."""
+def verified(container: Container, header: Mapping[str, str]) -> dict[str, Tensor]:
+    """The tensors, which safetensors maps and does not copy; a UserError where they or the header were changed."""
     tensors = {name: container.read(name) for name in container.infos}
-    if metadata.get("sha256") != digest(tensors, metadata):
+    if header.get("sha256") != digest(tensors, header):
         raise changed(container)
     return tensors
 
@@ -132,14 +137,18 @@ def changed(container: Container) -> UserError:
     )
 
 
-def parse(metadata: Mapping[str, str], path: str) -> tuple[dict[str, Any], Card]:
-    """The arguments of ``Mixer`` and the card from their JSON; what cannot be such is a UserError."""
+def metadata_key(header: Mapping[str, str]) -> str:
+    return "card" if header.get("format") == EARLIER_FORMAT else "metadata"
+
+
+def parse(header: Mapping[str, str], path: str) -> tuple[dict[str, Any], Metadata]:
+    """The arguments of ``Mixer`` and the metadata from their JSON; what cannot be such is a UserError."""
     try:
-        config, card = json.loads(metadata["config"]), parse_card(json.loads(metadata["card"]))
+        config, metadata = json.loads(header["config"]), parse_metadata(json.loads(header[metadata_key(header)]))
         config |= {key: as_pair(config[key]) for key in ("image_size", "patch_size")}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise no_mixer(path, error) from None
-    return config, card
+    return config, metadata
 
 
 def check_finite(tensor: Tensor, name: str, what: str) -> None:
@@ -150,11 +159,11 @@ def check_finite(tensor: Tensor, name: str, what: str) -> None:
         )
 
 
-def digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    """SHA-256 over the metadata, and each tensor's name, type, shape and bytes in the order of the names."""
+def digest(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
+    """SHA-256 over the header, and each tensor's name, type, shape and bytes in the order of the names."""
     total = hashlib.sha256()
-    for key in ("format", "version", "config", "card"):
-        total.update(f"{key}={metadata.get(key)}\n".encode())
+    for key in ("format", "version", "config", metadata_key(header)):
+        total.update(f"{key}={header.get(key)}\n".encode())
     for name in sorted(tensors):
         tensor = tensors[name]
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -162,14 +171,14 @@ def digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     return total.hexdigest()
 
 
-def parse_card(stored: dict[str, Any]) -> Card:
+def parse_metadata(stored: dict[str, Any]) -> Metadata:
     view: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in stored["preprocessing"].items()}
     classes = stored["classes"]
     if classes is not None and not all(isinstance(name, str) for name in classes):
         raise TypeError("names of classes that are no text")
     if not isinstance(stored["provenance"], dict):
         raise TypeError("a provenance that is no object")
-    return Card(
+    return Metadata(
         classes=None if classes is None else tuple(classes),
         preprocessing=Preprocessing(**view),
         provenance=stored["provenance"],

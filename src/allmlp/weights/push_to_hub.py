@@ -5,12 +5,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from allmlp.flops import cost
 from allmlp.errors import RunError, UserError, printable
+from allmlp.flops import cost
 from allmlp.model import Mixer
 from allmlp.weights.hub import first_line, huggingface_hub
-from allmlp.weights.published import variant_of
 from allmlp.weights.native import save
+from allmlp.weights.published import variant_of
 
 UNKNOWN = "not recorded"
 
@@ -61,7 +61,7 @@ def push_to_hub(
 def model_card(model: Mixer, repo: str, license: str) -> str:
     """README.md of a repository on the hub: metadata that the hub reads, and the same for people."""
     hub = huggingface_hub()
-    told, config = model.card.provenance, model.config
+    told, config = model.metadata.provenance, model.config
     recipe = section(told, "recipe")
     variant = variant_of(config)
     name = f"Mixer-{variant}" if variant else "MLP-Mixer"
@@ -112,7 +112,7 @@ def model_card(model: Mixer, repo: str, license: str) -> str:
 
 
 def model_rows(model: Mixer, name: str) -> list[str]:
-    config, view, counted = model.config, model.card.preprocessing, cost(model.config)
+    config, view, counted = model.config, model.metadata.preprocessing, cost(model.config)
     keys = ("num_blocks", "hidden_dim", "tokens_mlp_dim", "channels_mlp_dim")
     sizes = ", ".join(f"{key} {config[key]}" for key in keys)
     return [

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from allmlp.model import Mixer, Size, as_pair, check
 
-Part = tuple[Tensor, Tensor]  # reads (n, m), writes (m, n), float64
+ImageDataset = tuple[Tensor, Tensor]  # reads (n, m), writes (m, n), float64
 
 
 def resize(model: Mixer, image_size: Size) -> Mixer:
@@ -61,9 +61,9 @@ def resize(model: Mixer, image_size: Size) -> Mixer:
     resized.load_state_dict(state, assign=True)
     for parameter, before in zip(resized.parameters(), model.parameters(), strict=True):
         parameter.requires_grad_(before.requires_grad)
-    resized.card = copy.deepcopy(model.card)
+    resized.metadata = copy.deepcopy(model.metadata)
     if old != new:
-        told = resized.card.provenance
+        told = resized.metadata.provenance
         scores = {key: told.pop(key) for key in ("val_top1", "test_top1") if key in told}
         if any(score is not None for score in scores.values()):
             told["before_resize"] = {"image_size": list(model.image_size), **scores}
@@ -86,7 +86,7 @@ def grid(config: dict[str, Any]) -> tuple[int, int]:
     return height // patch_height, width // patch_width
 
 
-def axis_parts(n: int, m: int) -> list[Part]:
+def axis_parts(n: int, m: int) -> list[ImageDataset]:
     """The parts of an axis that has m patches where it had n."""
     if m % n == 0:
         eye = torch.eye(m, dtype=torch.float64, device="cpu")
