@@ -66,7 +66,7 @@ def b16() -> tuple[Recipe, DatasetSplits]:
     names = tuple(f"{i:03d}" for i in range(len(pixels)))
     classes = tuple(f"{i:03d}" for i in range(1000))
     part = ImageDataset(store=ArrayStore(pixels, names), names=names, labels=np.arange(len(pixels)), classes=classes)
-    return recipe, DatasetSplits(parts={"train": part}, classes=classes, how="noise")
+    return recipe, DatasetSplits(splits={"train": part}, classes=classes, description="noise")
 
 
 def saving(recipe: Recipe, source: DatasetSplits, stretch: int, pairs: int) -> dict[str, object]:

@@ -72,7 +72,7 @@ def record(part: ImageDataset, view: TrainingView, index: int) -> Draws:
     transforms.inception_box, randaugment.apply = see_box, see_operation
     try:
         rng = sample_generator(0, 0, index)
-        image = part.image(index, view.min_side)
+        image = part.read(index, view.min_side)
         probe = sample_generator(0, 0, index)
         box_of(image.height, image.width, probe)
         draws.flip = bool(probe.random() < 0.5)
@@ -164,13 +164,13 @@ class Timms:
 def compare(folder: str, size: int, images: int, passes: int) -> dict[str, float]:
     """Images a second of both, passes alternating, on one core."""
     torch.set_num_threads(1)
-    part = load_source(folder, val_fraction=0.0, test_fraction=0.0).parts["train"]
+    part = load_source(folder, val_fraction=0.0, test_fraction=0.0).splits["train"]
     chosen = range(0, len(part), max(len(part) // images, 1))
     root, view = part.store.root, make_view(size)
     draws = {i: record(part, view, i) for i in chosen}
     drawing, handed = Timms(size, draws_too=True), Timms(size, draws_too=False)
     makers: dict[str, Callable[[int], object]] = {
-        "ours": lambda i: view(part.image(i, view.min_side), sample_generator(0, 0, i)),
+        "ours": lambda i: view(part.read(i, view.min_side), sample_generator(0, 0, i)),
         "timm": lambda i: drawing(root / part.names[i], draws[i]),
         "handed": lambda i: handed(root / part.names[i], draws[i]),
     }
@@ -191,17 +191,17 @@ def compare(folder: str, size: int, images: int, passes: int) -> dict[str, float
 def bare(folder: str, size: int, keys: list[tuple[int, int]]) -> float:
     """Seconds to make the views of these (epoch, index) in this process, nothing else."""
     torch.set_num_threads(1)
-    part = load_source(folder, val_fraction=0.0, test_fraction=0.0).parts["train"]
+    part = load_source(folder, val_fraction=0.0, test_fraction=0.0).splits["train"]
     view = make_view(size)
     begin = time.perf_counter()
     for epoch, i in keys:
-        view(part.image(i, view.min_side), sample_generator(0, epoch, i))
+        view(part.read(i, view.min_side), sample_generator(0, epoch, i))
     return time.perf_counter() - begin
 
 
 def overhead(folder: str, size: int, batch_size: int, images: int, passes: int) -> dict[str, float]:
     """Images a second of the loader with a worker for each core, and of as many bare processes on the same samples."""
-    part = load_source(folder, val_fraction=0.0, test_fraction=0.0).parts["train"]
+    part = load_source(folder, val_fraction=0.0, test_fraction=0.0).splits["train"]
     cores, steps = os.cpu_count() or 1, images // batch_size
     keys = [key for batch in TrainingOrder(len(part), batch_size, steps, seed=0) for key in batch]
     shares = [keys[i::cores] for i in range(cores)]

@@ -10,7 +10,6 @@ import torch
 from reference import gelu_erf, gelu_tanh, numpy_forward, randomise
 from torch import Tensor, nn
 
-from allmlp import masks
 from allmlp.errors import UserError
 from allmlp.model import Mixer, MixerBlock, MlpBlock, gelu
 from allmlp.rng import sample_keys
@@ -360,7 +359,7 @@ def test_each_mask_of_the_model_has_a_place_of_its_own(monkeypatch: pytest.Monke
 
     def uniform(keys: Tensor, place: int, like: Tensor) -> Tensor:
         places.append((place, tuple(like.shape)))
-        return masks.uniform(keys, place, like)
+        return rng.uniform(keys, place, like)
 
     monkeypatch.setattr("allmlp.model.uniform", uniform)
     model = small(dropout=0.1, stochastic_depth=0.5).train()  # 9 tokens, 16 channels

@@ -367,7 +367,7 @@ def test_a_place_is_masked_and_filled_by_no_other_image(pictures, bad_picture, t
     train_view = TrainingView(**seen_by, crop="inception", crop_padding=0, flip=True)
 
     def batches():
-        part = load_source(str(root), **options).part("train")
+        part = load_source(str(root), **options).split("train")
         yield from training_batches(part, train_view, batch_size=5, steps=5, seed=3)
         yield from evaluation_batches(part, EvaluationView(**seen_by), batch_size=5)
 

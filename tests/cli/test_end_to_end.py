@@ -134,7 +134,7 @@ def test_evaluate_agrees_with_the_run(mixer, digits_run) -> None:
     found = one_object(answer.out)
     assert found["top1"] == summary["test_top1"]
     assert found["images"] == summary["images"]["test"]
-    truth = load_source("digits").part("test").labels
+    truth = load_source("digits").split("test").labels
     confusion = np.array(found["confusion"])
     assert confusion.sum(1).tolist() == np.bincount(truth, minlength=10).tolist()
     assert confusion.trace() / confusion.sum() == found["top1"]

@@ -63,7 +63,7 @@ def test_defaults_are_the_papers() -> None:
         "decay": "linear",
         "clip_norm": 1.0,
         "label_smoothing": 0.0,
-        "polyak": None,
+        "ema_decay": None,
     }
     assert (recipe.model.image_size, recipe.model.gelu, recipe.model.dropout) == (224, None, 0)
     assert (recipe.data.crop, recipe.data.crop_ratio, recipe.data.train_crop) == ("resmall", 224 / 256, "inception")
@@ -121,7 +121,7 @@ NEW = {  # fields that the first version's recipe.json does not have, none of th
     },
     "optimization": {
         "steps": 7, "global_batch_size": 32, "micro_batch_size": 8, "recompute": True, "loss": "sigmoid",
-        "polyak": 0.999,
+        "ema_decay": 0.999,
     },
     "run": {"keep": "best", "patience": 3, "precision": "float16", "evaluate_every_steps": 50},
 }  # fmt: skip
@@ -197,7 +197,7 @@ def test_recipes_are_frozen_and_by_keyword() -> None:
         ({"data": {"mix_up": 0.5}}, "data: unknown field 'mix_up'; the nearest: mixup"),
         ({"data": {"hold_out": 0.1}}, "data: unknown field 'hold_out'; the nearest: holdout"),
         ({"optimization": {"microbatch_size": 8}}, "optimization: unknown field 'microbatch_size'; the nearest: micro"),
-        ({"optimization": {"polyack": 0.9}}, "optimization: unknown field 'polyack'; the nearest: polyak"),
+        ({"optimization": {"ema_decai": 0.9}}, "optimization: unknown field 'ema_decai'; the nearest: ema_decay"),
         ({"run": {"patients": 2}}, "run: unknown field 'patients'; the nearest: patience"),
         ({"search": {}}, "unknown field 'search'; the nearest: name, model, data, optimization, run"),
     ],
@@ -255,7 +255,7 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
 
 BELOW_ONE = [
     *("val_fraction", "test_fraction", "dropout", "stochastic_depth", "label_smoothing", "beta1", "beta2", "momentum"),
-    *("polyak", "holdout"),
+    *("ema_decay", "holdout"),
 ]
 ABOVE_ZERO = ["epochs", "learning_rate", "clip_norm", "evaluate_every_epochs", "mixup", "cutmix"]
 COUNTS_FROM_ONE = [
@@ -302,7 +302,10 @@ def test_a_value_out_of_range_names_flag_and_value(name: str, value: float, tmp_
     + [(name, 0) for name in COUNTS_FROM_ZERO]
     + [("crop_ratio", 1.0), ("clip_norm", None), ("workers", None), ("seed", 2**31 - 1)]
     + [("randaugment", 0.0), ("randaugment", 100.0), ("head_bias", -10.0), ("learning_rate", 1e30)]
-    + [(name, None) for name in ("randaugment", "mixup", "cutmix", "steps", "micro_batch_size", "polyak", "patience")],
+    + [
+        (name, None)
+        for name in ("randaugment", "mixup", "cutmix", "steps", "micro_batch_size", "ema_decay", "patience")
+    ],
 )
 def test_values_at_the_limits_are_allowed(name: str, value: float | None) -> None:
     recipe = changed(section_of(name), **{name: value})

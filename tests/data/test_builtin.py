@@ -163,7 +163,7 @@ def kept_in(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], Path]:
 
 
 def painted(part: ImageDataset) -> list[tuple[int, str]]:
-    return [meaning(np.asarray(part.image(i))) for i in range(len(part))]
+    return [meaning(np.asarray(part.read(i))) for i in range(len(part))]
 
 
 # What is read
@@ -174,7 +174,7 @@ def test_images_labels_and_classes_belong_together(name: str, copies: dict[str, 
     kept_in(copies[name])
     source = load_source(name)
     assert source.classes == CLASSES[name]
-    for part in source.parts.values():
+    for part in source.splits.values():
         assert part.classes == CLASSES[name]
         assert part.labels.dtype == np.int64
         assert [label for label, _ in painted(part)] == part.labels.tolist()
@@ -185,8 +185,8 @@ def test_images_labels_and_classes_belong_together(name: str, copies: dict[str, 
 def test_validation_is_cut_from_train_and_test_is_kept(name: str, copies: dict[str, Path], kept_in) -> None:
     kept_in(copies[name])
     source = load_source(name, val_fraction=0.1)
-    assert list(source.parts) == ["train", "val", "test"]
-    splits = {part: [split for _, split in painted(images)] for part, images in source.parts.items()}
+    assert list(source.splits) == ["train", "val", "test"]
+    splits = {part: [split for _, split in painted(images)] for part, images in source.splits.items()}
     assert set(splits["test"]) == {"test"}
     together = splits["train"] + splits["val"]
     of_torchvision = ("train", "val") if name == "flowers102" else ("train",)
@@ -196,23 +196,23 @@ def test_validation_is_cut_from_train_and_test_is_kept(name: str, copies: dict[s
     }
     assert len(splits["test"]) == PER_CLASS["test"] * len(CLASSES[name])
     assert len(splits["val"]) == len(CLASSES[name])  # a tenth of two to ten images of a class is one
-    assert source.how.startswith(f"{name}, built in; 10% of each training class cut off for validation")
+    assert source.description.startswith(f"{name}, built in; 10% of each training class cut off for validation")
 
 
 def test_flowers_for_training_are_torchvisions_train_and_val(copies: dict[str, Path], kept_in) -> None:
     kept_in(copies["flowers102"])
     source = load_source("flowers102", val_fraction=0)
-    assert set(source.parts) == {"train", "test"}
-    assert sorted(painted(source.part("train"))) == sorted(shuffled("flowers102", "train", "val"))
-    assert sorted(painted(source.part("test"))) == sorted(shuffled("flowers102", "test"))
+    assert set(source.splits) == {"train", "test"}
+    assert sorted(painted(source.split("train"))) == sorted(shuffled("flowers102", "train", "val"))
+    assert sorted(painted(source.split("test"))) == sorted(shuffled("flowers102", "test"))
 
 
 @every_name
 def test_all_is_every_image_of_every_part_once(name: str, copies: dict[str, Path], kept_in) -> None:
     kept_in(copies[name])
     source = load_source(name)
-    part = source.part("all")
-    assert len(part) == len(set(part.names)) == sum(map(len, source.parts.values()))
+    part = source.split("all")
+    assert len(part) == len(set(part.names)) == sum(map(len, source.splits.values()))
     assert [label for label, _ in painted(part)] == part.labels.tolist()
 
 
@@ -222,7 +222,7 @@ def test_names_are_the_same_wherever_the_copy_lies(name: str, copies: dict[str, 
     here = load_source(name)
     shutil.copytree(copies[name], kept_in(tmp_path), dirs_exist_ok=True)
     there = load_source(name)
-    assert [part.names for part in there.parts.values()] == [part.names for part in here.parts.values()]
+    assert [part.names for part in there.splits.values()] == [part.names for part in here.splits.values()]
 
 
 @pytest.mark.parametrize(
@@ -236,7 +236,7 @@ def test_names_are_the_same_wherever_the_copy_lies(name: str, copies: dict[str, 
 )
 def test_names_of_images(name: str, pattern: str, copies: dict[str, Path], kept_in) -> None:
     kept_in(copies[name])
-    names = "\n".join(load_source(name).part("all").names)
+    names = "\n".join(load_source(name).split("all").names)
     assert re.fullmatch(rf"({pattern}\n?)+", names)
 
 
@@ -253,21 +253,21 @@ def test_photographs_are_decoded_when_asked_for_by_our_decoder(
         path.write_bytes(b"no picture")
         if i % 2:  # some of Pets are GIFs by another name
             Image.new("P", (7, 4)).save(path, "GIF")
-    part = load_source(name).part("all")
+    part = load_source(name).split("all")
     for i in range(len(part)):
         if (folder / part.names[i]).read_bytes().startswith(b"GIF"):
-            assert part.image(i).mode == "RGB"
-            assert part.image(i).size == (7, 4)
+            assert part.read(i).mode == "RGB"
+            assert part.read(i).size == (7, 4)
         else:
             with pytest.raises(UnreadableImage, match=r"\.jpg cannot be read: it is none of JPEG"):
-                part.image(i)
+                part.read(i)
 
 
 @pytest.mark.parametrize("name", PHOTOGRAPHS)
 def test_max_pixels_reaches_the_decoder(name: str, copies: dict[str, Path], kept_in) -> None:
     kept_in(copies[name])
     with pytest.raises(UnreadableImage, match="6 × 5 pixels, above the limit of 29"):
-        load_source(name, max_pixels=29).part("test").image(0)
+        load_source(name, max_pixels=29).split("test").read(0)
 
 
 # Where the data are
@@ -308,7 +308,7 @@ def test_a_folder_that_holds_a_copy_is_that_data_set(
     kept_in(tmp_path)  # where nothing is
     source = load_source(str(copies[name]))
     assert source.classes == CLASSES[name]
-    assert source.how.startswith(f"{name} in {copies[name]}; ")
+    assert source.description.startswith(f"{name} in {copies[name]}; ")
 
 
 def test_a_folder_that_holds_two_copies(tmp_path: Path) -> None:
@@ -324,12 +324,12 @@ def test_a_folder_named_like_a_data_set_is_not_taken_unsaid(
 ) -> None:
     kept_in(copies["pets"])
     monkeypatch.chdir(tmp_path)
-    assert "not the folder" not in load_source("pets").how
+    assert "not the folder" not in load_source("pets").description
     for kind in ("cat", "dog"):
         (tmp_path / "pets" / kind).mkdir(parents=True)
         for i in range(4):
             write_jpeg(tmp_path / "pets" / kind / f"{i}.jpg", 0, "train")
-    assert load_source("pets").how.startswith("pets, built in (not the folder ./pets)")
+    assert load_source("pets").description.startswith("pets, built in (not the folder ./pets)")
     assert load_source("./pets").classes == ("cat", "dog")
 
 
@@ -421,7 +421,7 @@ def test_digits_are_those_of_scikit_learn() -> None:
     from sklearn.datasets import load_digits
 
     expected = load_digits()
-    part = load_source("digits").part("all")
+    part = load_source("digits").split("all")
     assert len(part) == 1797
     assert part.classes == tuple("0123456789")
     seen = set()
@@ -429,7 +429,7 @@ def test_digits_are_those_of_scikit_learn() -> None:
         index = int(name.split("/")[1].removesuffix(".png"))
         seen.add(index)
         assert part.labels[i] == expected.target[index]
-        pixels = np.asarray(part.image(i)).astype(float)
+        pixels = np.asarray(part.read(i)).astype(float)
         assert pixels.shape == (8, 8, 3)
         assert np.abs(pixels - expected.images[index][..., None] * 255 / 16).max() <= 0.5
     assert seen == set(range(1797))
@@ -437,9 +437,9 @@ def test_digits_are_those_of_scikit_learn() -> None:
 
 def test_digits_are_split_by_class() -> None:
     source = load_source("digits")
-    assert list(source.parts) == ["train", "val", "test"]
+    assert list(source.splits) == ["train", "val", "test"]
     for label in range(10):
-        counts = {name: int((part.labels == label).sum()) for name, part in source.parts.items()}
+        counts = {name: int((part.labels == label).sum()) for name, part in source.splits.items()}
         total = sum(counts.values())
         assert 0.2 * total <= counts["test"] < 0.2 * total + 1
         assert 0.1 * (total - counts["test"]) <= counts["val"] < 0.1 * (total - counts["test"]) + 1

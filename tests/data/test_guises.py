@@ -113,7 +113,7 @@ VIEWS = [
 def paths(request, guises) -> dict[str, dict[str, Tensor]]:
     """Way to the model → file → what the model is fed, (3, 16, 24)."""
     root, limits = guises
-    part = load_source(str(root), val_fraction=0, test_fraction=0).part("train")
+    part = load_source(str(root), val_fraction=0, test_fraction=0).split("train")
     assert set(part.names) == set(limits)
     model = allmlp.create(
         num_classes=2,

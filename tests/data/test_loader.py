@@ -168,7 +168,7 @@ def test_pixels_and_labels_are_those_of_the_index() -> None:
         assert batch.labels.dtype == batch.indices.dtype == torch.int64
         assert batch.valid.all()
         for image, label, index in zip(batch.images, batch.labels, batch.indices, strict=True):
-            assert np.array_equal(image.permute(1, 2, 0).numpy(), np.asarray(part.image(int(index))))
+            assert np.array_equal(image.permute(1, 2, 0).numpy(), np.asarray(part.read(int(index))))
             assert label == part.labels[index]
 
 
@@ -193,7 +193,7 @@ def test_evaluation_covers_each_image_once_in_order(batch_size: int, workers: in
     padding = [index for batch in batches for index in batch.indices[~batch.valid].tolist()]
     assert padding == [PADDING] * (len(batches) * min(batch_size, 10) - 10)
     assert not any(batch.problems for batch in batches)
-    assert torch.equal(torch.cat([batch.images for batch in batches])[7], EVALUATION(part.image(7)))
+    assert torch.equal(torch.cat([batch.images for batch in batches])[7], EVALUATION(part.read(7)))
 
 
 def test_of_no_images_there_are_no_batches() -> None:
@@ -323,7 +323,7 @@ def jpegs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def samples(jpegs: Path) -> Callable[..., list[tuple[int, str]]]:
     """The (index, hash of the pixels) of 60 samples, two epochs, with every augmentation there is."""
-    part = load_source(str(jpegs), val_fraction=0, test_fraction=0).parts["train"]
+    part = load_source(str(jpegs), val_fraction=0, test_fraction=0).splits["train"]
     view = TrainingView(
         image_size=(24, 32),
         preprocessing=Preprocessing(),

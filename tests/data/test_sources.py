@@ -58,7 +58,7 @@ def content(source: DatasetSplits, prefix: str = "") -> dict[str, list[tuple[str
     """Names (without a prefix) and labels of every part."""
     return {
         name: [(n.removeprefix(prefix), int(label)) for n, label in zip(part.names, part.labels, strict=True)]
-        for name, part in source.parts.items()
+        for name, part in source.splits.items()
     }
 
 
@@ -78,9 +78,9 @@ def test_a_zip_gives_what_the_folder_gives(tmp_path: Path, layout: str, director
     packed = load_source(str(make_zip(tmp_path / "f.zip", names, directories=directories)), split_seed=3)
     assert content(packed) == content(folder)
     assert packed.classes == folder.classes == CLASSES
-    for name, part in folder.parts.items():
+    for name, part in folder.splits.items():
         for i in range(0, len(part), 5):
-            assert np.array_equal(packed.parts[name].image(i), part.image(i))
+            assert np.array_equal(packed.splits[name].read(i), part.read(i))
 
 
 def test_files_of_macos_in_a_zip_are_no_images(tmp_path: Path) -> None:
@@ -101,8 +101,8 @@ def test_one_outer_folder_in_a_zip_is_looked_through(tmp_path: Path, layout: str
     packed = load_source(str(make_zip(tmp_path / "p.zip", names, "photos/", True, extra)), **options)
     assert content(packed, "photos/") == content(folder)
     assert packed.classes == CLASSES
-    part = packed.part("train")
-    assert np.array_equal(part.image(4), folder.part("train").image(4))
+    part = packed.split("train")
+    assert np.array_equal(part.read(4), folder.split("train").read(4))
 
 
 @pytest.mark.parametrize("layout", ["one level", "train, test"])
@@ -117,15 +117,15 @@ def test_one_outer_folder_in_a_zip_changes_no_split(tmp_path: Path, layout: str)
 def test_three_parts_are_taken_as_they_are(tmp_path: Path, validation: str) -> None:
     names = names_in("train/") + names_in(f"{validation}/", 2) + names_in("test/", 3)
     source = load_source(str(make_folder(tmp_path, names)))
-    assert list(source.parts) == ["train", "val", "test"]
+    assert list(source.splits) == ["train", "val", "test"]
     for folder, part in (("train", "train"), (validation, "val"), ("test", "test")):
-        assert set(source.part(part).names) == {name for name in names if name.startswith(f"{folder}/")}
+        assert set(source.split(part).names) == {name for name in names if name.startswith(f"{folder}/")}
     assert source.left_out == {}
 
 
 def test_names_and_labels_agree(tmp_path: Path) -> None:
     source = load_source(str(make_folder(tmp_path, names_in(""))))
-    for part in source.parts.values():
+    for part in source.splits.values():
         for name, label in zip(part.names, part.labels, strict=True):
             assert part.classes[label] == name.split("/")[0]
 
@@ -133,27 +133,27 @@ def test_names_and_labels_agree(tmp_path: Path) -> None:
 def test_validation_is_cut_from_train_never_from_test(tmp_path: Path) -> None:
     names = names_in("train/") + names_in("test/", 3)
     source = load_source(str(make_folder(tmp_path, names)), val_fraction=0.3, test_fraction=0.9)
-    assert {name: len(part) for name, part in source.parts.items()} == {"train": 21, "val": 9, "test": 9}
-    assert all(name.startswith("train/") for name in source.part("val").names)
-    assert all(name.startswith("test/") for name in source.part("test").names)
-    assert set(source.part("train").names) | set(source.part("val").names) == set(names_in("train/"))
-    assert "30% of each training class" in source.how
-    assert "test" not in source.how.replace(str(tmp_path), "")
+    assert {name: len(part) for name, part in source.splits.items()} == {"train": 21, "val": 9, "test": 9}
+    assert all(name.startswith("train/") for name in source.split("val").names)
+    assert all(name.startswith("test/") for name in source.split("test").names)
+    assert set(source.split("train").names) | set(source.split("val").names) == set(names_in("train/"))
+    assert "30% of each training class" in source.description
+    assert "test" not in source.description.replace(str(tmp_path), "")
 
 
 def test_class_folders_alone_are_split_into_three_parts(tmp_path: Path) -> None:
     folder = str(make_folder(tmp_path, names_in("")))
     source = load_source(folder, val_fraction=0.25, test_fraction=0.2)
-    assert {name: len(part) for name, part in source.parts.items()} == {"train": 18, "val": 6, "test": 6}
-    together = [name for part in source.parts.values() for name in part.names]
+    assert {name: len(part) for name, part in source.splits.items()} == {"train": 18, "val": 6, "test": 6}
+    together = [name for part in source.splits.values() for name in part.names]
     assert sorted(together) == sorted(names_in(""))
-    assert load_source(folder, split_seed=1).part("test").names != source.part("test").names
-    assert "20% of each class cut off for test (split seed 0)" in source.how
+    assert load_source(folder, split_seed=1).split("test").names != source.split("test").names
+    assert "20% of each class cut off for test (split seed 0)" in source.description
 
 
 def test_fractions_of_zero_cut_nothing_off(tmp_path: Path) -> None:
     source = load_source(str(make_folder(tmp_path, names_in(""))), val_fraction=0, test_fraction=0)
-    assert {name: len(part) for name, part in source.parts.items()} == {"train": 30}
+    assert {name: len(part) for name, part in source.splits.items()} == {"train": 30}
 
 
 @pytest.mark.parametrize("ending", [".JPEG", ".Jpg", ".jpg", ".jpeg", ".PNG", ".WebP", ".bmp", ".GIF", ".TIF", ".tiff"])
@@ -163,8 +163,8 @@ def test_every_spelling_of_an_ending_is_an_image(tmp_path: Path, ending: str) ->
         (tmp_path / c).mkdir()
         (tmp_path / c / f"a.b c{ending}").write_bytes(picture(c, kind))
     source = load_source(str(tmp_path))
-    assert source.part("train").names == tuple(f"{c}/a.b c{ending}" for c in CLASSES)
-    assert source.part("train").image(2).size == (6, 5)
+    assert source.split("train").names == tuple(f"{c}/a.b c{ending}" for c in CLASSES)
+    assert source.split("train").read(2).size == (6, 5)
 
 
 def test_files_that_are_no_images_are_counted_by_ending(tmp_path: Path) -> None:
@@ -178,7 +178,7 @@ def test_loose_images_are_counted_and_left_out(tmp_path: Path, layout: str) -> N
     loose = [f"{layout}lying.png", f"{layout}about.png"]
     source = load_source(str(make_folder(tmp_path, names_in(layout) + loose)))
     assert source.left_out == {"images outside the class folders": 2}
-    assert sum(len(part) for part in source.parts.values()) == 30
+    assert sum(len(part) for part in source.splits.values()) == 30
 
 
 def test_folders_beside_the_parts_are_counted_as_loose(tmp_path: Path) -> None:
@@ -239,7 +239,7 @@ def test_a_class_that_only_test_has(tmp_path: Path) -> None:
 def test_a_class_that_test_lacks_shifts_no_label(tmp_path: Path) -> None:
     test = [name for name in names_in("test/") if "/ant/" not in name]
     source = load_source(str(make_folder(tmp_path, names_in("train/") + test)))
-    part = source.part("test")
+    part = source.split("test")
     assert part.classes == CLASSES
     assert [CLASSES[label] for label in part.labels] == [name.split("/")[1] for name in part.names]
     assert set(part.labels) == {1, 2}
@@ -317,11 +317,11 @@ def encrypt(data: bytearray, header: int, end: int) -> None:
 )
 def test_an_entry_that_cannot_be_unpacked_is_one_unreadable_image(tmp_path: Path, method: int, damage) -> None:
     path = damaged_zip(tmp_path / "a.zip", method, damage)
-    part = load_source(str(path), val_fraction=0, test_fraction=0).part("train")
+    part = load_source(str(path), val_fraction=0, test_fraction=0).split("train")
     with pytest.raises(UnreadableImage, match=r"a\.zip/ant/1\.png cannot be unpacked: .*; pack the zip again"):
-        part.image(part.names.index("ant/1.png"))
+        part.read(part.names.index("ant/1.png"))
     for name in set(part.names) - {"ant/1.png"}:
-        part.image(part.names.index(name))
+        part.read(part.names.index(name))
 
 
 def test_a_zip_of_a_version_to_come_is_not_sound(tmp_path: Path) -> None:
@@ -336,20 +336,20 @@ def test_a_name_that_is_no_utf8_is_a_name_all_the_same(tmp_path: Path) -> None:
     make_folder(tmp_path, names_in(""))
     name = "ant/\udcff.png"  # as Python shows the byte 0xff
     (tmp_path / name).write_bytes(picture("x"))
-    assert name in load_source(str(tmp_path)).part("all").names
+    assert name in load_source(str(tmp_path)).split("all").names
 
 
 def test_a_zip_store_is_opened_again_after_pickling(tmp_path: Path) -> None:
-    part = load_source(str(make_zip(tmp_path / "a.zip", names_in("")))).part("train")
-    part.image(0)
+    part = load_source(str(make_zip(tmp_path / "a.zip", names_in("")))).split("train")
+    part.read(0)
     copy = pickle.loads(pickle.dumps(part))
-    assert np.array_equal(copy.image(3), part.image(3))
+    assert np.array_equal(copy.read(3), part.read(3))
 
 
 def test_max_pixels_reaches_the_decoder(tmp_path: Path) -> None:
-    part = load_source(str(make_folder(tmp_path, names_in(""))), max_pixels=29).part("train")
+    part = load_source(str(make_folder(tmp_path, names_in(""))), max_pixels=29).split("train")
     with pytest.raises(UnreadableImage, match="6 × 5 pixels, above the limit of 29"):
-        part.image(0)
+        part.read(0)
 
 
 # Parts
@@ -378,21 +378,21 @@ def test_relabelling_with_a_class_the_model_does_not_know() -> None:
 def test_a_subset_keeps_names_labels_and_pixels_together() -> None:
     part = small_part(("a", "b"), [0, 1, 1, 0]).subset(np.array([3, 1]))
     assert (part.names, part.labels.tolist(), len(part)) == (("3.png", "1.png"), [0, 1], 2)
-    assert [np.asarray(part.image(i)).max() for i in range(2)] == [3, 1]
+    assert [np.asarray(part.read(i)).max() for i in range(2)] == [3, 1]
 
 
 def test_all_is_every_image_of_every_part(tmp_path: Path) -> None:
     source = load_source(str(make_folder(tmp_path, names_in("train/") + names_in("test/", 3))))
-    part = source.part("all")
+    part = source.split("all")
     assert sorted(part.names) == sorted(names_in("train/") + names_in("test/", 3))
     assert [CLASSES[label] for label in part.labels] == [name.split("/")[1] for name in part.names]
-    assert [part.image(i).size for i in range(len(part))] == [(6, 5)] * 39
+    assert [part.read(i).size for i in range(len(part))] == [(6, 5)] * 39
 
 
 def test_a_part_that_is_not_there_is_told_those_that_are(tmp_path: Path) -> None:
     source = load_source(str(make_folder(tmp_path, names_in("test/"))))
     with pytest.raises(UserError, match="there is no train part in this source: it has test, or all"):
-        source.part("train")
+        source.split("train")
 
 
 # Names that are easily overlooked
@@ -403,19 +403,19 @@ def test_hidden_files_are_no_images(tmp_path: Path, hidden: str) -> None:
     source = load_source(str(make_folder(tmp_path, [*names_in(""), hidden])))
     assert source.classes == CLASSES
     assert source.left_out == {"hidden files": 1}
-    assert sum(len(part) for part in source.parts.values()) == 30
+    assert sum(len(part) for part in source.splits.values()) == 30
 
 
 def test_part_names_in_capitals(tmp_path: Path) -> None:
     source = load_source(str(make_folder(tmp_path, names_in("Train/") + names_in("TEST/"))))
-    assert set(source.parts) == {"train", "val", "test"}
+    assert set(source.splits) == {"train", "val", "test"}
     assert source.classes == CLASSES
 
 
 def test_a_link_to_a_folder_above_is_not_followed_for_ever(tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "f", names_in(""))
     (folder / CLASSES[0] / "again").symlink_to(folder)
-    assert sum(len(part) for part in load_source(str(folder)).parts.values()) == 30
+    assert sum(len(part) for part in load_source(str(folder)).splits.values()) == 30
 
 
 # Held out to choose by
@@ -431,18 +431,21 @@ def test_held_out_images_come_from_training_ones_alone(tmp_path: Path, layout: s
     """At least that share of each class, but never its last image; the source's own val and test are left out."""
     source = load_source(str(make_folder(tmp_path, LAYOUTS[layout])), val_fraction=0, test_fraction=0)
     held = hold_out(source, fraction, 0)
-    assert list(held.parts) == ["train", "val"]
-    train, val = (set(part.names) for part in held.parts.values())
-    assert train | val == set(source.part("train").names)
+    assert list(held.splits) == ["train", "val"]
+    train, val = (set(part.names) for part in held.splits.values())
+    assert train | val == set(source.split("train").names)
     assert not train & val
-    assert counts(held.part("val")) == [each] * 3
-    assert held.classes == source.classes == held.part("val").classes
-    labels = dict(zip(source.part("train").names, source.part("train").labels, strict=True))
-    for part in held.parts.values():
+    assert counts(held.split("val")) == [each] * 3
+    assert held.classes == source.classes == held.split("val").classes
+    labels = dict(zip(source.split("train").names, source.split("train").labels, strict=True))
+    for part in held.splits.values():
         assert all(labels[name] == label for name, label in zip(part.names, part.labels, strict=True))
-    assert held.how == f"{source.how}; {fraction:.0%} of each training class held out to choose by (split seed 0)"
-    assert "held out" not in source.how
-    assert len(source.part("train")) == 30
+    assert (
+        held.description
+        == f"{source.description}; {fraction:.0%} of each training class held out to choose by (split seed 0)"
+    )
+    assert "held out" not in source.description
+    assert len(source.split("train")) == 30
 
 
 def test_held_out_images_are_a_function_of_the_seed(tmp_path: Path) -> None:

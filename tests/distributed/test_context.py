@@ -20,7 +20,7 @@ def sums(context: DistributedContext, numbers: list[list[int]]) -> list[int]:
     return context.sum(numbers[context.rank])
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("world_size", [2, 3])
 def test_sums_wrap_around_as_integers_of_64_bits_do(world_size: int) -> None:
     rows = [[rank, LARGE - 1, -LARGE, 2**64 - 1 - rank, 2**70 + 5, -(2**65) - rank, 0] for rank in range(world_size)]
     found = values(sums, world_size, rows)
@@ -53,7 +53,7 @@ def test_the_mean_is_over_all_ranks_and_leaves_what_it_is_given() -> None:
 
 
 def gathers(context: DistributedContext, things: list[Any]) -> list[Any]:
-    return context.gather(things[context.rank])
+    return context.all_gather(things[context.rank])
 
 
 def test_all_have_each_rank_s_value_in_the_order_of_the_ranks() -> None:
@@ -155,7 +155,7 @@ def test_reading_the_data_may_take_longer_than_the_time_without_progress() -> No
 
 
 def places(context: DistributedContext) -> tuple[int, int, int, int, bool, str]:
-    device = str(context.device(torch.device("cpu")))
+    device = str(context.local_device(torch.device("cpu")))
     return context.rank, context.world_size, context.local_rank, context.local_world_size, context.is_rank0, device
 
 
@@ -165,8 +165,8 @@ def test_each_knows_its_place() -> None:
 
 def test_of_several_processes_each_has_its_own_gpu() -> None:
     context = DistributedContext(rank=5, world_size=8, local_rank=1, local_world_size=4)
-    assert context.device(torch.device("cuda")) == torch.device("cuda", 1)
-    assert context.device(torch.device("cpu")) == torch.device("cpu")
+    assert context.local_device(torch.device("cuda")) == torch.device("cuda", 1)
+    assert context.local_device(torch.device("cpu")) == torch.device("cpu")
     assert SINGLE_PROCESS.device(torch.device("cuda", 3)) == torch.device("cuda", 3)
 
 

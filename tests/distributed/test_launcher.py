@@ -85,7 +85,7 @@ def test_one_that_was_killed_is_named_even_if_others_have_failed_of_it(capsys: p
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_one_that_a_signal_ended_before_it_could_heed_it_was_stopped(number: signal.SignalState, status: int) -> None:
+def test_one_that_a_signal_ended_before_it_could_heed_it_was_stopped(number: signal.Signals, status: int) -> None:
     """In its first moments Python knows of no handler: the exit status is that of a run that can be gone on with."""
     child = stand_in(f"import os, signal; signal.signal({number}, signal.SIG_DFL); os.kill(os.getpid(), {number})")
     child.wait(10)

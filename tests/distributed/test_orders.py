@@ -15,7 +15,7 @@ from allmlp.metadata import Preprocessing
 COMBINATIONS = list(itertools.product([1, 2, 5, 7, 24, 97], [1, 2, 3, 8, 50], [1, 2, 3, 4, 7]))
 
 
-@pytest.mark.parametrize(("images", "batch", "ranks"), COMBINATIONS)
+@pytest.mark.parametrize(("images", "batch", "world_size"), COMBINATIONS)
 def test_all_ranks_together_see_each_image_once_in_an_epoch(images: int, batch: int, world_size: int) -> None:
     epochs = 3
     steps = -(-epochs * images // (batch * world_size))
@@ -31,7 +31,7 @@ def test_all_ranks_together_see_each_image_once_in_an_epoch(images: int, batch: 
         assert sorted(index for at, index in row[: epochs * images] if at == epoch) == list(range(images))
 
 
-@pytest.mark.parametrize(("images", "batch", "ranks"), COMBINATIONS[::4])
+@pytest.mark.parametrize(("images", "batch", "world_size"), COMBINATIONS[::4])
 @pytest.mark.parametrize("first", [1, 4])
 def test_going_on_is_the_rest_of_the_order(images: int, batch: int, world_size: int, first: int) -> None:
     for rank in range(world_size):
@@ -42,7 +42,7 @@ def test_going_on_is_the_rest_of_the_order(images: int, batch: int, world_size: 
 
 
 @pytest.mark.parametrize("micro", [1, 2, 3, 6])
-@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_micro_batches_of_ranks_are_a_step_of_one_process(micro: int, world_size: int) -> None:
     """Steps of 36: ``accumulate`` micro-batches of each rank."""
     steps, accumulate = 4, 36 // (micro * world_size)
@@ -67,7 +67,7 @@ def evaluation(images: int, batch: int, rank: int, world_size: int) -> DataLoade
 
 @pytest.mark.parametrize("images", [1, 2, 3, 5, 16, 17, 97])
 @pytest.mark.parametrize("batch", [1, 4, 256])
-@pytest.mark.parametrize("ranks", [1, 2, 3, 7])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
 def test_evaluation_shows_each_image_once_in_equally_many_batches(images: int, batch: int, world_size: int) -> None:
     batches = [list(evaluation(images, batch, rank, world_size)) for rank in range(world_size)]
     assert len({len(mine) for mine in batches}) == 1

@@ -14,7 +14,7 @@ from torch import Tensor
 import allmlp
 from allmlp.checkpointing.checkpoint import read, write
 from allmlp.distributed.context import SINGLE_PROCESS, DistributedContext
-from allmlp.distributed.parallelize import is_sharded, local, norm, put, shard, whole
+from allmlp.distributed.parallelize import copy_to_shard, full_model, is_sharded, local_shard, norm, shard
 from allmlp.errors import RunError
 from allmlp.metadata import Metadata
 from allmlp.model import Mixer, init_weights
@@ -44,7 +44,7 @@ def filled(sizes: str, context: DistributedContext, dtype: torch.dtype = torch.f
     model = blank(sizes, context, dtype)
     for i, parameter in enumerate(model.parameters()):
         generator = torch.Generator().manual_seed(100 * seed + i)
-        put(parameter, torch.randn(parameter.shape, generator=generator, dtype=dtype))
+        copy_to_shard(parameter, torch.randn(parameter.shape, generator=generator, dtype=dtype))
     return model
 
 
@@ -53,7 +53,7 @@ def arrays(tensors: dict[str, Tensor]) -> dict[str, np.ndarray]:
 
 
 def weights(model: Mixer) -> dict[str, np.ndarray]:
-    return arrays(dict(whole(model).named_parameters()))
+    return arrays(dict(full_model(model).named_parameters()))
 
 
 def equal(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
@@ -72,13 +72,13 @@ def gap(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> float:
 
 def begun(context: DistributedContext, sizes: str) -> tuple[dict[str, np.ndarray], dict[str, tuple[int, ...]], bool]:
     model = blank(sizes, context)
-    init_weights(model, 5, put)
-    held = {name: tuple(local(p.detach()).shape) for name, p in model.named_parameters()}
+    init_weights(model, 5, copy_to_shard)
+    held = {name: tuple(local_shard(p.detach()).shape) for name, p in model.named_parameters()}
     return weights(model), held, is_sharded(model)
 
 
 @pytest.mark.parametrize("sizes", SIZES)
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("world_size", [2, 3])
 def test_initial_weights_do_not_depend_on_the_number_of_ranks(sizes: str, world_size: int) -> None:
     with torch.device("cpu"):
         plain = allmlp.create(image_size=8, patch_size=4, num_blocks=2, seed=5, **SIZES[sizes])
@@ -99,7 +99,7 @@ def made_whole(context: DistributedContext) -> tuple[bool, bool, bool, list[str]
     model.metadata = Metadata(classes=("a", "b", "c", "d"))
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    full = whole(model)
+    full = full_model(model)
     before = weights(model)
     with torch.no_grad():
         for parameter in full.parameters():
@@ -113,10 +113,10 @@ def made_whole(context: DistributedContext) -> tuple[bool, bool, bool, list[str]
     )
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("world_size", [2, 3])
 def test_a_whole_model_is_a_plain_one_with_the_same_weights(world_size: int) -> None:
     plain = filled("odd", SINGLE_PROCESS)
-    assert whole(plain) is plain
+    assert full_model(plain) is plain
     for sharded, same, alone, names, state in values(made_whole, world_size):
         assert (sharded, same, alone) == (False, True, True)
         assert names == [name for name, _ in plain.named_parameters()]
@@ -125,7 +125,7 @@ def test_a_whole_model_is_a_plain_one_with_the_same_weights(world_size: int) -> 
 
 def norms(context: DistributedContext, sizes: str) -> tuple[float, float]:
     model = filled(sizes, context, torch.float64)
-    shares = [local(p.detach()) for p in model.parameters()]
+    shares = [local_shard(p.detach()) for p in model.parameters()]
     lost = [share * (float("nan") if context.is_rank0 else 1) for share in shares]
     return tuple(float(norm(tensors, context.world_size > 1)) for tensors in (shares, lost))  # type: ignore[return-value]
 
@@ -147,7 +147,7 @@ def averaged(context: DistributedContext, sizes: str) -> list[dict[str, np.ndarr
     average, seen = EMA(model, 0.75), []
     for step in range(3):
         for i, parameter in enumerate(model.parameters()):
-            local(parameter.detach()).mul_(1 + 0.1 * step).add_(i)
+            local_shard(parameter.detach()).mul_(1 + 0.1 * step).add_(i)
         average.update()
         with average.shown():
             seen.append(weights(model))
@@ -193,7 +193,7 @@ def stepped(context: DistributedContext, sizes: str, clip_norm: float | None, po
         if step == poison and context.is_rank0:  # in the share of one rank alone
             grad = model.get_parameter("stem.weight").grad
             assert grad is not None
-            local(grad)[0, 0, 0, 0] = float("inf")
+            local_shard(grad)[0, 0, 0, 0] = float("inf")
         told.append(tuple(map(float, update(step, context.mean(loss.detach()), 1.0, True))))
     return told, weights(model), [*update.failure.tolist(), update.scaler.get_scale()]
 
@@ -205,7 +205,7 @@ def each_stepped(context: DistributedContext) -> list[Told]:
     return [stepped(context, sizes, clip_norm, None, False) for sizes, clip_norm in STEPS]
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("world_size", [2, 3])
 def test_a_shared_step_is_that_of_one_process(world_size: int) -> None:
     expected = each_stepped(SINGLE_PROCESS)
     assert all(found > 0.3 for norms, _, _ in expected for found, _ in norms)  # the clipping has something to do
@@ -224,7 +224,7 @@ def test_no_number_in_one_rank_s_share_ends_the_steps_of_all() -> None:
         assert gap(state, expected) < 1e-10
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("world_size", [2, 3])
 def test_an_overflow_in_one_rank_s_share_is_left_out_by_all(world_size: int) -> None:
     _, expected, failure = stepped(SINGLE_PROCESS, "odd", 1.0, 3, True)
     assert failure[0] == 0
@@ -252,8 +252,8 @@ def full(state: TrainingState) -> dict[str, np.ndarray]:
 def written(context: DistributedContext, sizes: str, folder: Path) -> dict[str, np.ndarray]:
     state = state_of(context, sizes)
     for i, tensor in enumerate(state.tensors().values()):
-        if local(tensor).is_floating_point():
-            local(tensor).add_(i)
+        if local_shard(tensor).is_floating_point():
+            local_shard(tensor).add_(i)
     write(folder, state.tensors(), {"step": 1}, context)
     return full(state)
 
@@ -282,7 +282,7 @@ def test_a_checkpoint_of_two_ranks_is_read_by_any_number(tmp_path: Path) -> None
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(SIZES)
 
 
-@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("world_size", [1, 3])
 def test_a_checkpoint_of_others_is_read_by_two_ranks(world_size: int, tmp_path: Path) -> None:
     expected = values(written, world_size, "odd", tmp_path / "step-1")[0]
     for found in values(taken, 2, "odd", tmp_path / "step-1"):

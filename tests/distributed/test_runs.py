@@ -31,7 +31,7 @@ from allmlp.data.dataset import DatasetSplits, ImageDataset
 from allmlp.data.decode import UnreadableImage
 from allmlp.data.stores import ArrayStore
 from allmlp.distributed.context import SINGLE_PROCESS, DistributedContext
-from allmlp.distributed.parallelize import shard, whole
+from allmlp.distributed.parallelize import full_model, shard
 from allmlp.errors import UserError
 from allmlp.evaluation.classification import Classification, classify
 from allmlp.model import Mixer
@@ -97,7 +97,7 @@ def trained(
     """What a run leaves, as arrays and numbers. ``kind``: float64, float32, or float16 with gradients scaled."""
     settings = recipe(**changes)
     check_ranks(settings, context.world_size)
-    source = DatasetSplits(parts={"train": part(24, 0, bad), "val": part(7, 1)}, classes=CLASSES, how="made")
+    source = DatasetSplits(splits={"train": part(24, 0, bad), "val": part(7, 1)}, classes=CLASSES, description="made")
     begin = prepare(settings)
     model = begin.build_meta(CLASSES).to(DTYPES.get(kind, torch.float32))
     if shared:
@@ -109,7 +109,7 @@ def trained(
     def examine(model: Mixer, name: str) -> Classification:
         seen.append(
             classify(
-                model, source.parts[name], device=CPU, precision=precision, batch_size=3, workers=0, context=context
+                model, source.splits[name], device=CPU, precision=precision, batch_size=3, workers=0, context=context
             )
         )
         return seen[-1]
@@ -121,7 +121,7 @@ def trained(
     done = fit(settings, out, source, model, CPU, precision, examine, Silent(), control)
     return {
         "weights": {name: p.detach().numpy().copy() for name, p in done.model.named_parameters()},
-        "trained": {name: p.detach().numpy().copy() for name, p in whole(model).named_parameters()},
+        "trained": {name: p.detach().numpy().copy() for name, p in full_model(model).named_parameters()},
         "losses": [record["loss"] for record in done.metrics if "loss" in record],
         "norms": [[record["gradient_norm"], record["update_norm"]] for record in done.metrics if "loss" in record],
         "val": [(record["step"], record["val_top1"]) for record in done.metrics if "val_top1" in record],
@@ -162,7 +162,7 @@ CASES: dict[str, dict[str, Any]] = {
     "recomputed": {"recompute": True, "micro_batch_size": 2, **MASKED, **MIXED, **SGD},
     "sigmoid": {"loss": "sigmoid", "head_bias": -2.0, "label_smoothing": 0.1, **MIXED, **SGD},
     "smoothed": {"label_smoothing": 0.2, "decay": "cosine", **SGD},
-    "averaged, the best kept": {"polyak": 0.5, "keep": "best", "patience": 2, "evaluate_every_steps": 1, **SGD},
+    "averaged, the best kept": {"ema_decay": 0.5, "keep": "best", "patience": 2, "evaluate_every_steps": 1, **SGD},
 }
 BAD = (0, 1, 2, 5, 8, 9, 17)  # unevenly among ranks and micro-batches
 
@@ -233,7 +233,7 @@ def test_a_step_of_unreadable_images_alone_moves_nothing_on_any_rank(shared: boo
 
 
 def test_three_ranks_with_shares_of_odd_sizes(tmp_path: Path) -> None:
-    changes = {**MASKED, **MIXED, **SGD, "micro_batch_size": 2, "polyak": 0.9}
+    changes = {**MASKED, **MIXED, **SGD, "micro_batch_size": 2, "ema_decay": 0.9}
     expected = trained(SINGLE_PROCESS, False, tmp_path / "alone", changes, BAD, "float64")
     for found in values(trained, 3, True, tmp_path / "three", changes, BAD, "float64"):
         compare(found, expected)
@@ -247,7 +247,7 @@ def test_a_frozen_body_stays_bit_for_bit_on_all_ranks(shared: bool, recompute: b
     path = tmp_path / "weights.safetensors"
     save(model, path)
     sizes = dict.fromkeys(("patch_size", "num_blocks", "hidden_dim", "tokens_mlp_dim", "channels_mlp_dim"))
-    changes = {**sizes, "weights": str(path), "frozen": True, "recompute": recompute, "polyak": 0.5, **MASKED, **SGD}
+    changes = {**sizes, "weights": str(path), "frozen": True, "recompute": recompute, "ema_decay": 0.5, **MASKED, **SGD}
     expected = trained(SINGLE_PROCESS, False, tmp_path / "alone", changes, (), "float64")
     before = {name: p.detach().numpy() for name, p in model.named_parameters()}
     for found in values(trained, 2, shared, tmp_path / "two", changes, (), "float64"):
@@ -297,7 +297,7 @@ def evaluated(context: DistributedContext, images: int, bad: tuple[int, ...], ba
     return [(a.dtype.str, a.shape, a.tobytes()) for a in arrays], found.loss.hex(), found.unreadable
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("world_size", [2, 3])
 def test_an_evaluation_is_the_same_to_the_last_bit_on_any_number_of_ranks(world_size: int) -> None:
     asked = []
     for images, batch_size in itertools.product([1, 2, 5, 16, 17], [1, 4, 256]):

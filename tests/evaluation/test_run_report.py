@@ -70,17 +70,17 @@ def test_the_examples_of_a_run_were_never_trained_on(digits_run) -> None:
     files = sorted((digits_run.out / "examples").iterdir())
     assert [path.name for path in files] == [f"{i}-{i}.png" for i in range(8)]
     source = load_source("digits")
-    test = source.part("test")
+    test = source.split("test")
     for path in files:
         label = int(path.stem.split("-")[1])
         with Image.open(path) as image:
             shown = np.asarray(image)
-        found = [i for i in range(len(test)) if np.array_equal(np.asarray(test.image(i)), shown)]
+        found = [i for i in range(len(test)) if np.array_equal(np.asarray(test.read(i)), shown)]
         assert any(test.labels[i] == label for i in found)
 
 
 def test_the_report_of_a_run_shows_its_test_images(digits_run) -> None:
     page = (digits_run.out / "report.html").read_text()
-    test = load_source("digits").part("test")
+    test = load_source("digits").split("test")
     assert sum(name in page for name in test.names) >= 24
-    assert not any(name in page for name in load_source("digits").part("train").names)
+    assert not any(name in page for name in load_source("digits").split("train").names)

@@ -365,4 +365,4 @@ def test_a_fine_tuning_twin_trains(name: str, weights: str, tmp_path: Path) -> N
         assert done.summary["steps"] == 1
         assert done.metrics[0]["loss"] == pytest.approx(torch.tensor(10.0).log().item(), rel=1e-5)  # a head of zeros
         assert moved(done.model, start(done.source.classes))
-        assert set(done.source.parts) == ({"train", "test"} if one is recipe else {"train", "val"})
+        assert set(done.source.splits) == ({"train", "test"} if one is recipe else {"train", "val"})

@@ -169,8 +169,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "noisy": {**NOISY, "mix_group_size": 4, "randaugment": 10.0, "color_jitter": 0.4},
     "micro-batches": {"micro_batch_size": 4, "recompute": True, "dropout": 0.2},
     "sgd without momentum": {"optimizer": "sgd", "learning_rate": 0.1, "momentum": 0.0},
-    "polyak": {"polyak": 0.9},
-    "polyak of sgd": {"polyak": 0.5, "optimizer": "sgd", "learning_rate": 0.1, "keep": "best"},
+    "ema": {"ema_decay": 0.9},
+    "ema of sgd": {"ema_decay": 0.5, "optimizer": "sgd", "learning_rate": 0.1, "keep": "best"},
     "float16": {"precision": "float16", "learning_rate": 0.05},
     "one checkpoint": {"keep_checkpoints": 1, "keep": "best"},
     "cosine, sigmoid": {"decay": "cosine", "loss": "sigmoid", "head_bias": -2.0, "warmup_steps": 0},
@@ -252,7 +252,7 @@ def test_an_error_before_the_first_checkpoint_leaves_nothing(tmp_path: Path) -> 
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("changes", [{}, {"keep": "best", "polyak": 0.5}])
+@pytest.mark.parametrize("changes", [{}, {"keep": "best", "ema_decay": 0.5}])
 def test_a_run_that_is_complete_but_for_its_report(changes: dict[str, Any], tmp_path: Path, whole: Whole) -> None:
     settings = recipe(**changes)
     shutil.copytree(whole(settings), tmp_path / "run")
@@ -352,8 +352,8 @@ def test_images_that_could_not_be_read_are_remembered(
     whole = images["source"]
     order = permutation(0, 2, 24)  # of the third epoch, whose first half is step 5
     bad = {f"{i:03d}" for i in order[:2]}
-    spoilt = dataclasses.replace(whole.parts["train"], store=Spoilt(whole.parts["train"].store, bad))  # pyright: ignore[reportArgumentType]
-    images["source"] = dataclasses.replace(whole, parts=whole.parts | {"train": spoilt})
+    spoilt = dataclasses.replace(whole.splits["train"], store=Spoilt(whole.splits["train"].store, bad))  # pyright: ignore[reportArgumentType]
+    images["source"] = dataclasses.replace(whole, splits=whole.splits | {"train": spoilt})
     settings = recipe(save_every_steps=1, max_unreadable_fraction=0.1)
     train(settings, tmp_path / "whole", resume=False)
     with pytest.raises(Ended):
@@ -430,7 +430,7 @@ def test_what_may_differ_is_taken_over(tmp_path: Path) -> None:
 
 def other_source(how: str) -> DatasetSplits:
     whole = source(train=24, val=6, test=6)
-    train = whole.parts["train"]
+    train = whole.splits["train"]
     changed = {
         "one less": lambda: train.subset(np.arange(23)),
         "one more": lambda: part(25, 0),
@@ -438,14 +438,14 @@ def other_source(how: str) -> DatasetSplits:
         "another order": lambda: train.subset(np.array([1, 0, *range(2, 24)])),
         "another label": lambda: dataclasses.replace(train, labels=np.array([1, *train.labels[1:]])),
     }[how]()
-    return dataclasses.replace(whole, parts=whole.parts | {"train": changed})
+    return dataclasses.replace(whole, splits=whole.splits | {"train": changed})
 
 
 @pytest.mark.parametrize("how", ["one less", "one more", "another name", "another order", "another label"])
 def test_other_data_is_refused(how: str, tmp_path: Path, images: dict[str, DatasetSplits]) -> None:
     out = begun(tmp_path / "run")
     images["source"] = other_source(how)
-    counts = f"24 training images then, {len(images['source'].parts['train'])} now"
+    counts = f"24 training images then, {len(images['source'].splits['train'])} now"
     refused(
         recipe(save_every_steps=1, data="moved"),
         out,
@@ -458,21 +458,21 @@ def test_other_data_is_refused(how: str, tmp_path: Path, images: dict[str, Datas
 def test_other_classes_are_refused(tmp_path: Path, images: dict[str, DatasetSplits]) -> None:
     out = begun(tmp_path / "run")
     for classes in (("a", "b", "d"), ("a", "c", "b"), ("a", "b", "c", "d")):
-        parts = {k: dataclasses.replace(v, classes=classes) for k, v in source(train=24, val=6, test=6).parts.items()}
-        images["source"] = DatasetSplits(parts=parts, classes=classes, how="made")
+        parts = {k: dataclasses.replace(v, classes=classes) for k, v in source(train=24, val=6, test=6).splits.items()}
+        images["source"] = DatasetSplits(splits=parts, classes=classes, description="made")
         refused(recipe(save_every_steps=1), out, "was trained on the classes a, b, c: the data has others")
 
 
 def test_the_pixels_and_the_place_of_the_data_may_move(tmp_path: Path, images: dict[str, DatasetSplits]) -> None:
     out = begun(tmp_path / "run")
     moved = source(train=24, val=6, test=6)
-    images["source"] = dataclasses.replace(moved, how="elsewhere")
+    images["source"] = dataclasses.replace(moved, description="elsewhere")
     assert train(recipe(save_every_steps=1, data="elsewhere"), out).summary["data"] == "elsewhere"
 
 
 def test_a_fingerprint_is_of_names_labels_and_order() -> None:
     def told(part: ImageDataset) -> dict[str, Any]:
-        return fingerprint(DatasetSplits(parts={"train": part, "test": part}, classes=CLASSES, how="made"))
+        return fingerprint(DatasetSplits(splits={"train": part, "test": part}, classes=CLASSES, description="made"))
 
     plain = part(24, 0)
     assert told(plain) == told(part(24, 1))  # pixels are not looked at
@@ -538,7 +538,7 @@ def interrupt(number: int) -> Callable[[], None]:
     ],
 )
 def test_a_signal_ends_a_run_that_can_be_gone_on_with(
-    at: int | str, number: signal.SignalState, tmp_path: Path, whole: Whole
+    at: int | str, number: signal.Signals, tmp_path: Path, whole: Whole
 ) -> None:
     settings, out, scores = recipe(), tmp_path / "run", Scored(0.5)
     status = 128 + number
@@ -592,7 +592,11 @@ def test_a_diverged_run_diverges_again_at_the_same_step(tmp_path: Path) -> None:
 def test_from_weights_with_a_frozen_body(tmp_path: Path, whole: Whole) -> None:
     save(prepare(recipe())(CLASSES), tmp_path / "weights.safetensors")
     sizes = ("patch_size", "num_blocks", "hidden_dim", "tokens_mlp_dim", "channels_mlp_dim")
-    changes = dict.fromkeys(sizes) | {"weights": str(tmp_path / "weights.safetensors"), "frozen": True, "polyak": 0.5}
+    changes = dict.fromkeys(sizes) | {
+        "weights": str(tmp_path / "weights.safetensors"),
+        "frozen": True,
+        "ema_decay": 0.5,
+    }
     settings = recipe(save_every_steps=1, **changes)
     with pytest.raises(Ended):
         train(settings, tmp_path / "run", progress=Ends(4))
@@ -603,7 +607,7 @@ def test_from_weights_with_a_frozen_body(tmp_path: Path, whole: Whole) -> None:
 # the state itself
 
 
-@pytest.mark.parametrize("changes", [{}, {"optimizer": "sgd"}, {"polyak": 0.9}], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"optimizer": "sgd"}, {"ema_decay": 0.9}], ids=str)
 @pytest.mark.parametrize("half", [False, True])
 def test_all_that_changes_from_step_to_step_comes_back(changes: dict[str, Any], half: bool, tmp_path: Path) -> None:
     def make(seed: int) -> TrainingState:
@@ -634,7 +638,7 @@ def test_all_that_changes_from_step_to_step_comes_back(changes: dict[str, Any], 
     assert same(before.tensors(), after.tensors())
     assert after.update.scaler.state_dict() == before.update.scaler.state_dict()
     assert float(after.update.overflows) == 5
-    kinds = {"model", "optimizer"} | ({"average"} if "polyak" in changes else set())
+    kinds = {"model", "optimizer"} | ({"average"} if "ema_decay" in changes else set())
     assert {key.split(".")[0] for key in before.tensors()} == kinds
     for number in (4, 5):
         for state in (before, after):

@@ -49,7 +49,7 @@ def part(images: int, seed: int) -> ImageDataset:
 def source(**parts: int) -> DatasetSplits:
     counts = parts or {"train": 24, "val": 6}
     return DatasetSplits(
-        parts={name: part(n, i) for i, (name, n) in enumerate(counts.items())}, classes=CLASSES, how="made"
+        splits={name: part(n, i) for i, (name, n) in enumerate(counts.items())}, classes=CLASSES, description="made"
     )
 
 
@@ -85,7 +85,7 @@ class Watched:
     ) -> None:
         self.steps: list[dict[str, Tensor]] = []
         self.shown: list[dict[str, Tensor]] = []
-        self.parts: list[str] = []
+        self.splits: list[str] = []
         self.messages: list[tuple[int, int]] = []
         self.scores = top1
         (out / "checkpoints").mkdir(parents=True)
@@ -99,9 +99,9 @@ class Watched:
 
     def examine(self, model: Mixer, name: str) -> Any:
         self.shown.append(state(model))
-        self.parts.append(name)
+        self.splits.append(name)
         if self.scores is None:
-            return classify(model, self.data.parts[name], device=CPU, precision=torch.float32)
+            return classify(model, self.data.splits[name], device=CPU, precision=torch.float32)
         return SimpleNamespace(top1=self.scores[min(len(self.shown), len(self.scores)) - 1], loss=1.0, unreadable={})
 
     def fit(self) -> FitResult[Any]:
@@ -118,7 +118,7 @@ def test_a_plain_run_ends_with_the_last_weights(tmp_path: Path) -> None:
     seen, fitted = watched(tmp_path / "run")
     assert (fitted.steps, fitted.kept_step, fitted.warmup_steps, fitted.compiled) == (6, 6, 1, False)
     assert seen.messages == [(i, 6) for i in range(1, 7)]
-    assert seen.parts == ["val"] * 3
+    assert seen.splits == ["val"] * 3
     assert fitted.model is seen.model
     assert same(state(fitted.model), seen.steps[-1])
     assert same(state(load(tmp_path / "run/checkpoints/last.safetensors")), seen.steps[-1])
@@ -150,7 +150,7 @@ def test_the_polyak_average_is_the_one_by_hand(decay: float, tmp_path: Path) -> 
     assert decay == 0 or not same(state(fitted.model), seen.steps[-1])
 
 
-@pytest.mark.parametrize("polyak", [None, 0.5])
+@pytest.mark.parametrize("ema_decay", [None, 0.5])
 def test_the_best_is_kept(ema_decay: float | None, tmp_path: Path) -> None:
     seen, fitted = watched(tmp_path / "run", [0.2, 0.7, 0.7, 0.7], keep="best", ema_decay=ema_decay)
     assert (fitted.steps, fitted.kept_step) == (6, 4)  # the first of equals
@@ -193,7 +193,7 @@ def test_steps_override_epochs(tmp_path: Path) -> None:
     seen, fitted = watched(tmp_path / "run", steps=3, epochs=100)
     assert fitted.steps == 3
     assert len(seen.steps) == 3
-    assert seen.parts == ["val"] * 2  # after an epoch, and at the end
+    assert seen.splits == ["val"] * 2  # after an epoch, and at the end
     rates = [line["learning_rate"] for line in fitted.metrics if "learning_rate" in line]
     assert rates == pytest.approx([0.01, 0.01 * 2 / 3, 0.01 / 3])  # the schedule has their length
 
@@ -217,7 +217,7 @@ def test_a_frozen_body_stays_bit_for_bit(optimizer: str, tmp_path: Path) -> None
     save(trained.model, tmp_path / "weights.safetensors")
     sizes = ("patch_size", "num_blocks", "hidden_dim", "tokens_mlp_dim", "channels_mlp_dim")
     changes: dict[str, Any] = dict.fromkeys(sizes) | {"weights": str(tmp_path / "weights.safetensors"), "frozen": True}
-    options = {"dropout": 0.2, "stochastic_depth": 0.2, "polyak": 0.9, "recompute": True, "optimizer": optimizer}
+    options = {"dropout": 0.2, "stochastic_depth": 0.2, "ema_decay": 0.9, "recompute": True, "optimizer": optimizer}
     _, fitted = watched(tmp_path / "run", **changes | options)
     before, after = state(trained.model), state(fitted.model)
     changed = {name for name in before if not torch.equal(before[name], after[name])}
@@ -271,7 +271,7 @@ def test_float16_is_trained_with_scaled_gradients(tmp_path: Path) -> None:
 # What goes wrong
 
 
-@pytest.mark.parametrize("polyak", [None, 0.9])
+@pytest.mark.parametrize("ema_decay", [None, 0.9])
 def test_a_diverging_run_says_so_and_leaves_the_last_good_weights(ema_decay: float | None, tmp_path: Path) -> None:
     seen = Watched(tmp_path / "run", recipe(learning_rate=1e30, warmup_steps=0, ema_decay=ema_decay))
     with pytest.raises(RunError) as caught:
@@ -316,7 +316,7 @@ def test_a_whole_run_of_everything_at_once(tmp_path: Path, monkeypatch: pytest.M
     assert done.summary["val_top1"] == done.results["val"].top1
     assert same(state(load(tmp_path / "run/model.safetensors")), state(done.model))
     again = classify(
-        load(tmp_path / "run/model.safetensors"), done.source.parts["val"], device=CPU, precision=torch.float32
+        load(tmp_path / "run/model.safetensors"), done.source.splits["val"], device=CPU, precision=torch.float32
     )
     assert again.top1 == done.summary["val_top1"]
 

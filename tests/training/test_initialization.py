@@ -356,7 +356,13 @@ def test_what_a_run_saves(weights: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"polyak": 0.5}, {"recompute": True}, {"micro_batch_size": 16}, {"optimizer": "adamw", "weight_decay": 0.5}],
+    [
+        {},
+        {"ema_decay": 0.5},
+        {"recompute": True},
+        {"micro_batch_size": 16},
+        {"optimizer": "adamw", "weight_decay": 0.5},
+    ],
     ids=str,
 )
 def test_a_frozen_run_changes_the_head_and_not_a_bit_of_the_rest(

@@ -30,7 +30,7 @@ def wait_until(true: Callable[[], object], seconds: float = 10.0) -> None:
 
 
 @pytest.mark.parametrize("number", BOTH)
-def test_the_first_signal_is_noted_and_nothing_else_happens(number: signal.SignalState) -> None:
+def test_the_first_signal_is_noted_and_nothing_else_happens(number: signal.Signals) -> None:
     with deferred_signals() as signals:
         assert signals.received == 0
         os.kill(os.getpid(), number)
@@ -123,7 +123,7 @@ def test_in_another_thread_nothing_is_changed() -> None:
 
 
 @pytest.mark.parametrize("number", BOTH)
-def test_a_forked_child_has_signals_of_its_own(number: signal.SignalState) -> None:
+def test_a_forked_child_has_signals_of_its_own(number: signal.Signals) -> None:
     """What is sent to a process that loads images is not the run's."""
     with deferred_signals() as signals:
         child = os.fork()
@@ -200,7 +200,7 @@ def test_nothing_is_asked_for(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_saves_and_stops(number: signal.SignalState, status: int, tmp_path: Path) -> None:
+def test_a_signal_saves_and_stops(number: signal.Signals, status: int, tmp_path: Path) -> None:
     signals = SignalState()
     asks = control(tmp_path, signals)
     signals.hear(number)

@@ -467,22 +467,22 @@ def test_the_search_sees_no_test_image_and_the_last_runs_all_training_images(
     one = Real(out, watch=at.append)
     summary = transfer(real(colour_weights, photographs, learning_rates=(0.1, 0.01), seeds=2), out, one)
     given = load_source(str(photographs))
-    training = set(given.part("train").names)
+    training = set(given.split("train").names)
     assert at == ["search/rate-0.1", "search/rate-0.01", "seed-0", "seed-1"]
     for run in at[:2]:
-        parts = one.sources[run].parts
+        parts = one.sources[run].splits
         assert set(parts) == {"train", "val"}
         assert len(parts["val"]) == 5  # a quarter of each class
         assert {*parts["train"].names, *parts["val"].names} == training
         assert not {*parts["train"].names} & {*parts["val"].names}
         assert opened[run] <= training
         assert opened[run] >= {*parts["val"].names}
-        assert parts["val"].names == one.sources[at[0]].parts["val"].names  # all rates are compared on the same images
+        assert parts["val"].names == one.sources[at[0]].splits["val"].names  # all rates are compared on the same images
         assert json.loads((out / run / "summary.json").read_text())["test_top1"] is None
     for run in at[2:]:
-        assert set(one.sources[run].part("train").names) == training
+        assert set(one.sources[run].split("train").names) == training
         assert opened[run] >= training  # 32 images are drawn, of 20
-        assert opened[run] >= set(given.part("test").names)
+        assert opened[run] >= set(given.split("test").names)
     assert summary["images"] == {"train": 20, "val": 4, "test": 6}
     assert len(summary["test_top1s"]) == 2
 
@@ -492,9 +492,9 @@ def test_images_are_held_out_in_place_of_validation_not_beside_it(val_fraction: 
     """Whatever --val-fraction says of the runs after the search."""
     whole = read_source(Recipe(data=DataRecipe(data="digits", val_fraction=0.0)))
     held = read_source(Recipe(data=DataRecipe(data="digits", val_fraction=val_fraction, holdout=0.3)))
-    assert set(held.parts) == {"train", "val"}
-    assert {*held.part("train").names, *held.part("val").names} == set(whole.part("train").names)
-    assert len(held.part("val")) == pytest.approx(0.3 * len(whole.part("train")), abs=10)
+    assert set(held.splits) == {"train", "val"}
+    assert {*held.split("train").names, *held.split("val").names} == set(whole.split("train").names)
+    assert len(held.split("val")) == pytest.approx(0.3 * len(whole.split("train")), abs=10)
 
 
 def test_interrupted_amid_training_it_ends_with_the_same_weights(

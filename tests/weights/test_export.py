@@ -265,7 +265,7 @@ VIEWS = {"mean": Preprocessing(mean=(0.1, 0.2, 0.3)), "std": Preprocessing(std=(
 
 
 @pytest.mark.parametrize(
-    ("to", "options", "card", "telling"),
+    ("to", "options", "metadata", "telling"),
     [
         ("npz", {"gelu": "erf"}, Metadata(), ["the erf GELU", "the authors' layout means tanh", "approximate=False"]),
         (

@@ -94,7 +94,7 @@ class CheckpointManager:
         failure, self.failure = self.failure, None
         if isinstance(failure, OSError):
             failure = RunError(f"old checkpoints in {self.folder} cannot be removed ({failure.strerror or failure})")
-        told = [other for other in self.context.gather(None if failure is None else str(failure)) if other]
+        told = [other for other in self.context.all_gather(None if failure is None else str(failure)) if other]
         if told:
             raise RunError(told[0]) from failure
 

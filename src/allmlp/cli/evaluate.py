@@ -62,7 +62,7 @@ def run(args: Sequence[str]) -> None:
     trained = told if isinstance(told, dict) else {}
     split = {key: trained[key] for key in ("val_fraction", "test_fraction", "split_seed") if key in trained}
     source = load_source(chosen.data, max_pixels=chosen.max_pixels, **split)
-    part, head = source.part(chosen.part), model.config["num_classes"]
+    part, head = source.split(chosen.part), model.config["num_classes"]
     synsets = synset_names(head)
     if (
         model.metadata.classes == tuple(synsets.values()) and set(part.classes) <= synsets.keys()
@@ -86,14 +86,14 @@ def run(args: Sequence[str]) -> None:
                 {
                     "weights": chosen.weights,
                     "image_size": list(model.image_size),
-                    "data": source.how,
+                    "data": source.description,
                     "part": chosen.part,
                     **describe(result),
                 }
             )
         )
     else:
-        show(result, f"{chosen.part} part of {source.how}")
+        show(result, f"{chosen.part} part of {source.description}")
         if chosen.part != "all" and trained.get("data") != chosen.data:
             print("(not the data these weights were trained on: --part all evaluates on every image of it)")
     if result.unreadable:

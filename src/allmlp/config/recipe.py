@@ -235,7 +235,7 @@ def check(recipe: Recipe) -> Recipe:
         "beta1": recipe.optimization.beta1,
         "beta2": recipe.optimization.beta2,
         "momentum": recipe.optimization.momentum,
-        "polyak": recipe.optimization.ema_decay,
+        "ema_decay": recipe.optimization.ema_decay,
         "holdout": recipe.data.holdout,
     }
     for name, value in fractions.items():

@@ -24,7 +24,7 @@ class ImageDataset:
     def __len__(self) -> int:
         return len(self.names)
 
-    def image(self, index: int, min_side: int | None = None) -> Image.Image:
+    def read(self, index: int, min_side: int | None = None) -> Image.Image:
         """Upright RGB; a JPEG perhaps at a fraction of its size, its shorter side still of ``enough`` pixels."""
         return self.store.open(self.names[index], self.max_pixels, min_side)
 
@@ -49,16 +49,16 @@ class ImageDataset:
 class DatasetSplits:
     """The parts that are there ("train", "val", "test"), and how they came about, in words for the user."""
 
-    parts: dict[str, ImageDataset]
+    splits: dict[str, ImageDataset]
     classes: tuple[str, ...]
-    how: str
+    description: str
     left_out: dict[str, int] = field(default_factory=dict)  # files that are no images, by ending
 
-    def part(self, name: str) -> ImageDataset:
+    def split(self, name: str) -> ImageDataset:
         if name == "all":
-            first = next(iter(self.parts.values()))
-            labels = np.concatenate([part.labels for part in self.parts.values()])
-            return replace(first, names=tuple(n for part in self.parts.values() for n in part.names), labels=labels)
-        if name not in self.parts:
-            raise UserError(f"there is no {name} part in this source: it has {', '.join(self.parts)}, or all")
-        return self.parts[name]
+            first = next(iter(self.splits.values()))
+            labels = np.concatenate([part.labels for part in self.splits.values()])
+            return replace(first, names=tuple(n for part in self.splits.values() for n in part.names), labels=labels)
+        if name not in self.splits:
+            raise UserError(f"there is no {name} part in this source: it has {', '.join(self.splits)}, or all")
+        return self.splits[name]

@@ -47,7 +47,7 @@ class ViewedDataset(Dataset):
         label = int(self.part.labels[index])
         try:
             return (
-                self.view(self.part.image(index, self.view.min_side), sample_generator(self.seed, epoch, index)),
+                self.view(self.part.read(index, self.view.min_side), sample_generator(self.seed, epoch, index)),
                 label,
                 index,
                 None,

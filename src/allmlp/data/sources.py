@@ -99,12 +99,12 @@ def cut(
         if unknown:
             raise UserError(f"class {unknown[0]!r} is in {name} but not in {first}: add its images there, or remove it")
     ordered = {name: part.relabelled(classes) for name, part in ordered.items()}
-    return DatasetSplits(parts=ordered, classes=classes, how=how, left_out=left_out)
+    return DatasetSplits(splits=ordered, classes=classes, description=how, left_out=left_out)
 
 
 def hold_out(source: DatasetSplits, fraction: float, seed: int) -> DatasetSplits:
     """For choosing settings: train and val both cut from the source's train; its own val and test are left out."""
-    train = source.part("train")
+    train = source.split("train")
     kept, val = stratified(train.labels, train.names, fraction, seed)
     if not len(val):
         raise UserError(
@@ -112,8 +112,8 @@ def hold_out(source: DatasetSplits, fraction: float, seed: int) -> DatasetSplits
             "--learning-rate instead of choosing"
         )
     parts = {"train": train.subset(kept), "val": train.subset(val)}
-    how = f"{source.how}; {fraction:.0%} of each training class held out to choose by (split seed {seed})"
-    return replace(source, parts=parts, how=how)
+    how = f"{source.description}; {fraction:.0%} of each training class held out to choose by (split seed {seed})"
+    return replace(source, splits=parts, description=how)
 
 
 def read_tree(store: FolderStore | ZipStore, source: str) -> tuple[dict[str, ImageDataset], dict[str, int]]:

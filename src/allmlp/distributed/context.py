@@ -65,7 +65,7 @@ class DistributedContext:
         dist.all_reduce(total)
         return total / self.world_size
 
-    def gather(self, value: T) -> list[T]:
+    def all_gather(self, value: T) -> list[T]:
         """Every rank's value, in the order of the ranks."""
         if self.world_size == 1:
             return [value]
@@ -78,7 +78,7 @@ class DistributedContext:
         if self.world_size == 1:
             return action()
         outcome: list[Any] = [None, None]
-        if self.first:
+        if self.is_rank0:
             try:
                 outcome[0] = action()
             except (UserError, RunError, OSError) as error:
@@ -88,7 +88,7 @@ class DistributedContext:
             raise outcome[1]
         return outcome[0]
 
-    def device(self, named: torch.device) -> torch.device:
+    def local_device(self, named: torch.device) -> torch.device:
         """This process's own, of the kind that is named."""
         return torch.device("cuda", self.local_rank) if self.world_size > 1 and named.type == "cuda" else named
 
@@ -105,7 +105,7 @@ class DistributedContext:
                 done.append(action())
             except (UserError, RunError, OSError) as error:
                 failure = error
-        failures = [error for error in self.gather(failure) if error is not None]
+        failures = [error for error in self.all_gather(failure) if error is not None]
         if failures:
             raise failures[0]
         return done[0] if done else action()

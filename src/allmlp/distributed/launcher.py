@@ -97,7 +97,7 @@ def wait_for(children: Sequence[subprocess.Popen[bytes]], first_rank: int = 0) -
                 continue
             del running[rank]
             if code < 0 and -code not in SIGNALS:
-                tell(f"rank {rank} was ended by signal {-code} ({signal.SignalState(-code).name})")
+                tell(f"rank {rank} was ended by signal {-code} ({signal.Signals(-code).name})")
             if code and not status:
                 status = code if code > 0 else 128 - code if -code in SIGNALS else 1
                 deadline = time.monotonic() + (LAST_SAVE if status in STOPPED else GRACE)

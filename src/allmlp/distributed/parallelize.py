@@ -25,9 +25,9 @@ def shard(model: Mixer, context: DistributedContext, device: torch.device) -> No
         fully_shard(module, mesh=mesh, reshard_after_forward=True)  # else a change by hand would miss a whole copy
 
 
-def put(parameter: Tensor, value: Tensor) -> None:
+def copy_to_shard(parameter: Tensor, value: Tensor) -> None:
     """Copies a whole value into a parameter, or its share into a sharded one."""
-    target = local(parameter.detach())
+    target = local_shard(parameter.detach())
     if isinstance(parameter, DTensor):
         shares = value.chunk(parameter.device_mesh.size())
         rank = parameter.device_mesh.get_local_rank()
@@ -35,12 +35,12 @@ def put(parameter: Tensor, value: Tensor) -> None:
     target.copy_(value)
 
 
-def local(tensor: Tensor) -> Tensor:
+def local_shard(tensor: Tensor) -> Tensor:
     """This process's share of a sharded tensor; another tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def whole(model: Mixer) -> Mixer:
+def full_model(model: Mixer) -> Mixer:
     """The model with all of its parameters: itself, unless it is sharded. All ranks must call this."""
     if not isinstance(model, FSDPModule):
         return model

@@ -106,7 +106,7 @@ def classify(
             found.append(([column[batch.valid].numpy() for column in columns], problems))
             done += len(batch.valid) * context.world_size
             on_progress(min(done, len(part)), len(part))
-    world_size = context.gather(found)
+    world_size = context.all_gather(found)
     in_order = [world_size[i % context.world_size][i // context.world_size] for i in range(sum(map(len, world_size)))]
     unreadable = {name: problem for _, problems in in_order for name, problem in problems.items()}
     if len(unreadable) == len(part):

@@ -64,7 +64,7 @@ def example(result: Classification, row: int) -> Example:
     index, classes = int(result.indices[row]), result.part.classes
     best = zip(result.best[row, :3], result.probabilities[row, :3], strict=True)
     return Example(
-        image=result.part.image(index),
+        image=result.part.read(index),
         name=result.part.names[index],
         label=classes[result.labels[row]],
         predictions=tuple((classes[label], float(probability)) for label, probability in best),

@@ -101,7 +101,7 @@ def fingerprint(source: DatasetSplits) -> dict[str, Any]:
     """Of which images are trained on and validated with, in which order, under which labels."""
     told = {}
     for name in ("train", "val"):
-        if (part := source.parts.get(name)) is not None:
+        if (part := source.splits.get(name)) is not None:
             names = hashlib.sha256("\0".join(part.names).encode(errors="surrogateescape"))
             names.update(np.ascontiguousarray(part.labels, dtype="<i8").tobytes())
             told[name] = {"count": len(part), "sha256": names.hexdigest()}

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from allmlp.distributed.parallelize import local
+from allmlp.distributed.parallelize import local_shard
 
 
 class EMA:
@@ -48,4 +48,6 @@ class EMA:
             average.copy_(kept)
 
     def pairs(self) -> tuple[list[Tensor], list[Tensor]]:
-        return [local(t) for t in self.tensors.values()], [local(p.detach()) for p in self.parameters.values()]
+        return [local_shard(t) for t in self.tensors.values()], [
+            local_shard(p.detach()) for p in self.parameters.values()
+        ]

@@ -19,7 +19,7 @@ from allmlp.data.mixup import Mixing
 from allmlp.data.randaugment import RandAugment
 from allmlp.data.transforms import TrainingView
 from allmlp.distributed.context import SINGLE_PROCESS, DistributedContext
-from allmlp.distributed.parallelize import is_sharded, whole
+from allmlp.distributed.parallelize import full_model, is_sharded
 from allmlp.errors import RunError
 from allmlp.flops import cost
 from allmlp.model import Mixer
@@ -94,7 +94,7 @@ def fit(
     """
     control = control or Control.unattended(recipe, out)
     context, settings = control.context, recipe.optimization
-    steps, warmup_steps = lengths(settings, len(source.parts["train"]))
+    steps, warmup_steps = lengths(settings, len(source.splits["train"]))
     part = micro_batch(settings, context.world_size)
     average = None if settings.ema_decay is None else EMA(model, settings.ema_decay)
     if settings.recompute:
@@ -218,7 +218,7 @@ def make_batches(
     context: DistributedContext = SINGLE_PROCESS,
 ) -> DataLoader:
     """This process's micro-batches of the steps that are still to be made."""
-    images, part = source.parts["train"], micro_batch(recipe.optimization, context.world_size)
+    images, part = source.splits["train"], micro_batch(recipe.optimization, context.world_size)
     accumulate = recipe.optimization.global_batch_size // (part * context.world_size)
     workers = recipe.data.workers
     return training_batches(
@@ -269,7 +269,7 @@ def stop_if_failed(state: TrainingState, out: Path, context: DistributedContext)
     if step:
         path = out / "checkpoints" / "last.safetensors"
         with state.shown():
-            model = whole(state.model)
+            model = full_model(state.model)
             context.broadcast_from_rank0(lambda: save(model, path, step=int(step) - 1))
         raise Diverged(
             f"step {step:.0f}: loss {loss:g}, gradient norm {norm:g}: training has diverged; lower --learning-rate or "

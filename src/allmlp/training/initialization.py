@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from allmlp.config.recipe import DataRecipe, Recipe, to_json_object
-from allmlp.distributed.parallelize import put
+from allmlp.distributed.parallelize import copy_to_shard
 from allmlp.errors import UserError
 from allmlp.metadata import Metadata, Preprocessing
 from allmlp.model import Mixer, init_weights
@@ -68,7 +68,7 @@ def new(recipe: Recipe, classes: tuple[str, ...]) -> Mixer:
 
 def draw(model: Mixer, recipe: Recipe) -> None:
     """The authors' initial weights, and the recipe's head bias."""
-    init_weights(model, recipe.run.seed, put)
+    init_weights(model, recipe.run.seed, copy_to_shard)
     torch.nn.init.constant_(model.get_parameter("head.bias"), recipe.model.head_bias)
 
 
@@ -80,7 +80,7 @@ def take(model: Mixer, trained: Mixer, head_bias: float = 0.0) -> None:
             if name.startswith("head."):
                 parameter.zero_()
             else:
-                put(parameter, state[name])
+                copy_to_shard(parameter, state[name])
     torch.nn.init.constant_(model.get_parameter("head.bias"), head_bias)
 
 

@@ -99,7 +99,7 @@ def train_steps(
             problems += batch.problems
         size, read, consumed, *asked = context.sum([size, read, consumed, *requests()])
         if read < size:
-            problems = [problem for told in context.gather(problems) for problem in told]
+            problems = [problem for told in context.all_gather(problems) for problem in told]
         factor = size / max(read, 1)  # the mean is over the images that could be read
         total = context.mean(total)
         norm, change = update(step, total, factor, measure(step))

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from allmlp.distributed.parallelize import local
+from allmlp.distributed.parallelize import local_shard
 from allmlp.distributed.parallelize import norm as norm_of
 
 OVERFLOWS = 32  # in a row: the multiplier is then 2⁻¹⁶ of what is reasonable
@@ -52,7 +52,7 @@ class OptimizerStep:
         Returns:
             The gradient's global norm before clipping, and the update's, NaN where it was not measured.
         """
-        gradients = [local(p.grad) for p in self.parameters if p.grad is not None]
+        gradients = [local_shard(p.grad) for p in self.parameters if p.grad is not None]
         if self.scaler.is_enabled():
             stop = (self.failure[0] > 0) | ~loss.isfinite()
             scale(gradients, torch.where(stop, float("nan"), 1.0))  # at which the scaler leaves the step out
@@ -66,12 +66,12 @@ class OptimizerStep:
         self.failure = torch.where((self.failure[0] == 0) & ~good, seen, self.failure)
         if self.clip_norm is not None:
             scale(gradients, (self.clip_norm / norm).clamp(max=1))
-        before = [local(p.detach()).clone() for p in self.parameters] if measure else []
+        before = [local_shard(p.detach()).clone() for p in self.parameters] if measure else []
         self.step()
         self.optimizer.zero_grad(set_to_none=True)
         if not measure:
             return norm, torch.full((), float("nan"))
-        changes = [local(p.detach()) - b for p, b in zip(self.parameters, before, strict=True)]
+        changes = [local_shard(p.detach()) - b for p, b in zip(self.parameters, before, strict=True)]
         return norm, norm_of(changes, self.shared)
 
     def step(self) -> None:

@@ -85,7 +85,7 @@ def train(
         raise UserError(f"{out} exists: go on with it by --resume {out}, name another folder with --out, or remove it")
     if context.broadcast_from_rank0(lambda: out.exists() and not out.is_dir()):
         raise UserError(f"{out} is a file: name a folder with --out")
-    device = context.device(select_device(recipe.run.device))
+    device = context.local_device(select_device(recipe.run.device))
     precision = select_precision(recipe.run.precision, device)
     start = prepare(recipe)  # a mistake in the sizes is told before any data is read
     if device.type == "cpu":
@@ -125,7 +125,7 @@ def train(
                 progress.update(done, total, f"evaluating on {part}")
 
             return evaluate(
-                model, source.parts[part], device=device, precision=precision, on_progress=show, context=context
+                model, source.splits[part], device=device, precision=precision, on_progress=show, context=context
             )
 
         fitted = fit(recipe, out, source, model, device, precision, examine, progress, control, found)
@@ -133,7 +133,7 @@ def train(
         results = {"val": fitted.val} if fitted.val else {}
         if context.is_rank0:
             save(model, out / "model.safetensors", **origin)
-        results |= {"test": examine(model, "test")} if "test" in source.parts else {}
+        results |= {"test": examine(model, "test")} if "test" in source.splits else {}
         summary = summarise(recipe, source, model, fitted, results, device, precision, context) | origin
         measured = {key: summary[key] for key in ("data", "split", "epochs", "val_top1", "test_top1")}
         if context.is_rank0:
@@ -161,13 +161,13 @@ def summarise(
         "started_from": recipe.model.weights,
         "parameters": sum(p.numel() for p in model.parameters()),
         "data": recipe.data.data,
-        "split": source.how,
-        "images": {name: len(part) for name, part in source.parts.items()},
+        "split": source.description,
+        "images": {name: len(part) for name, part in source.splits.items()},
         "left_out": source.left_out,
         "steps": fitted.steps,
         "kept_step": fitted.kept_step,
         "warmup_steps": fitted.warmup_steps,
-        "epochs": images / len(source.parts["train"]),
+        "epochs": images / len(source.splits["train"]),
         "images_per_second": images / fitted.step_seconds,
         "train_seconds": fitted.compile_seconds + fitted.step_seconds,
         "compile_seconds": fitted.compile_seconds,
@@ -190,11 +190,11 @@ def read_source(recipe: Recipe) -> DatasetSplits:
     source = find_source(recipe)
     if data.holdout:
         source = hold_out(source, data.holdout, data.split_seed)
-    parts = ", ".join(f"{len(part):,} {name}" for name, part in source.parts.items())
-    log.info("%s: %d classes; images: %s", source.how, len(source.classes), parts)
+    parts = ", ".join(f"{len(part):,} {name}" for name, part in source.splits.items())
+    log.info("%s: %d classes; images: %s", source.description, len(source.classes), parts)
     for ending, count in source.left_out.items():
         log.warning("%d files left out: %s", count, ending)
-    source.part("train")
+    source.split("train")
     if len(source.classes) < 2:
         raise UserError(f"{data.data} has one class, {', '.join(source.classes)}: a classifier needs at least two")
     require_validation(recipe, source)
@@ -221,7 +221,7 @@ def check_validation(recipe: Recipe) -> None:
 def require_validation(recipe: Recipe, source: DatasetSplits) -> None:
     chooses = {"--keep best": recipe.run.keep == "best", "--patience": recipe.run.patience is not None}
     for choice, asked in chooses.items():
-        if asked and "val" not in source.parts:
+        if asked and "val" not in source.splits:
             raise UserError(f"{choice} goes by validation images, and there are none: give a --val-fraction above 0")
 
 

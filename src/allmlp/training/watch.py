@@ -11,7 +11,7 @@ from allmlp.config.recipe import Recipe
 from allmlp.data.dataset import DatasetSplits
 from allmlp.data.loader import Batch, UnreadableImages
 from allmlp.distributed.context import DistributedContext
-from allmlp.distributed.parallelize import whole
+from allmlp.distributed.parallelize import full_model
 from allmlp.model import Mixer
 from allmlp.runs.provenance import peak_memory
 from allmlp.runs.records import Records
@@ -76,11 +76,11 @@ class Watch(Generic[R]):
         self.model, self.shown, self.examine, self.progress, self.records = model, shown, examine, progress, records
         self.folder, self.run, self.steps = out / "checkpoints", recipe.run, steps
         self.context, self.batches = context, batches
-        self.batch_size, images = recipe.optimization.global_batch_size, len(source.parts["train"])
-        self.epochs_a_step, self.validates = self.batch_size / images, "val" in source.parts
+        self.batch_size, images = recipe.optimization.global_batch_size, len(source.splits["train"])
+        self.epochs_a_step, self.validates = self.batch_size / images, "val" in source.splits
         by_epochs = max(round(recipe.run.evaluate_every_epochs / self.epochs_a_step), 1)
         self.evaluate_every = recipe.run.evaluate_every_steps or by_epochs
-        self.unreadable = UnreadableImages(source.parts["train"], recipe.data.max_unreadable_fraction)
+        self.unreadable = UnreadableImages(source.splits["train"], recipe.data.max_unreadable_fraction)
         self.step, self.since_best, self.seconds, self.text = 0, 0, 0.0, "starting"
         self.loss: float | None = None
         self.val: R | None = None
@@ -148,7 +148,7 @@ class Watch(Generic[R]):
         self.seconds += self.clock.seconds
         epoch = self.step * self.epochs_a_step
         with self.shown():
-            model = whole(self.model)
+            model = full_model(self.model)
             if self.validates:
                 self.validate(model, epoch)
             self.export(model, "last.safetensors", epoch=epoch)
@@ -172,7 +172,7 @@ class Watch(Generic[R]):
     def keep(self, which: Literal["last", "best"]) -> tuple[Mixer, int, R | None]:
         """The model that is the run's result, the step whose weights it has, and what it reached on validation."""
         if which == "last" or self.best is None or self.best[0] == self.step:
-            return whole(self.model), self.step, self.val
+            return full_model(self.model), self.step, self.val
         self.context.sum([0])  # all wait until the first rank has written the file
         best = load(self.folder / "best.safetensors").to(self.model.stem.weight.device)
         return best, best.metadata.provenance["step"], self.examine(best, "val")
