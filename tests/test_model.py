@@ -10,6 +10,7 @@ import torch
 from reference import gelu_erf, gelu_tanh, numpy_forward, randomise
 from torch import Tensor, nn
 
+from allmlp import rng
 from allmlp.errors import UserError
 from allmlp.model import Mixer, MixerBlock, MlpBlock, gelu
 from allmlp.rng import sample_keys
