@@ -1,4 +1,4 @@
-"""The checkpoints of a run: written while the training goes on, the newest sound one found again, old ones removed."""
+"""The checkpoints of a run: written while training continues, the newest sound one found, old ones removed."""
 
 import logging
 import re
@@ -11,23 +11,23 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
-from allmlp.checkpointing.checkpoint import Damaged, verify, write
+from allmlp.checkpointing.checkpoint import DamagedCheckpoint, verify_checkpoint, write_checkpoint
 from allmlp.distributed.context import DistributedContext
 from allmlp.errors import RunError
 
 log = logging.getLogger(__name__)
 
-LAST_WAIT = 60.0  # seconds
+MAX_WAIT_AFTER_ERROR = 60.0  # seconds
 
 
 class CheckpointManager:
-    """Writes checkpoints of one run, one at a time.
+    """Writes the checkpoints of one run, one at a time. All ranks save together.
 
     Args:
-        folder: of the checkpoints.
-        world: all ranks save together.
-        keep: how many of the newest are kept, beside the best.
-        background: the state is copied, and written by a thread; else the caller waits.
+        folder: holds the checkpoints.
+        context: the ranks.
+        keep: number of newest checkpoints to keep, in addition to the best one.
+        background: copy the state and let a thread write it; otherwise ``save`` returns when it is written.
     """
 
     def __init__(self, folder: Path, context: DistributedContext, keep: int, background: bool = True) -> None:
@@ -42,43 +42,44 @@ class CheckpointManager:
         self.stager = DefaultStager(options)
         self.thread: threading.Thread | None = None
         self.failure: BaseException | None = None
-        self.last = 0  # step of the newest checkpoint, perhaps not yet written to its end
+        self.last_step = 0  # of the newest checkpoint, which may still be being written
 
     def __enter__(self) -> "CheckpointManager":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        """Waits for what is being written; after an error not for ever, and without another."""
+        """Waits for the checkpoint being written; after an error for a limited time and without raising another."""
         if kind is None:
             self.wait()
         elif self.thread is not None:
-            self.thread.join(LAST_WAIT)
+            self.thread.join(MAX_WAIT_AFTER_ERROR)
 
     def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any], best: int | None = None) -> None:
-        """Copies the tensors, and starts to write them and the state as the checkpoint of a step.
+        """Copies the tensors and starts writing the checkpoint of a step. Collective.
 
         Args:
-            step: of the run; its checkpoint is replaced if there is one.
-            tensors: of which a copy is taken before this returns.
+            step: of the run; an existing checkpoint of the step is replaced.
+            tensors: copied before this returns.
             state: JSON values.
-            best: a step whose checkpoint is kept, however old.
+            best: the step whose checkpoint is kept, however old.
 
         Raises:
-            RunError: the checkpoint before this one could not be written; or this one, when not in the background.
+            RunError: the previous checkpoint could not be written; or this one, when not in the background.
         """
         self.wait()
         copies: Any = self.stager.stage(tensors) if self.background else tensors
-        self.last = step
-        self.thread = threading.Thread(target=self.work, args=(step, copies, state, best), name="saver", daemon=True)
+        self.last_step = step
+        self.thread = threading.Thread(target=self.write, args=(step, copies, state, best), name="checkpoint")
+        self.thread.daemon = True
         self.thread.start()
         if not self.background:
             self.wait()
 
-    def work(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any], best: int | None) -> None:
+    def write(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any], best: int | None) -> None:
         try:
-            write(self.folder / name(step), tensors, state, self.context)
+            write_checkpoint(self.folder / checkpoint_name(step), tensors, state, self.context)
             if self.context.is_rank0:
-                retain(self.folder, self.keep, {step, best})
+                remove_old(self.folder, self.keep, {step, best})
         except BaseException as error:
             self.failure = error
 
@@ -87,84 +88,87 @@ class CheckpointManager:
         return self.failure is not None
 
     def wait(self) -> None:
-        """Until the checkpoint that is being written is there; a failure of any rank is raised on all, once."""
+        """Waits until the checkpoint is written; a failure on any rank is raised once, on all. Collective."""
         if self.thread is not None:
             self.thread.join()
             self.thread = None
         failure, self.failure = self.failure, None
         if isinstance(failure, OSError):
-            failure = RunError(f"old checkpoints in {self.folder} cannot be removed ({failure.strerror or failure})")
-        told = [other for other in self.context.all_gather(None if failure is None else str(failure)) if other]
-        if told:
-            raise RunError(told[0]) from failure
+            reason = failure.strerror or failure
+            failure = RunError(f"old checkpoints in {self.folder} cannot be removed ({reason}): check the permissions")
+        failures = [text for text in self.context.all_gather(None if failure is None else str(failure)) if text]
+        if failures:
+            raise RunError(failures[0]) from failure
 
 
-def name(step: int) -> str:
+def checkpoint_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
 def steps_in(folder: Path) -> dict[int, Path]:
-    """Step → checkpoint, the newest first."""
+    """Step → checkpoint, newest first."""
     found = {int(m[1]): p for p in folder.glob("step-*") if (m := re.fullmatch(r"step-(\d+)", p.name)) and p.is_dir()}
     return dict(sorted(found.items(), reverse=True))
 
 
-def retain(folder: Path, keep: int, others: set[int | None]) -> None:
-    """Removes all but the newest checkpoints and the other steps named; each is renamed first, so that none is ever
-    there in part."""
+def remove_old(folder: Path, keep: int, others: set[int | None]) -> None:
+    """Removes all but the newest checkpoints and the given other steps.
+
+    Each is renamed before it is deleted, so that a checkpoint's name never refers to an incomplete one.
+    """
     for step, path in list(steps_in(folder).items())[keep:]:
         if step not in others:
-            going = path.with_name(f".{path.name}.removed")
-            shutil.rmtree(going, ignore_errors=True)
-            path.rename(going)
-            remove(going)
+            removed = path.with_name(f".{path.name}.removed")
+            shutil.rmtree(removed, ignore_errors=True)
+            path.rename(removed)
+            remove(removed)
 
 
 def remove(path: Path) -> None:
-    """A checkpoint, or a link to one that lies elsewhere."""
+    """Removes a checkpoint, or a link to one that is stored elsewhere."""
     if path.is_symlink() or path.is_file():
         path.unlink()
     else:
         shutil.rmtree(path)
 
 
-def tidy(folder: Path) -> None:
-    """Removes what a killed run left half-written or half-removed, and finishes what it had almost done."""
+def clean_up(folder: Path) -> None:
+    """Removes what a killed run left half-written or half-removed, and finishes an interrupted replacement."""
     for pattern in (".step-*.partial", ".step-*.removed", ".best.safetensors.*", ".last.safetensors.*"):
-        for rest in folder.glob(pattern):
-            remove(rest)
-    for replaced in folder.glob(".step-*.replaced"):  # killed between two renames
-        place = folder / replaced.name[1:].removesuffix(".replaced")
-        if place.exists():
+        for leftover in folder.glob(pattern):
+            remove(leftover)
+    for replaced in folder.glob(".step-*.replaced"):  # killed between the two renames of a replacement
+        path = folder / replaced.name[1:].removesuffix(".replaced")
+        if path.exists():
             shutil.rmtree(replaced, ignore_errors=True)
         else:
-            replaced.rename(place)
+            replaced.rename(path)
 
 
-def newest(folder: Path, trusted: bool = False) -> tuple[Path, dict[str, Any]] | None:
-    """The newest sound checkpoint and its state; None where there is no checkpoint. Damaged ones are named in the log.
+def newest_sound(folder: Path, trusted: bool = False) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint that verifies, and its state; None without checkpoints. Damaged ones are logged.
 
     Raises:
-        RunError: there are checkpoints, and none is sound.
-        UserError: the newest sound one is not of this user's own.
+        RunError: there are checkpoints, but all are damaged.
+        UserError: the newest sound one was not written by this user, or by another version.
     """
     damaged = []
     for step, path in steps_in(folder).items():
         try:
-            state = verify(path, trusted)
+            state = verify_checkpoint(path, trusted)
             if state["step"] != step:
-                raise Damaged(f"{path} is a copy of step {state['step']}")
+                raise DamagedCheckpoint(f"{path} is a copy of step {state['step']}")
             return path, state
-        except Damaged as error:
+        except DamagedCheckpoint as error:
             damaged.append(str(error))
-            log.warning("%s: an older checkpoint is used", error)
+            log.warning("%s: falling back to an older checkpoint", error)
     if damaged:
-        raise RunError(f"none of the {len(damaged)} checkpoints in {folder} is sound ({damaged[0]}): train again")
+        raise RunError(f"all {len(damaged)} checkpoints in {folder} are damaged ({damaged[0]}): train again")
     return None
 
 
-def set_aside(folder: Path, step: int) -> None:
-    """Renames the (damaged) checkpoints after a step, so that they are neither counted nor taken again."""
+def set_aside_damaged(folder: Path, step: int) -> None:
+    """Renames the (damaged) checkpoints after a step, so that they are neither counted nor read again."""
     for later, path in steps_in(folder).items():
         if later > step:
             shutil.rmtree(aside := path.with_name(f"damaged-{path.name}"), ignore_errors=True)

@@ -1,7 +1,7 @@
-"""Which checkpoints this user's own runs wrote, on this machine or one that shares its home folder.
+"""Recognizes checkpoints that this user's own runs wrote, on this machine or one with the same home folder.
 
-Loading a checkpoint can execute code (the metadata of torch.distributed.checkpoint are pickled), so each manifest is
-signed with a key that only this user can read; weights to exchange are safetensors, which hold no code.
+Loading a checkpoint can execute code (torch.distributed.checkpoint pickles its metadata), so each manifest is signed
+with a key that only this user can read. Weights are exchanged as safetensors files, which hold no code.
 """
 
 import functools
@@ -17,7 +17,7 @@ from allmlp.files import sync_folder
 
 log = logging.getLogger(__name__)
 
-LENGTH = 32  # bytes of a key
+KEY_BYTES = 32
 
 
 def key_file() -> Path:
@@ -26,13 +26,13 @@ def key_file() -> Path:
 
 
 def key() -> bytes | None:
-    """The user's, made when it is first needed; None where there is no place for it."""
+    """This user's key, created when it is first needed; None when there is no folder to keep it in."""
     try:
         path = key_file()
-        if not is_key(path):
-            make(path)
+        if not is_complete(path):
+            create(path)
         return path.read_bytes()
-    except (OSError, RuntimeError) as error:  # the latter: a user without a home folder
+    except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home folder
         warn(str(error))
         return None
 
@@ -40,33 +40,33 @@ def key() -> bytes | None:
 @functools.cache
 def warn(reason: str) -> None:
     log.warning(
-        "checkpoints are not signed, so going on from them needs --trust-checkpoint (%s): let XDG_STATE_HOME name a "
-        "folder that can be written",
+        "checkpoints are not signed, so resuming from them needs --trust-checkpoint (%s): set XDG_STATE_HOME to a "
+        "writable folder",
         reason,
     )
 
 
-def is_key(path: Path) -> bool:
-    """Whether a whole one is there; a machine that lost its power may have left an empty file."""
-    return path.exists() and path.stat().st_size == LENGTH
+def is_complete(path: Path) -> bool:
+    """Whether the file holds a whole key; a power failure may have left it empty."""
+    return path.exists() and path.stat().st_size == KEY_BYTES
 
 
-def make(path: Path) -> None:
-    """Whole at once, synced, readable by its owner alone; where another process was faster, its key stays."""
+def create(path: Path) -> None:
+    """Writes a new key atomically, readable by its owner alone; a key that another process wrote first is kept."""
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    handle, temporary = tempfile.mkstemp(dir=path.parent)  # which makes it 0600
+    handle, temporary = tempfile.mkstemp(dir=path.parent)  # created with mode 0600
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(secrets.token_bytes(LENGTH))
+            file.write(secrets.token_bytes(KEY_BYTES))
             file.flush()
             os.fsync(file.fileno())
-        if path.exists() and not is_key(path):
+        if path.exists() and not is_complete(path):
             path.unlink()
         try:
             os.link(temporary, path)
         except FileExistsError:
             pass
-        except OSError:  # a file system without such links
+        except OSError:  # a file system without hard links
             Path(temporary).replace(path)
         sync_folder(path.parent)
     finally:
@@ -74,12 +74,12 @@ def make(path: Path) -> None:
 
 
 def signature(text: str) -> str | None:
-    """Of a manifest; None without a key."""
+    """The signature of a manifest's text; None without a key."""
     secret = key()
     return None if secret is None else hmac.new(secret, text.encode(), hashlib.sha256).hexdigest()
 
 
-def written_here(text: str, signed: object) -> bool:
+def written_by_this_user(text: str, signed: object) -> bool:
     expected = signature(text)
     if expected is None or not isinstance(signed, str):
         return False

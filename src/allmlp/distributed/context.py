@@ -1,6 +1,6 @@
-"""The processes of a run: who this one is, and how all of them come to the same decision.
+"""Which process of a run this is, and the collective operations by which all of them act alike.
 
-One process is a world of its own; nothing here then communicates, and the code that uses it is the same.
+A single process uses the same code: its context communicates with nobody.
 """
 
 import contextlib
@@ -14,18 +14,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from allmlp.distributed.watchdog import CONNECTING, PATIENCE, Watchdog, connect_store
+from allmlp.distributed.watchdog import CONNECT_TIMEOUT, SLOW_TIMEOUT, Watchdog, connect_store
 from allmlp.errors import RunError, UserError
 
 T = TypeVar("T")
-AFTER_THE_WATCHDOG = timedelta(minutes=2)  # until PyTorch itself gives up, which cannot say for whom it waited
+AFTER_WATCHDOG = timedelta(minutes=2)  # PyTorch's own timeout comes later: it cannot say which rank was missing
 
 
 @dataclass(frozen=True, kw_only=True)
 class DistributedContext:
-    """Rank ``rank`` of ``ranks``; of them ``local_ranks`` on this machine, where this one is ``local_rank``.
+    """Rank ``rank`` of ``world_size``; on its machine it is ``local_rank`` of ``local_world_size``.
 
-    Ranks share a file system. Methods that communicate must be called by all ranks, in the same order.
+    All ranks share a file system. Collective methods must be called by all ranks, in the same order.
     """
 
     rank: int = 0
@@ -33,32 +33,32 @@ class DistributedContext:
     local_rank: int = 0
     local_world_size: int = 1
     watchdog: Watchdog | None = None
-    saving: Any = None  # the process group of checkpoints, which are written beside the training
-    control: Any = None  # the process group of the host's own small messages
+    checkpoint_group: Any = None  # process group of checkpoints, which are written while training continues
+    control_group: Any = None  # process group of small messages between the hosts
 
     @property
     def is_rank0(self) -> bool:
-        """Whether this is the one that writes, draws and speaks for all."""
+        """Whether this process writes files and logs for all."""
         return self.rank == 0
 
-    def heartbeat(self, doing: str, slow: bool = False) -> None:
-        """Says what this process does from now on; one that says nothing new for too long ends the run.
+    def heartbeat(self, activity: str, slow: bool = False) -> None:
+        """Reports progress to the watchdog, which ends the run when a rank makes none for too long.
 
-        ``slow``: it may take an hour (compiling, reading a large folder).
+        ``slow``: the activity may take an hour without any progress to report (compiling, reading a large folder).
         """
         if self.watchdog is not None:
-            self.watchdog.heartbeat(doing, slow)
+            self.watchdog.heartbeat(activity, slow)
 
     def sum(self, values: list[int]) -> list[int]:
-        """The sums of each number over all ranks, modulo 2⁶⁴."""
+        """The sum of each number over all ranks, modulo 2⁶⁴."""
         if self.world_size == 1:
             return values
         total = torch.tensor([(value + 2**63) % 2**64 - 2**63 for value in values])
-        dist.all_reduce(total, group=self.control)
+        dist.all_reduce(total, group=self.control_group)
         return total.tolist()
 
     def mean(self, value: Tensor) -> Tensor:
-        """The mean of a device's tensor over all ranks; the host does not wait for it."""
+        """The mean of a device tensor over all ranks; the host does not wait for it."""
         if self.world_size == 1:
             return value
         total = value.clone()
@@ -70,11 +70,11 @@ class DistributedContext:
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value, group=self.control)
+        dist.all_gather_object(values, value, group=self.control_group)
         return values
 
     def broadcast_from_rank0(self, action: Callable[[], T]) -> T:
-        """The first rank's outcome, for all: what it returns, or a failure that it can tell."""
+        """Runs the action on rank 0; every rank returns its result, or raises its UserError, RunError or OSError."""
         if self.world_size == 1:
             return action()
         outcome: list[Any] = [None, None]
@@ -83,19 +83,15 @@ class DistributedContext:
                 outcome[0] = action()
             except (UserError, RunError, OSError) as error:
                 outcome[1] = error
-        dist.broadcast_object_list(outcome, src=0, group=self.control)
+        dist.broadcast_object_list(outcome, src=0, group=self.control_group)
         if outcome[1] is not None:
             raise outcome[1]
         return outcome[0]
 
-    def local_device(self, named: torch.device) -> torch.device:
-        """This process's own, of the kind that is named."""
-        return torch.device("cuda", self.local_rank) if self.world_size > 1 and named.type == "cuda" else named
-
     def local_rank0_first(self, action: Callable[[], T]) -> T:
-        """What the action returns; one process of each machine does it before the others: what it downloads, they find.
+        """Runs the action on one process of each machine, then on the others, which find what the first downloaded.
 
-        A failure of one of these is raised on all.
+        A failure of one of the first processes is raised on all ranks.
         """
         if self.world_size == 1:
             return action()
@@ -110,56 +106,60 @@ class DistributedContext:
             raise failures[0]
         return done[0] if done else action()
 
+    def local_device(self, device: torch.device) -> torch.device:
+        """The device of this process: with several processes on GPUs, the one with its local rank."""
+        return torch.device("cuda", self.local_rank) if self.world_size > 1 and device.type == "cuda" else device
+
 
 SINGLE_PROCESS = DistributedContext()
 
 
 @contextlib.contextmanager
 def init_distributed(timeout_seconds: float, device: str = "auto") -> Iterator[DistributedContext]:
-    """The world of the processes that torchrun, or ``--processes``, has started; of this one alone where none has.
+    """Joins the processes that torchrun or ``--processes`` started; without any, the context of this process alone.
 
     Args:
-        timeout_seconds: without any progress, after which the run ends and the stuck rank is named.
-        device: the recipe's: each process takes a GPU of its own, unless it is the CPU.
+        timeout_seconds: without progress for so long, the run ends and the stuck rank is named.
+        device: as in the recipe. Each process takes a GPU of its own, unless this is the CPU.
 
     Raises:
-        UserError: variables of the environment that say which process this is are missing, or no numbers.
+        UserError: environment variables that identify the process are missing or not numbers.
     """
-    world_size = number_of("WORLD_SIZE", 1)
+    world_size = environment_number("WORLD_SIZE", 1)
     if world_size == 1:
         yield SINGLE_PROCESS
         return
-    rank, local_rank = number_of("RANK"), number_of("LOCAL_RANK", 0)
+    rank, local_rank = environment_number("RANK"), environment_number("LOCAL_RANK", 0)
     if not os.environ.get("MASTER_ADDR"):
-        raise UserError("MASTER_ADDR is not set: start the run by --processes or torchrun, or unset WORLD_SIZE")
-    number_of("MASTER_PORT")
+        raise UserError("MASTER_ADDR is not set: start the run with --processes or torchrun, or unset WORLD_SIZE")
+    environment_number("MASTER_PORT")
     on_gpus = torch.cuda.is_available() and not device.startswith("cpu")
     if on_gpus:
         torch.cuda.set_device(local_rank)
-    timeout = timedelta(seconds=max(timeout_seconds, PATIENCE)) + AFTER_THE_WATCHDOG
-    backend, place = "cpu:gloo,cuda:nccl" if on_gpus else "gloo", connect_store(timeout, opens=rank == 0)
-    dist.init_process_group(backend, store=place, rank=rank, world_size=world_size, timeout=timeout)
-    watchdog = Watchdog(connect_store(CONNECTING), rank, world_size, timeout_seconds)
+    timeout = timedelta(seconds=max(timeout_seconds, SLOW_TIMEOUT)) + AFTER_WATCHDOG
+    backend, store = "cpu:gloo,cuda:nccl" if on_gpus else "gloo", connect_store(timeout, is_server=rank == 0)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    watchdog = Watchdog(connect_store(CONNECT_TIMEOUT), rank, world_size, timeout_seconds)
     context = DistributedContext(
         rank=rank,
         world_size=world_size,
         local_rank=local_rank,
-        local_world_size=number_of("LOCAL_WORLD_SIZE", world_size),
+        local_world_size=environment_number("LOCAL_WORLD_SIZE", world_size),
         watchdog=watchdog,
-        saving=dist.new_group(backend="gloo", timeout=timeout),
-        control=dist.new_group(backend="gloo", timeout=timeout),
+        checkpoint_group=dist.new_group(backend="gloo", timeout=timeout),
+        control_group=dist.new_group(backend="gloo", timeout=timeout),
     )
     with watchdog:
         yield context
-    dist.destroy_process_group()  # only after a good end: with a rank gone, it would wait for it
+    dist.destroy_process_group()  # not after an error: it would wait for a rank that is gone
 
 
-def number_of(variable: str, default: int | None = None) -> int:
-    """A variable of the environment, as torchrun sets it."""
-    told = os.environ.get(variable, "" if default is None else str(default))
-    if not told.isdecimal():
+def environment_number(variable: str, default: int | None = None) -> int:
+    """The value of an environment variable that torchrun sets."""
+    value = os.environ.get(variable, "" if default is None else str(default))
+    if not value.isdecimal():
         raise UserError(
-            f"{variable}={told!r} in the environment: a number that says which of several processes this is; start the "
-            "run by --processes or torchrun, or unset WORLD_SIZE and RANK"
+            f"environment variable {variable}={value!r}: must be a number that identifies one of several processes; "
+            "start the run with --processes or torchrun, or unset WORLD_SIZE and RANK"
         )
-    return int(told)
+    return int(value)

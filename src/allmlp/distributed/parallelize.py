@@ -1,6 +1,6 @@
-"""A model spread over processes: a replica on each (DDP), or sharded block by block (FSDP2).
+"""A model spread over processes: a replica in each (DDP), or sharded block by block (FSDP2).
 
-Applied from outside: the model knows nothing of it. Parameters are sharded along their first axis.
+Applied from outside: the model's own code does not change. Parameters are sharded along their first axis.
 """
 
 import contextlib
@@ -19,47 +19,48 @@ from allmlp.model import Mixer
 
 
 def shard(model: Mixer, context: DistributedContext, device: torch.device) -> None:
-    """From now on each process holds its share of every parameter; blocks are put together where they are computed."""
+    """Leaves each process its shard of every parameter; blocks are gathered where they are computed."""
     mesh = init_device_mesh(device.type, (context.world_size,))
     for module in (*model.blocks, model):
-        fully_shard(module, mesh=mesh, reshard_after_forward=True)  # else a change by hand would miss a whole copy
+        # with a gathered copy kept after the forward pass, changes to the shards (EMA weights) would be missed
+        fully_shard(module, mesh=mesh, reshard_after_forward=True)
 
 
 def copy_to_shard(parameter: Tensor, value: Tensor) -> None:
-    """Copies a whole value into a parameter, or its share into a sharded one."""
+    """Copies a full value into a parameter, or this process's part of it into a sharded one."""
     target = local_shard(parameter.detach())
     if isinstance(parameter, DTensor):
-        shares = value.chunk(parameter.device_mesh.size())
+        shards = value.chunk(parameter.device_mesh.size())
         rank = parameter.device_mesh.get_local_rank()
-        value = shares[rank] if rank < len(shares) else value[:0]
+        value = shards[rank] if rank < len(shards) else value[:0]
     target.copy_(value)
 
 
 def local_shard(tensor: Tensor) -> Tensor:
-    """This process's share of a sharded tensor; another tensor as it is."""
+    """This process's shard of a sharded tensor; any other tensor itself."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def full_model(model: Mixer) -> Mixer:
-    """The model with all of its parameters: itself, unless it is sharded. All ranks must call this."""
+    """A model with all of its parameters: a sharded one is gathered, any other is returned. Collective."""
     if not isinstance(model, FSDPModule):
         return model
     state = {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in model.state_dict().items()}
     with torch.device("meta"):
-        plain = Mixer(**model.config)
-    plain.load_state_dict(state, assign=True)
-    plain.metadata = model.metadata
-    return plain
+        gathered = Mixer(**model.config)
+    gathered.load_state_dict(state, assign=True)
+    gathered.metadata = model.metadata
+    return gathered
 
 
 def is_sharded(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule)
 
 
-def norm(tensors: list[Tensor], shared: bool) -> Tensor:
-    """The global 2-norm; where the tensors are shares, over those of all ranks."""
+def global_norm(tensors: list[Tensor], sharded: bool) -> Tensor:
+    """The 2-norm of all tensors together; of sharded ones, over the shards of all ranks."""
     total = torch.nn.utils.get_total_norm(tensors)
-    if not shared:
+    if not sharded:
         return total
     squares = total.square()
     dist.all_reduce(squares)
@@ -67,14 +68,14 @@ def norm(tensors: list[Tensor], shared: bool) -> Tensor:
 
 
 def replicate(model: Mixer, context: DistributedContext, device: torch.device) -> nn.Module:
-    """What computes gradients that are the means over all ranks: the model itself where it is alone, or sharded."""
+    """A module whose gradients are means over all ranks: the model itself in one process, or when it is sharded."""
     if context.world_size == 1 or isinstance(model, FSDPModule):
         return model
     return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
 
 
 def grad_sync(forward: Callable[..., Tensor], last: bool) -> contextlib.AbstractContextManager[None]:
-    """Around the forward and backward pass of a micro-batch: only a step's last one makes the ranks exchange."""
+    """Surrounds a micro-batch's forward and backward pass: ranks exchange gradients in a step's last one only."""
     if isinstance(forward, FSDPModule):
         forward.set_requires_gradient_sync(last)
     if isinstance(forward, DistributedDataParallel) and not last:

@@ -1,4 +1,4 @@
-"""The folder of a run: made, filled, and taken away again where nothing in it is of use."""
+"""The folder of a run: created, locked, and removed again when a failed run leaves nothing of use in it."""
 
 import contextlib
 import os
@@ -10,37 +10,41 @@ from pathlib import Path
 from allmlp.errors import RunError, Stopped, UserError
 
 LOCK = ".lock"
-HELD: set[Path] = set()  # folders that this process has locked
+LOCKED_HERE: set[Path] = set()  # folders that this process has locked
 
 
-class InUse(UserError):
+class RunInUse(UserError):
     """Another process is training the run."""
 
 
 @contextlib.contextmanager
 def run_folder(out: Path, owner: bool = True, worth_keeping: str = "checkpoints/*") -> Iterator[None]:
-    """Makes the folder, if it is not there; removes it, and those made on the way to it, where the run ends on an error
-    before there is any file worth keeping (a pattern below the folder: its first checkpoint).
+    """Creates the folder; removes it, and the parents created for it, when the block fails with nothing worth keeping.
 
-    A run that a signal stopped is kept in any case. Of several processes, one is the folder's owner.
+    A run stopped by a signal is always kept.
+
+    Args:
+        out: the folder; it may exist.
+        owner: false on all processes but one, which neither create nor remove it.
+        worth_keeping: a glob pattern below the folder; by default, any checkpoint.
     """
     if not owner:
         yield
         return
-    made = [folder for folder in (out, *out.parents) if not folder.exists()]
+    created = [folder for folder in (out, *out.parents) if not folder.exists()]
     was_empty = out.is_dir() and not any(out.iterdir())
     try:
         out.mkdir(parents=True, exist_ok=True)
         yield
-    except (Stopped, InUse):
+    except (Stopped, RunInUse):
         raise
     except BaseException as error:
-        if (made or was_empty) and not any(out.glob(worth_keeping)):
+        if (created or was_empty) and not any(out.glob(worth_keeping)):
             shutil.rmtree(out, ignore_errors=True)
             if was_empty:
                 out.mkdir()
-            for folder in made[1:]:
-                with contextlib.suppress(OSError):  # another run has come to live there
+            for folder in created[1:]:
+                with contextlib.suppress(OSError):  # another run uses it by now
                     folder.rmdir()
         if isinstance(error, OSError):
             raise disk_error(out, error) from error
@@ -48,15 +52,16 @@ def run_folder(out: Path, owner: bool = True, worth_keeping: str = "checkpoints/
 
 
 def disk_error(out: Path, error: OSError) -> RunError:
-    return RunError(f"{out} cannot be written ({error.strerror or error}): free some space, or name another --out")
+    reason = error.strerror or error
+    return RunError(f"{out} cannot be written ({reason}): free some space, or name another folder with --out")
 
 
 @contextlib.contextmanager
 def locked(out: Path, owner: bool = True) -> Iterator[None]:
-    """Within the block nobody else can go on with the run; the lock goes with the process that holds it.
+    """Keeps other processes from training the same run; the operating system releases the lock with the process.
 
     Raises:
-        UserError: another process has it.
+        RunInUse: another process has the lock.
     """
     if not owner or os.name != "posix":
         yield
@@ -64,24 +69,24 @@ def locked(out: Path, owner: bool = True) -> Iterator[None]:
     import fcntl
 
     with (out / LOCK).open("a") as file:
-        for patience in (0.1, 0.4, None):  # somebody may just have asked for the run's status
+        for delay in (0.1, 0.4, None):  # `mixer status` takes the lock for a moment
             try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which, unlike flock, forked workers do not inherit
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not inherited by forked workers
                 break
             except (BlockingIOError, PermissionError):
-                if patience is None:
-                    raise InUse(f"{out} is being trained by another process: wait for it, or end it") from None
-                time.sleep(patience)
-        HELD.add(out.resolve())
+                if delay is None:
+                    raise RunInUse(f"{out} is being trained by another process: wait for it, or end it") from None
+                time.sleep(delay)
+        LOCKED_HERE.add(out.resolve())
         try:
             yield
         finally:
-            HELD.discard(out.resolve())
+            LOCKED_HERE.discard(out.resolve())
 
 
 def is_locked(out: Path) -> bool:
     """Whether a process is training this run. Nothing is written."""
-    if out.resolve() in HELD:  # by this process, which would lose it by opening the file again
+    if out.resolve() in LOCKED_HERE:  # opening and closing the file again would release this process's lock
         return True
     if os.name != "posix":
         return False

@@ -1,4 +1,4 @@
-"""Where a result comes from: hardware, versions, commit."""
+"""The hardware, package versions and commit that a result comes from."""
 
 import functools
 import importlib.metadata
@@ -11,10 +11,10 @@ import torch
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: of the device's allocator on a GPU, of the whole process on a CPU."""
+    """In bytes: of the device's allocator on a GPU, of the whole process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    import resource  # POSIX alone has it
+    import resource  # only on POSIX
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
@@ -27,8 +27,8 @@ def describe_device(device: torch.device) -> str:
 
 
 def current_commit() -> str | None:
-    """Of the checkout this package runs from, "-dirty" where it was changed; None where there is none."""
-    tracked = git("ls-files", "--error-unmatch", Path(__file__).name)  # else the repository is somebody else's
+    """The commit of the checkout this package runs from, with "-dirty" if it has changes; None without a checkout."""
+    tracked = git("ls-files", "--error-unmatch", Path(__file__).name)  # or the repository is another project's
     return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*") if tracked else None
 
 
@@ -40,7 +40,7 @@ def git(*words: str) -> str | None:
     return done.stdout.strip() or None if done.returncode == 0 else None
 
 
-@functools.cache  # it reads about every package that is installed
+@functools.cache  # reading the metadata of all installed packages is slow
 def versions() -> dict[str, str]:
     installed = {found.metadata["Name"].lower(): found.version for found in importlib.metadata.distributions()}
     names = ("allmlp", "torch", "numpy", "pillow")

@@ -1,4 +1,4 @@
-"""What a run writes down as it goes: its numbers, and which images it has consumed."""
+"""What a run writes as it trains: its metrics, and a digest of the images that each step used."""
 
 import contextlib
 import importlib
@@ -6,11 +6,10 @@ import json
 import logging
 import os
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from allmlp.config.recipe import Recipe, to_json_object
 from allmlp.errors import RunError
 from allmlp.files import to_json, write_text
 
@@ -20,69 +19,82 @@ METRICS, CONSUMED = "metrics.jsonl", "consumed.jsonl"
 
 
 class Records:
-    """``metrics.jsonl``, ``consumed.jsonl``, TensorBoard's events and, where asked for, Weights & Biases.
-
-    Going on with a run, the first two are cut back to the checkpoint's step, whose evaluation is still to come.
+    """``metrics.jsonl``, ``consumed.jsonl``, TensorBoard events and, if requested, Weights & Biases.
 
     Args:
         out: the run's folder.
-        recipe: the run's.
-        writes: false on all ranks but the first, which remember what is written and write nothing.
-        step: the checkpoint's; 0 for a new run.
+        wandb_project: of Weights & Biases; None: not used.
+        recipe: as JSON values, for Weights & Biases.
+        writes: whether this process writes them (rank 0); the others keep what they log in memory.
     """
 
-    def __init__(self, out: Path, recipe: Recipe, writes: bool = True, step: int = 0) -> None:
+    def __init__(self, out: Path, wandb_project: str | None, recipe: dict[str, Any], writes: bool = True) -> None:
+        self.out, self.wandb_project, self.recipe, self.writes = out, wandb_project, recipe, writes
         self.metrics: list[dict[str, float]] = []
         self.files: list[Any] = []
-        self.closing: list[Callable[[], Any]] = []
+        self.closers: list[Callable[[], Any]] = []
         self.senders: list[Callable[[dict[str, float], int], Any]] = []
-        if not writes:
-            return
-        self.metrics = cut(out / METRICS, lambda r: r["step"] < step or (r["step"] == step and "val_top1" not in r))
-        cut(out / CONSUMED, lambda r: r["step"] <= step)
-        for name in (METRICS, CONSUMED):
-            self.files.append((out / name).open("a", buffering=1, encoding="utf-8"))
-        self.closing += [file.close for file in self.files]
-        self.open_tensorboard(out / "tensorboard", step)
-        if recipe.run.wandb is not None:
-            self.open_wandb(out, recipe, recipe.run.wandb)
 
-    def open_tensorboard(self, folder: Path, step: int) -> None:
+    @contextlib.contextmanager
+    def open(self, step: int) -> Iterator["Records"]:
+        """Opens the files for a run that continues after ``step`` (0: a new run), cut back to that step.
+
+        The evaluation of that step is removed too: it comes after the checkpoint and is repeated.
+        """
+        try:
+            if self.writes:
+                self.open_files(step)
+                self.open_tensorboard(step)
+                if self.wandb_project is not None:
+                    self.open_wandb(self.wandb_project)
+            yield self
+        finally:
+            for close in self.closers:
+                close()
+
+    def open_files(self, step: int) -> None:
+        self.metrics = truncate(self.out / METRICS, lambda r: r["step"] < step or (r["step"] == step and "loss" in r))
+        truncate(self.out / CONSUMED, lambda r: r["step"] <= step)
+        for name in (METRICS, CONSUMED):
+            self.files.append((self.out / name).open("a", buffering=1, encoding="utf-8"))
+        self.closers += [file.close for file in self.files]
+
+    def open_tensorboard(self, step: int) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            log.info("no TensorBoard events are written: pip install 'allmlp[tensorboard]' for them")
+            log.info("TensorBoard is not installed, so no events are written: pip install 'allmlp[tensorboard]'")
             return
-        board = SummaryWriter(folder, purge_step=step + 1)
+        writer = SummaryWriter(self.out / "tensorboard", purge_step=step + 1)
 
         def send(numbers: dict[str, float], step: int) -> None:
             for key, value in numbers.items():
-                board.add_scalar(key, value, step)
+                writer.add_scalar(key, value, step)
 
         self.senders.append(send)
-        self.closing.append(board.close)
+        self.closers.append(writer.close)
 
-    def open_wandb(self, out: Path, recipe: Recipe, project: str) -> None:
+    def open_wandb(self, project: str) -> None:
         try:
             wandb: Any = importlib.import_module("wandb")
         except ImportError as error:
             raise RunError(f"--wandb {project} needs Weights & Biases: pip install wandb, or leave it out") from error
-        known = out / "wandb.json"  # under which the run is known there, so that it is gone on with
-        if not known.exists():
-            write_text(known, to_json({"id": uuid.uuid4().hex[:12]}) + "\n")
-        there = wandb.init(
+        id_file = self.out / "wandb.json"  # a resumed run continues under the same id
+        if not id_file.exists():
+            write_text(id_file, to_json({"id": uuid.uuid4().hex[:12]}) + "\n")
+        run = wandb.init(
             project=project,
-            name=out.name,
-            id=json.loads(known.read_text(encoding="utf-8"))["id"],
+            name=self.out.name,
+            id=json.loads(id_file.read_text(encoding="utf-8"))["id"],
             resume="allow",
-            dir=str(out),
-            config=to_json_object(recipe),
+            dir=str(self.out),
+            config=self.recipe,
         )
-        self.senders.append(lambda numbers, step: there.log(numbers, step=step))
-        self.closing.append(there.finish)
+        self.senders.append(lambda numbers, step: run.log(numbers, step=step))
+        self.closers.append(run.finish)
 
-    def write(self, record: dict[str, float]) -> None:
-        """A line of metrics.jsonl."""
+    def log_metrics(self, record: dict[str, float]) -> None:
+        """Writes a line of metrics.jsonl."""
         self.metrics.append(record)
         if self.files:
             self.files[0].write(to_json(record) + "\n")
@@ -90,26 +102,19 @@ class Records:
         for send in self.senders:
             send(numbers, int(record["step"]))
 
-    def consume(self, step: int, samples: int, digest: int) -> None:
-        """A line of consumed.jsonl: a step, how many samples of the run it ended at, and a digest of which it took."""
+    def log_samples(self, step: int, samples: int, digest: int) -> None:
+        """Writes a line of consumed.jsonl: a step, the samples used up to its end, and a digest of its images."""
         if self.files:
             self.files[1].write(f'{{"step": {step}, "samples": {samples}, "digest": "{digest:016x}"}}\n')
 
     def sync(self) -> None:
-        """So that no checkpoint is on the disk whose lines are not."""
+        """Flushes to disk, before a checkpoint that relies on these lines is written."""
         for file in self.files:
             os.fsync(file.fileno())
 
-    def __enter__(self) -> "Records":
-        return self
 
-    def __exit__(self, *error: object) -> None:
-        for close in self.closing:
-            close()
-
-
-def cut(path: Path, keep: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
-    """The records to keep, and the file with no others; what a lost machine left at its end goes."""
+def truncate(path: Path, keep: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
+    """Rewrites the file with the records to keep, without an incomplete last line, and returns them."""
     if not path.exists():
         return []
     kept = [(line, record) for line, record in read_lines(path) if keep(record)]
@@ -118,7 +123,7 @@ def cut(path: Path, keep: Callable[[dict[str, Any]], bool]) -> list[dict[str, An
 
 
 def read_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """The lines of a file that are records of a step, whole; and the records."""
+    """The complete lines of a file that are records of a step, each with its record."""
     found = []
     for data in path.read_bytes().split(b"\n")[:-1] if path.is_file() else []:
         with contextlib.suppress(ValueError, RecursionError):

@@ -1,25 +1,24 @@
-"""Going on with a run: the same recipe, the same data, from the newest sound checkpoint."""
+"""Resuming a run: with the same recipe and the same data, from the newest sound checkpoint."""
 
 import hashlib
 import json
 import logging
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from allmlp.checkpointing.manager import newest, set_aside, tidy
+from allmlp.checkpointing.manager import clean_up, newest_sound, set_aside_damaged
 from allmlp.config.recipe import Recipe, flag, from_json, to_json_object
 from allmlp.data.dataset import DatasetSplits
 from allmlp.errors import UserError
 from allmlp.files import to_json, write_text
-from allmlp.training.state import Checkpoint
 
 log = logging.getLogger(__name__)
 
-# What may differ when a run is gone on with: where and how it is computed and watched, not what
-FREE = {
+# Fields that may differ when a run is resumed: they say where and how it is computed and logged, not what
+FREE_FIELDS = {
     "data": ("data", "workers", "max_unreadable_fraction"),
     "optimization": ("micro_batch_size", "recompute"),
     "run": (
@@ -36,50 +35,58 @@ FREE = {
 }
 
 
-def claim(recipe: Recipe, out: Path, trusted: bool) -> Checkpoint | None:
-    """Holds the folder to the recipe, and finds where to go on in it; None: at the start. No run is changed.
+class Checkpoint(NamedTuple):
+    """A verified checkpoint: its folder, and the state that is not tensors."""
+
+    folder: Path
+    state: dict[str, Any]
+
+
+def find_checkpoint(recipe: Recipe, out: Path, trusted: bool) -> Checkpoint | None:
+    """The checkpoint to resume from; None: the run starts at the beginning. The run in the folder is not changed.
 
     Raises:
-        UserError: the folder holds something else, or checkpoints that are not this user's own.
-        RunError: none of its checkpoints is sound.
+        UserError: the folder holds something else, or the checkpoint is not this user's own.
+        RunError: all checkpoints are damaged.
     """
-    hold(recipe, out)
-    tidy(out / "checkpoints")
-    found = newest(out / "checkpoints", trusted)
+    check_same_recipe(recipe, out)
+    clean_up(out / "checkpoints")
+    found = newest_sound(out / "checkpoints", trusted)
     return None if found is None else Checkpoint(*found)
 
 
-def take(recipe: Recipe, out: Path, start: Checkpoint | None) -> None:
-    """Makes the folder the recipe's, once nothing speaks against it."""
+def claim_folder(recipe: Recipe, out: Path, start: Checkpoint | None) -> None:
+    """Writes the recipe into the folder, after every check has passed."""
     write_text(out / "recipe.json", to_json(to_json_object(recipe), indent=2) + "\n")
     (out / "checkpoints").mkdir(exist_ok=True)
     if start is not None:
-        set_aside(out / "checkpoints", start.state["step"])
+        set_aside_damaged(out / "checkpoints", start.state["step"])
 
 
-def finished(recipe: Recipe, out: Path) -> dict[str, Any] | None:
-    """The summary of the run in the folder, where it is complete to its report; None for any other.
+def finished_summary(recipe: Recipe, out: Path) -> dict[str, Any] | None:
+    """The summary of the run in the folder if it is complete, report included; None for any other.
 
     Raises:
         UserError: the folder holds something else.
     """
     if not (out / "summary.json").is_file() or not (out / "report.html").is_file():
         return None
-    hold(recipe, out)
+    check_same_recipe(recipe, out)
     return json.loads((out / "summary.json").read_text(encoding="utf-8"))
 
 
-def hold(recipe: Recipe, out: Path) -> None:
-    """A UserError where the folder holds a run of another recipe, of which the fields are named, or no run."""
+def check_same_recipe(recipe: Recipe, out: Path) -> None:
+    """Raises a UserError when the folder holds no run, or one with another recipe; the differing fields are named."""
     path = out / "recipe.json"
-    others = [e for e in out.iterdir() if not e.name.startswith(".")]  # not the lock, nor half a recipe
+    others = [e for e in out.iterdir() if not e.name.startswith(".")]  # without the lock and a half-written recipe
     if [e.name for e in others] == ["checkpoints"] and others[0].is_dir() and not any(others[0].iterdir()):
         others = []
     if (out / "transfer.json").exists() or (others and not path.is_file()):
-        raise UserError(f"{out} exists and holds no run to go on with: name another folder with --out")
+        raise UserError(f"{out} exists and holds no run that can be resumed: name another folder with --out")
     if path.is_file():
-        before, now = (to_json_object(fixed(r)) for r in (from_json(path), recipe))
-        changed = [flag(f) for section in ("model", *FREE) for f, v in before[section].items() if v != now[section][f]]
+        before, now = (to_json_object(without_free_fields(r)) for r in (from_json(path), recipe))
+        sections = ("model", *FREE_FIELDS)
+        changed = [flag(f) for section in sections for f, v in before[section].items() if v != now[section][f]]
         if changed:
             raise UserError(
                 f"{out} is a run with another {', '.join(changed)}: repeat its options (they are in {path}), or start "
@@ -87,40 +94,40 @@ def hold(recipe: Recipe, out: Path) -> None:
             )
 
 
-def fixed(recipe: Recipe) -> Recipe:
-    """The recipe without what may differ, and without its name, which is no more than a name."""
-    plain = Recipe()
+def without_free_fields(recipe: Recipe) -> Recipe:
+    """The recipe with its name and the fields that may differ at their defaults."""
+    default = Recipe()
     sections = {
-        section: replace(getattr(recipe, section), **{name: getattr(getattr(plain, section), name) for name in names})
-        for section, names in FREE.items()
+        section: replace(getattr(recipe, section), **{name: getattr(getattr(default, section), name) for name in names})
+        for section, names in FREE_FIELDS.items()
     }
-    return replace(recipe, name=plain.name, **sections)
+    return replace(recipe, name=default.name, **sections)
 
 
-def fingerprint(source: DatasetSplits) -> dict[str, Any]:
-    """Of which images are trained on and validated with, in which order, under which labels."""
-    told = {}
+def fingerprint(data: DatasetSplits) -> dict[str, Any]:
+    """The number and a digest of the images and labels, in order, that a run trains on and validates with."""
+    found = {}
     for name in ("train", "val"):
-        if (part := source.splits.get(name)) is not None:
-            names = hashlib.sha256("\0".join(part.names).encode(errors="surrogateescape"))
-            names.update(np.ascontiguousarray(part.labels, dtype="<i8").tobytes())
-            told[name] = {"count": len(part), "sha256": names.hexdigest()}
-    return told
+        if (dataset := data.splits.get(name)) is not None:
+            digest = hashlib.sha256("\0".join(dataset.names).encode(errors="surrogateescape"))
+            digest.update(np.ascontiguousarray(dataset.labels, dtype="<i8").tobytes())
+            found[name] = {"count": len(dataset), "sha256": digest.hexdigest()}
+    return found
 
 
-def check_same(state: dict[str, Any], source: DatasetSplits, precision: str, where: Path) -> None:
-    """Holds a checkpoint to what the run has been given to go on with.
-
-    Raises:
-        UserError: other images or classes.
-    """
-    before, now = state["images"], fingerprint(source)
-    if tuple(state["classes"]) != source.classes:
-        raise UserError(f"{where} was trained on the classes {', '.join(state['classes'][:10])}: the data has others")
-    for part, what in (("train", "training"), ("val", "validation")):
-        if before.get(part) != now.get(part):
-            then, here = (told.get(part, {"count": 0})["count"] for told in (before, now))
-            counts = f"{then:,} {what} images then, {here:,} now"
-            raise UserError(f"the data is not that of {where} ({counts}, or others): restore it, or start a new run")
+def check_same_data(checkpoint: Checkpoint, data: DatasetSplits, precision: str) -> None:
+    """Raises a UserError when the data has other images or classes than the checkpoint's run."""
+    where, state = checkpoint
+    before, now = state["images"], fingerprint(data)
+    if tuple(state["classes"]) != data.classes:
+        classes = ", ".join(state["classes"][:10])
+        raise UserError(f"{where} was trained on the classes {classes}, and the data has others: restore the data")
+    for split, name in (("train", "training"), ("val", "validation")):
+        if before.get(split) != now.get(split):
+            then, here = (found.get(split, {"count": 0})["count"] for found in (before, now))
+            counts = f"{then:,} {name} images then, {here:,} now"
+            raise UserError(
+                f"the data is not that of {where} ({counts}, or different ones): restore it, or start a new run"
+            )
     if state["precision"] != precision:
-        log.warning("the run was in %s until here and goes on in %s (--precision)", state["precision"], precision)
+        log.warning("the run used %s so far and continues in %s (--precision)", state["precision"], precision)

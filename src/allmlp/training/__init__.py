@@ -1,1 +1,1 @@
-"""From a recipe to trained weights."""
+"""Training: from a recipe to a finished run."""

@@ -1,4 +1,4 @@
-"""Polyak averaging (Supplement A.2): weights that follow the trained ones step by step."""
+"""Exponential moving average of the weights (Polyak averaging, Supplement A.2)."""
 
 import contextlib
 from collections.abc import Iterator
@@ -10,11 +10,11 @@ from allmlp.distributed.parallelize import local_shard
 
 
 class EMA:
-    """avg = decay · avg + (1 − decay) · weights, from those of the first step on.
+    """average = decay · average + (1 − decay) · weights after each step, starting from the weights of the first step.
 
     Args:
-        model: whose parameters are followed; sharded ones piece by piece.
-        decay: how much of the average stays at each step.
+        model: whose parameters are averaged; sharded ones shard by shard.
+        decay: share of the average that is kept at each step.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -24,8 +24,8 @@ class EMA:
         self.started = False
 
     def update(self) -> None:
-        """After each step."""
-        averages, weights = self.pairs()
+        """Called after each step."""
+        averages, weights = self.local_pairs()
         if self.started:
             torch._foreach_lerp_(averages, weights, 1 - self.decay)  # pyright: ignore[reportPrivateImportUsage]
         else:
@@ -33,8 +33,8 @@ class EMA:
         self.started = True
 
     @contextlib.contextmanager
-    def shown(self) -> Iterator[None]:
-        """Within the block the model has the averages for weights."""
+    def swapped_in(self) -> Iterator[None]:
+        """Within the block, the model has the averages as its weights."""
         self.swap()
         try:
             yield
@@ -42,12 +42,12 @@ class EMA:
             self.swap()
 
     def swap(self) -> None:
-        for average, weight in zip(*self.pairs(), strict=True):
-            kept = weight.clone()
+        for average, weight in zip(*self.local_pairs(), strict=True):
+            saved = weight.clone()
             weight.copy_(average)
-            average.copy_(kept)
+            average.copy_(saved)
 
-    def pairs(self) -> tuple[list[Tensor], list[Tensor]]:
-        return [local_shard(t) for t in self.tensors.values()], [
-            local_shard(p.detach()) for p in self.parameters.values()
-        ]
+    def local_pairs(self) -> tuple[list[Tensor], list[Tensor]]:
+        """This process's shards of the averages and of the weights."""
+        averages = [local_shard(t) for t in self.tensors.values()]
+        return averages, [local_shard(p.detach()) for p in self.parameters.values()]

@@ -1,6 +1,6 @@
-"""The paper's losses, one number an image; a batch's loss is their mean over the images.
+"""The paper's losses, one value per image; the loss of a batch is their mean.
 
-Both are linear in the target, so an image mixed from two has the two labels' losses in the same shares.
+Both are linear in the target, so the loss of an image mixed from two is the two labels' losses in the same shares.
 """
 
 from typing import Literal
@@ -20,10 +20,10 @@ def softmax(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
 
 
 def sigmoid(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
-    """Binary cross-entropy of each class by itself, summed over the classes: (B, K) logits, (B,) labels → (B,).
+    """Binary cross-entropy of each class, summed over the classes: (B, K) logits, (B,) labels → (B,).
 
-    The authors pre-train with it, from a head bias of −6.9 (ImageNet) or −10 (ImageNet-21k), at which each class is as
-    improbable at the start as it is rare.
+    The authors pre-train with it. Their head bias of −6.9 (ImageNet) or −10 (ImageNet-21k) makes the initial probability
+    of each class about its frequency.
     """
     target = (1 - smoothing) * logits.gather(1, labels[:, None])[:, 0] + smoothing * logits.mean(1)
     return F.softplus(logits).sum(1) - target

@@ -1,4 +1,4 @@
-"""The paper's optimisers: AdamW, its decay times the learning rate and on kernels only; SGD for fine-tuning."""
+"""The paper's optimizers: AdamW with weight decay on kernels only, times the learning rate; SGD for fine-tuning."""
 
 import torch
 from torch import nn
@@ -7,9 +7,9 @@ from allmlp.distributed.parallelize import is_sharded
 
 
 def adamw(model: nn.Module, *, weight_decay: float, beta1: float, beta2: float) -> torch.optim.AdamW:
-    """Kernels (stem and head too) decay; biases and LayerNorm scales do not. The rate is set at each step.
+    """AdamW that decays kernels (stem and head too), not biases and LayerNorm scales. Each step sets the learning rate.
 
-    Its moments are there from the start, so that they can be saved and loaded before any step.
+    Its moments exist from the start, so that they can be saved and loaded before any step.
     """
     kernels = [p for p in trainable(model) if p.ndim > 1]
     others = [p for p in trainable(model) if p.ndim <= 1]
@@ -22,21 +22,21 @@ def adamw(model: nn.Module, *, weight_decay: float, beta1: float, beta2: float) 
 
 
 def sgd(model: nn.Module, *, momentum: float) -> torch.optim.SGD:
-    """SGD with momentum and no weight decay, as the paper fine-tunes (Section 3). The rate is set at each step.
+    """SGD with momentum and without weight decay, as the paper fine-tunes (Section 3). Each step sets the learning rate.
 
-    PyTorch's fused kernel knows no shares: of a sharded model the parameters are stepped one operation at a time.
+    PyTorch's fused kernel does not support sharded parameters: those are updated by separate operations.
     """
     parameters = trainable(model)
     optimizer = torch.optim.SGD(
         parameters, lr=0.0, momentum=momentum, fused=fusible(parameters[0].device) and not is_sharded(model)
     )
-    for p in parameters if momentum else []:  # where the first step is left out, PyTorch would not set them to zero
+    for p in parameters if momentum else []:  # PyTorch would leave them uninitialized if the first step is skipped
         optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
     return optimizer
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
-    """All parameters, or those of the head alone where the rest is frozen."""
+    """The parameters that are not frozen."""
     return [p for p in model.parameters() if p.requires_grad]
 
 

@@ -1,37 +1,104 @@
-"""What any process of a run may ask of all (to stop, to save, to give up), and how all do it at the same step."""
+"""SIGTERM and SIGINT during training, and how all ranks save, stop or give up at the same step.
 
+A signal is only noted; the run finishes its step, saves and stops. A second signal ends the process at once.
+"""
+
+import contextlib
+import functools
+import multiprocessing
+import os
 import signal
+import threading
 import time
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from allmlp.checkpointing.manager import CheckpointManager
-from allmlp.config.recipe import Recipe
-from allmlp.distributed.context import SINGLE_PROCESS, DistributedContext
+from allmlp.distributed.context import DistributedContext
 from allmlp.errors import Stopped
-from allmlp.training.signals import SignalState
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SAME_REQUEST = 1.0  # seconds: a scheduler and a launcher may both send SIGTERM
+
+
+class SignalState:
+    """``received`` is the first signal that arrived, 0 before."""
+
+    def __init__(self) -> None:
+        self.received = 0
+        self.received_at = 0.0
+
+    def receive(self, number: int) -> None:
+        if not self.received:
+            self.received, self.received_at = number, time.monotonic()
+        elif number != signal.SIGTERM or time.monotonic() - self.received_at > SAME_REQUEST:
+            for child in multiprocessing.active_children():
+                child.kill()
+            os._exit(128 + number)
+
+
+@functools.cache
+def detach_children() -> None:
+    """Keeps forked processes from writing their signals to this process's pipe, which they inherit."""
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
+
+
+@contextlib.contextmanager
+def deferred_signals() -> Iterator[SignalState]:
+    """Within the block, a thread notes signals, even while the main thread is inside a long computation.
+
+    Outside the main thread, where Python cannot set handlers, nothing changes.
+    """
+    state = SignalState()
+    if threading.current_thread() is not threading.main_thread():
+        yield state
+        return
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+
+    def listen() -> None:
+        while (data := os.read(reader, 1)) not in (b"", b"\0"):
+            if data[0] in SIGNALS:
+                state.receive(data[0])
+
+    thread = threading.Thread(target=listen, name="signals", daemon=True)
+    thread.start()
+    detach_children()
+    before = [signal.signal(number, lambda number, frame: None) for number in SIGNALS]
+    wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    try:
+        yield state
+    finally:
+        signal.set_wakeup_fd(wakeup)
+        for number, handler in zip(SIGNALS, before, strict=True):
+            signal.signal(number, handler)
+        os.write(writer, b"\0")
+        thread.join()
+        os.close(reader)
+        os.close(writer)
 
 
 class Requests(NamedTuple):
-    """What travels with each step: of one process, or summed over all."""
+    """What one process asks of all, exchanged with each step; or the sums over all processes."""
 
-    terminate: int  # SIGTERM came
-    interrupt: int  # SIGINT came
-    save: int  # a checkpoint is due
-    failed: int  # one could not be written
+    terminate: int  # SIGTERM was received
+    interrupt: int  # SIGINT was received
+    save: int  # a checkpoint is due by the clock
+    failed: int  # a checkpoint could not be written
 
 
-class Control:
-    """Asks and answers for one process.
+class Preemption:
+    """The requests of this process, and what all ranks do about the requests of any.
 
     Args:
-        world: all ranks.
-        signals: what the operating system wants of this one.
-        saver: whose failure all must learn of.
-        save_seconds: between two checkpoints at the least, by the first rank's clock.
-        resume: the words that go on with the run, for the message of its end.
+        context: all ranks.
+        signals: received by this process.
+        checkpoints: saved when requested; a failure to write one is a request too.
+        save_seconds: a checkpoint is due after so long without one, by the clock of rank 0.
+        resume_command: for the message when the run stops.
     """
 
     def __init__(
@@ -40,59 +107,52 @@ class Control:
         signals: SignalState,
         checkpoints: CheckpointManager,
         save_seconds: float,
-        resume: str,
+        resume_command: str,
     ) -> None:
         self.context, self.signals, self.checkpoints = context, signals, checkpoints
-        self.save_seconds, self.resume = save_seconds, resume
-        self.saved = time.monotonic()
-
-    @classmethod
-    def unattended(cls, recipe: Recipe, out: Path) -> "Control":
-        """Of one process that nobody signals."""
-        checkpoints = CheckpointManager(
-            out / "checkpoints", SINGLE_PROCESS, recipe.run.keep_checkpoints, recipe.run.save_in_background
-        )
-        return cls(SINGLE_PROCESS, SignalState(), checkpoints, 60 * recipe.run.save_every_minutes, "")
+        self.save_seconds, self.resume_command = save_seconds, resume_command
+        self.saved_at = time.monotonic()
 
     def requests(self) -> Requests:
-        """This process's, to be summed over all."""
+        """Of this process."""
         return Requests(
             terminate=int(self.signals.received == signal.SIGTERM),
             interrupt=int(self.signals.received == signal.SIGINT),
-            save=int(self.context.is_rank0 and time.monotonic() - self.saved > self.save_seconds),
+            save=int(self.context.is_rank0 and time.monotonic() - self.saved_at > self.save_seconds),
             failed=int(self.checkpoints.failed),
         )
 
-    def saves(self, asked: list[int]) -> bool:
-        """Whether all are to save at this step: it is time, or the last chance."""
-        all_want = Requests(*asked)
-        return bool(all_want.save or all_want.terminate or all_want.interrupt)
+    def wants_checkpoint(self, requests: list[int]) -> bool:
+        """Whether all ranks are to save now: a checkpoint is due, or the run is about to stop."""
+        total = Requests(*requests)
+        return bool(total.save or total.terminate or total.interrupt)
 
     def save(
         self, step: int, tensors: dict[str, Tensor], state: dict[str, Any], best: tuple[int, float] | None
     ) -> None:
-        """Begins a checkpoint, and with it a new wait for the next that is due."""
+        """Starts a checkpoint, and the clock until the next one is due."""
         self.context.heartbeat(f"saving step {step}")
         self.checkpoints.save(step, tensors, state, None if best is None else best[0])
-        self.saved = time.monotonic()
+        self.saved_at = time.monotonic()
 
-    def heed(self, asked: list[int]) -> None:
-        """Ends the run where a rank was asked to, after its checkpoint is written.
+    def raise_if_requested(self, requests: list[int]) -> None:
+        """Ends the run on all ranks when one of them asked for it, after its checkpoint is written.
 
         Raises:
-            Stopped: on all ranks alike.
+            Stopped: by a signal.
             RunError: a checkpoint could not be written.
         """
-        all_want = Requests(*asked)
-        stop = all_want.terminate or all_want.interrupt
-        if all_want.failed or stop:
+        total = Requests(*requests)
+        stop = total.terminate or total.interrupt
+        if total.failed or stop:
             self.checkpoints.wait()
         if stop:
-            number = signal.SIGTERM if all_want.terminate else signal.SIGINT
+            number = signal.SIGTERM if total.terminate else signal.SIGINT
+            last = self.checkpoints.last_step
             raise Stopped(
-                f"stopped by {number.name} after step {self.checkpoints.last}: resume with {self.resume}", 128 + number
+                f"stopped by {number.name} after step {last}: resume with {self.resume_command}", 128 + number
             )
 
-    def poll(self) -> None:
-        """Between two steps, in an evaluation: asks all, and heeds."""
-        self.heed(self.context.sum([*self.requests()]))
+    def check(self) -> None:
+        """Exchanges requests outside a step, for instance during an evaluation, and acts on them. Collective."""
+        self.raise_if_requested(self.context.sum([*self.requests()]))

@@ -1,18 +1,15 @@
-"""A whole run: from a recipe to the folder that holds all there is to know about it."""
+"""A whole training run: from a recipe to the folder with its weights, metrics and summary."""
 
 import datetime
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic
-
-import torch
+from typing import Any
 
 from allmlp.checkpointing.manager import CheckpointManager
 from allmlp.config.recipe import Recipe, check, check_ranks
 from allmlp.data.dataset import DatasetSplits
-from allmlp.data.sources import hold_out, load_source
 from allmlp.device import select_device, select_precision
 from allmlp.distributed.context import SINGLE_PROCESS, DistributedContext
 from allmlp.distributed.parallelize import shard
@@ -21,80 +18,68 @@ from allmlp.files import to_json, write_text
 from allmlp.model import Mixer
 from allmlp.runs.folder import locked, run_folder
 from allmlp.runs.provenance import current_commit, describe_device, peak_memory, versions
-from allmlp.runs.resume import check_same, claim, take
-from allmlp.training.fit import FitResult, fit
-from allmlp.training.initialization import prepare
+from allmlp.runs.result import RunResult
+from allmlp.runs.resume import check_same_data, claim_folder, find_checkpoint
+from allmlp.training.build import Built, build, build_data, build_initializer
 from allmlp.training.memory import keep_freed_memory
-from allmlp.training.preemption import Control
-from allmlp.training.signals import deferred_signals
-from allmlp.training.watch import Progress, R
+from allmlp.training.preemption import Preemption, deferred_signals
+from allmlp.training.trainer import Evaluator, Progress
 from allmlp.weights.native import save
 from allmlp.weights.published import variant_of
 
 log = logging.getLogger(__name__)
 
-
-Evaluate = Callable[..., R]  # (model, part, *, device, precision, on_progress, world) -> R
+MakeEvaluator = Callable[..., Evaluator]  # (name, dataset, *, device, precision, context, on_batch) → Evaluator
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run(Generic[R]):
-    """What a finished run leaves: its folder, its summary, the model, and the evaluation of each held-out part."""
+class RunOptions:
+    """How a run is started; what it trains is in its recipe."""
 
-    out: Path
-    recipe: Recipe
-    summary: dict[str, Any]
-    metrics: list[dict[str, float]]
-    model: Mixer
-    source: DatasetSplits
-    results: dict[str, R]  # "val", "test", where there are such parts
+    command: str = ""  # for the summary
+    resume: bool = False  # continue the run in the folder from its newest sound checkpoint, if there is one
+    trust_checkpoint: bool = False  # accept checkpoints that this user has not written
+    resume_command: str = "the same command and --resume auto"  # for the message when a signal stops the run
 
 
 def train(
     recipe: Recipe,
     out: Path,
-    evaluate: Evaluate[R],
+    make_evaluator: MakeEvaluator,
     progress: Progress,
-    command: str = "",
-    *,
+    options: RunOptions = RunOptions(),
     context: DistributedContext = SINGLE_PROCESS,
-    resume: bool = False,
-    trusted: bool = False,
-    again: str = "the same command and --resume auto",
-) -> Run[R]:
-    """Trains a model, new or from weights, and writes the run's folder, all of it but the report.
+) -> RunResult:
+    """Trains a model, new or from weights, and writes the run's folder, all of it except the report. Collective.
 
     Args:
         recipe: what to train, and how.
         out: the run's folder.
-        evaluate: measures a model on a part.
-        progress: is told how far the run is.
-        command: for the summary.
-        world: the processes that train together; each calls this with the same arguments.
-        resume: go on with the run in ``out`` from its newest sound checkpoint, if there is such a run.
-        trusted: take checkpoints that are not this user's own.
-        again: the words that go on with the run, for the message when a signal ends it.
+        make_evaluator: makes the evaluator of a split, for instance ``SplitEvaluator``.
+        progress: shows how far the run is.
+        options: how the run is started.
+        context: the processes that train together.
 
     Raises:
-        UserError: a mistake in the recipe or the data; a folder this call made is removed again.
-        RunError: a loss that is not finite, a batch that does not fit the memory, or a full disk.
+        UserError: a mistake in the recipe or the data; a folder created by this call is removed again.
+        RunError: a loss that is not finite, a batch that does not fit into memory, or a full disk.
         Stopped: by SIGTERM or SIGINT, after a checkpoint.
     """
     check_ranks(check(recipe), context.world_size)
-    if not resume and context.broadcast_from_rank0(out.exists):
-        raise UserError(f"{out} exists: go on with it by --resume {out}, name another folder with --out, or remove it")
+    if not options.resume and context.broadcast_from_rank0(out.exists):
+        raise UserError(f"{out} exists: resume it with --resume {out}, name another folder with --out, or remove it")
     if context.broadcast_from_rank0(lambda: out.exists() and not out.is_dir()):
         raise UserError(f"{out} is a file: name a folder with --out")
     device = context.local_device(select_device(recipe.run.device))
     precision = select_precision(recipe.run.precision, device)
-    start = prepare(recipe)  # a mistake in the sizes is told before any data is read
+    initializer = build_initializer(recipe)  # finds mistakes in the sizes before any data is read
     if device.type == "cpu":
         keep_freed_memory()
     context.heartbeat("reading the data", slow=True)
-    source = context.local_rank0_first(lambda: read_source(recipe))
+    data = context.local_rank0_first(lambda: build_data(recipe))
     origin = {
         "seed": recipe.run.seed,
-        "command": command,
+        "command": options.command,
         "commit": current_commit(),
         "versions": versions(),
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -103,130 +88,94 @@ def train(
         checkpoints = CheckpointManager(
             out / "checkpoints", context, recipe.run.keep_checkpoints, recipe.run.save_in_background
         )
-        control = Control(context, signals, checkpoints, 60 * recipe.run.save_every_minutes, again)
-        found = context.broadcast_from_rank0(lambda: claim(recipe, out, trusted))
+        preemption = Preemption(
+            context, signals, checkpoints, 60 * recipe.run.save_every_minutes, options.resume_command
+        )
+        found = context.broadcast_from_rank0(lambda: find_checkpoint(recipe, out, options.trust_checkpoint))
         if found is not None:
-            checkpoints.last = found.state["step"]
-            check_same(found.state, source, str(precision).removeprefix("torch."), found.folder)
-            whose = "trusted as you asked" if trusted else "trusted: one of your own"
-            log.info("going on after step %d, from %s (%s)", found.state["step"], found.folder, whose)
-        context.broadcast_from_rank0(lambda: take(recipe, out, found))
-        model = start.build_meta(source.classes)
+            checkpoints.last_step = found.state["step"]
+            check_same_data(found, data, str(precision).removeprefix("torch."))
+            author = "trusted as requested" if options.trust_checkpoint else "trusted: written by you"
+            log.info("resuming after step %d, from %s (%s)", found.state["step"], found.folder, author)
+        context.broadcast_from_rank0(lambda: claim_folder(recipe, out, found))
+        model = initializer.build_meta(data.classes)
         if recipe.run.shard and context.world_size > 1:
             shard(model, context, device)
         model.to_empty(device=device)
         if found is None:
-            start.fill(model)
+            initializer.init_weights(model)
 
-        def examine(model: Mixer, part: str) -> R:
-            def show(done: int, total: int) -> None:
-                context.heartbeat(f"evaluating on {part}")
-                control.poll()
-                progress.update(done, total, f"evaluating on {part}")
+        def evaluator(split: str) -> Evaluator:
+            def on_batch(done: int, total: int) -> None:
+                context.heartbeat(f"evaluating on {split}")
+                preemption.check()
+                progress.update(done, total, f"evaluating on {split}")
 
-            return evaluate(
-                model, source.splits[part], device=device, precision=precision, on_progress=show, context=context
+            dataset = data.splits[split]
+            return make_evaluator(
+                split, dataset, device=device, precision=precision, context=context, on_batch=on_batch
             )
 
-        fitted = fit(recipe, out, source, model, device, precision, examine, progress, control, found)
-        model = fitted.model
-        results = {"val": fitted.val} if fitted.val else {}
+        validation = [evaluator("val")] if "val" in data.splits else []
+        built = build(recipe, data, model, device, precision, validation, preemption, progress)
+        if found is not None:
+            built.trainer.load(found)
+        built.trainer.fit()
+        model, kept_step = built.trainer.kept_model(recipe.run.keep)
+        results = {"val": validation[0].result} if validation else {}
         if context.is_rank0:
             save(model, out / "model.safetensors", **origin)
-        results |= {"test": examine(model, "test")} if "test" in source.splits else {}
-        summary = summarise(recipe, source, model, fitted, results, device, precision, context) | origin
-        measured = {key: summary[key] for key in ("data", "split", "epochs", "val_top1", "test_top1")}
+        if "test" in data.splits:
+            test = evaluator("test")
+            test(model)
+            results["test"] = test.result
+        summary = summarize(recipe, data, model, built, results) | {"kept_step": kept_step} | origin
         if context.is_rank0:
-            save(model, out / "model.safetensors", **origin, **measured)
+            scores = {key: summary[key] for key in ("data", "split", "epochs", "val_top1", "test_top1")}
+            save(model, out / "model.safetensors", **origin, **scores)
             write_text(out / "summary.json", to_json(summary, indent=2) + "\n")
-    metrics = fitted.metrics
-    return Run(out=out, recipe=recipe, summary=summary, metrics=metrics, model=model, source=source, results=results)
+    metrics = built.trainer.records.metrics
+    return RunResult(out=out, recipe=recipe, summary=summary, metrics=metrics, model=model, data=data, results=results)
 
 
-def summarise(
-    recipe: Recipe,
-    source: DatasetSplits,
-    model: Mixer,
-    fitted: FitResult[R],
-    results: dict[str, R],
-    device: torch.device,
-    precision: torch.dtype,
-    context: DistributedContext,
+def summarize(
+    recipe: Recipe, data: DatasetSplits, model: Mixer, built: Built, results: dict[str, Any]
 ) -> dict[str, Any]:
-    """What summary.json holds, but for where it comes from."""
-    images = fitted.steps * recipe.optimization.global_batch_size
-    bad = fitted.unreadable + [name for result in results.values() for name in result.unreadable]
+    """What summary.json holds, without the run's origin."""
+    trainer, device, context = built.trainer, built.trainer.step.inputs.device, built.trainer.context
+    steps, step_seconds = trainer.steps_done, trainer.clock.completed_seconds
+    images = steps * recipe.optimization.global_batch_size
+    unreadable = trainer.batches.unreadable.names + [name for result in results.values() for name in result.unreadable]
     return {
         "model": describe_model(model),
         "started_from": recipe.model.weights,
         "parameters": sum(p.numel() for p in model.parameters()),
         "data": recipe.data.data,
-        "split": source.description,
-        "images": {name: len(part) for name, part in source.splits.items()},
-        "left_out": source.left_out,
-        "steps": fitted.steps,
-        "kept_step": fitted.kept_step,
-        "warmup_steps": fitted.warmup_steps,
-        "epochs": images / len(source.splits["train"]),
-        "images_per_second": images / fitted.step_seconds,
-        "train_seconds": fitted.compile_seconds + fitted.step_seconds,
-        "compile_seconds": fitted.compile_seconds,
+        "split": data.description,
+        "images": {name: len(dataset) for name, dataset in data.splits.items()},
+        "left_out": data.left_out,
+        "steps": steps,
+        "kept_step": steps,
+        "warmup_steps": built.warmup_steps,
+        "epochs": images / len(data.splits["train"]),
+        "images_per_second": images / step_seconds,
+        "train_seconds": built.compile_seconds + step_seconds,
+        "compile_seconds": built.compile_seconds,
         "peak_memory_bytes": peak_memory(device),
         "val_top1": results["val"].top1 if "val" in results else None,
         "test_top1": results["test"].top1 if "test" in results else None,
         "device": describe_device(device),
         "processes": context.world_size,
         "sharded": recipe.run.shard and context.world_size > 1,
-        "precision": str(precision).removeprefix("torch."),
-        "compiled": fitted.compiled,
-        "unreadable_images": len(bad),
-        "unreadable": bad,
+        "precision": str(trainer.step.precision).removeprefix("torch."),
+        "compiled": built.compiled,
+        "unreadable_images": len(unreadable),
+        "unreadable": unreadable,
     }
-
-
-def read_source(recipe: Recipe) -> DatasetSplits:
-    """The recipe's data, said to the user; a UserError where a classifier cannot be trained on it."""
-    data = recipe.data
-    source = find_source(recipe)
-    if data.holdout:
-        source = hold_out(source, data.holdout, data.split_seed)
-    parts = ", ".join(f"{len(part):,} {name}" for name, part in source.splits.items())
-    log.info("%s: %d classes; images: %s", source.description, len(source.classes), parts)
-    for ending, count in source.left_out.items():
-        log.warning("%d files left out: %s", count, ending)
-    source.split("train")
-    if len(source.classes) < 2:
-        raise UserError(f"{data.data} has one class, {', '.join(source.classes)}: a classifier needs at least two")
-    require_validation(recipe, source)
-    return source
-
-
-def find_source(recipe: Recipe) -> DatasetSplits:
-    data = recipe.data
-    return load_source(
-        data.data,
-        val_fraction=0.0 if data.holdout else data.val_fraction,
-        test_fraction=data.test_fraction,
-        split_seed=data.split_seed,
-        max_pixels=data.max_pixels,
-    )
-
-
-def check_validation(recipe: Recipe) -> None:
-    """A UserError where the recipe goes by validation images that its data does not have."""
-    if recipe.run.keep == "best" or recipe.run.patience is not None:
-        require_validation(recipe, find_source(recipe))
-
-
-def require_validation(recipe: Recipe, source: DatasetSplits) -> None:
-    chooses = {"--keep best": recipe.run.keep == "best", "--patience": recipe.run.patience is not None}
-    for choice, asked in chooses.items():
-        if asked and "val" not in source.splits:
-            raise UserError(f"{choice} goes by validation images, and there are none: give a --val-fraction above 0")
 
 
 def describe_model(model: Mixer) -> str:
     sizes, variant = model.config, variant_of(model.config)
-    named = f"Mixer-{variant}" if variant else "Mixer"
+    name = f"Mixer-{variant}" if variant else "Mixer"
     patch = "×".join(map(str, sizes["patch_size"]))
-    return f"{named}: {sizes['num_blocks']} blocks, C {sizes['hidden_dim']}, patch {patch}"
+    return f"{name}: {sizes['num_blocks']} blocks, C {sizes['hidden_dim']}, patch {patch}"

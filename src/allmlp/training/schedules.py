@@ -7,7 +7,7 @@ Decay = Literal["linear", "cosine"]
 
 
 def learning_rate(step: int, *, peak: float, warmup_steps: int, steps: int, decay: Decay) -> float:
-    """The rate of step 0, 1, …: linear from 0 to ``peak`` over the warm-up, then down to 0 after the last step."""
+    """The learning rate of step 0, 1, …: linear warm-up to ``peak``, then decay to 0 after the last step."""
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     progress = (step - warmup_steps) / max(steps - warmup_steps, 1)

@@ -1,67 +1,65 @@
-"""The tensors and numbers that make a run what it is at one step: what a checkpoint holds and gives back."""
+"""Everything that changes during training, as a checkpoint holds it."""
 
 import contextlib
 from contextlib import AbstractContextManager
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
-from allmlp.checkpointing.checkpoint import read
+from allmlp.checkpointing.checkpoint import read_tensors
 from allmlp.distributed.context import DistributedContext
 from allmlp.model import Mixer
+from allmlp.runs.resume import Checkpoint
 from allmlp.training.ema import EMA
 from allmlp.training.optimizer_step import OptimizerStep
 
 
-class Checkpoint(NamedTuple):
-    """One that has been verified."""
-
-    folder: Path
-    state: dict[str, Any]
-
-
 class TrainingState:
-    """A model in training, its optimiser, and the Polyak average of its weights, if there is one."""
+    """A model in training, its optimizer, and the exponential moving average of its weights if there is one.
 
-    def __init__(self, model: Mixer, update: OptimizerStep, average: EMA | None) -> None:
-        self.model, self.update, self.average = model, update, average
+    Args:
+        identity: what a checkpoint says about the run it belongs to (recipe, data, versions), as JSON values.
+    """
+
+    def __init__(
+        self, model: Mixer, optimizer_step: OptimizerStep, ema: EMA | None, identity: dict[str, Any] | None = None
+    ) -> None:
+        self.model, self.optimizer_step, self.ema, self.identity = model, optimizer_step, ema, identity or {}
 
     def tensors(self) -> dict[str, Tensor]:
-        """By name, all that changes from step to step; not copies."""
+        """By name, every tensor that changes from step to step; not copies."""
         named = {}
         for name, p in self.model.named_parameters():
             named[f"model.{name}"] = p.detach()
-            kept = self.update.optimizer.state.get(p, {})
-            named |= {f"optimizer.{name}.{key}": value for key, value in kept.items() if isinstance(value, Tensor)}
-        if self.average is not None:
-            named |= {f"average.{name}": tensor for name, tensor in self.average.tensors.items()}
+            moments = self.optimizer_step.optimizer.state.get(p, {})
+            named |= {f"optimizer.{name}.{key}": value for key, value in moments.items() if isinstance(value, Tensor)}
+        if self.ema is not None:
+            named |= {f"ema.{name}": tensor for name, tensor in self.ema.tensors.items()}
         return named
 
     def numbers(self) -> dict[str, Any]:
-        """What is not tensors, as JSON values."""
-        return {"scaler": self.update.scaler.state_dict(), "overflows": float(self.update.overflows)}
+        """Everything else, as JSON values."""
+        scaler, overflows = self.optimizer_step.scaler.state_dict(), float(self.optimizer_step.overflows)
+        return self.identity | {"scaler": scaler, "overflows": overflows}
 
-    def load(self, start: Checkpoint, context: DistributedContext) -> int:
-        """Takes all of it from a checkpoint of any number of ranks, and returns how many steps it has made."""
-        read(start.folder, self.tensors(), context)
-        if start.state["scaler"]:
-            self.update.scaler.load_state_dict(start.state["scaler"])
-        self.update.overflows.fill_(start.state["overflows"])
-        if self.average is not None:
-            self.average.started = True
-        return start.state["step"]
+    def load(self, checkpoint: Checkpoint, context: DistributedContext) -> None:
+        """Restores all of it from a checkpoint that any number of ranks wrote. Collective."""
+        read_tensors(checkpoint.folder, self.tensors(), context)
+        if checkpoint.state["scaler"]:
+            self.optimizer_step.scaler.load_state_dict(checkpoint.state["scaler"])
+        self.optimizer_step.overflows.fill_(checkpoint.state["overflows"])
+        if self.ema is not None:
+            self.ema.started = True
 
-    def follow(self) -> None:
-        """After each step: the average."""
-        if self.average is not None:
-            self.average.update()
+    def update_ema(self) -> None:
+        if self.ema is not None:
+            self.ema.update()
 
-    def shown(self) -> AbstractContextManager[None]:
-        """Within it the model has the weights that are evaluated and exported: its own, or their average."""
-        return contextlib.nullcontext() if self.average is None else self.average.shown()
+    def ema_weights(self) -> AbstractContextManager[None]:
+        """Within the block, the model has the weights that are evaluated and exported: its own, or their average."""
+        return contextlib.nullcontext() if self.ema is None else self.ema.swapped_in()
 
-    def settle(self) -> None:
-        """At the end: the model has those for good."""
-        if self.average is not None:
-            self.average.swap()
+    def adopt_ema_weights(self) -> None:
+        """At the end of training, gives the model the averaged weights for good."""
+        if self.ema is not None:
+            self.ema.swap()

@@ -1,4 +1,4 @@
-"""Transfer as the paper does it: the learning rate chosen on held-out training images, then several runs on all."""
+"""A sweep as the paper transfers: the learning rate chosen on held-out training images, then several runs on all."""
 
 import dataclasses
 import json
@@ -15,31 +15,31 @@ from allmlp.distributed.context import SINGLE_PROCESS, DistributedContext
 from allmlp.errors import RunError, UserError
 from allmlp.files import to_json, write_text
 from allmlp.runs.folder import run_folder
-from allmlp.training.fit import Diverged
+from allmlp.training.trainer import Diverged
 
 log = logging.getLogger(__name__)
 
-RunOne = Callable[[Recipe, Path], dict[str, Any]]  # trains into a folder, report and all; the summary
-LAST_FILE = "report.html"  # of a run's folder: with it, the run is whole
+TrainOne = Callable[[Recipe, Path], dict[str, Any]]  # trains into a folder, with its report; returns the summary
+LAST_FILE = "report.html"  # written last: a run's folder that has it is complete
 
 
-def transfer(
-    plan: Transfer, out: Path, run_one: RunOne, context: DistributedContext = SINGLE_PROCESS
+def sweep(
+    plan: Transfer, out: Path, train_one: TrainOne, context: DistributedContext = SINGLE_PROCESS
 ) -> dict[str, Any]:
-    """Searches, trains, and leaves one folder; called again with the same folder, goes on where it was stopped.
+    """Chooses the learning rate, trains with every seed, and leaves one folder. Resumes if it was interrupted.
 
-    In ``out``: ``search/rate-…`` and ``seed-…``, each a run's folder; the first seed's weights, report and recipe; and
-    ``summary.json``, which is that run's with the rates tried, and all seeds' accuracies with mean and standard
-    deviation (of a sample, n − 1).
+    ``out`` then holds ``search/rate-…`` and ``seed-…``, each the folder of a run; the first seed's weights, report and
+    recipe; and ``summary.json``, the first seed's with the rates tried, and the accuracies of all seeds with their mean
+    and standard deviation (of a sample, n − 1).
 
     Args:
         plan: the recipe of each run, and the search.
         out: the folder, new or of the same plan.
-        run_one: as ``training.run.train`` with a report; goes on with a run that was not finished.
-        world: the processes that train together; each calls this.
+        train_one: ``training.run.train`` and its report; resumes a run that is not complete.
+        context: the processes that train together. Collective.
 
     Returns:
-        What summary.json holds.
+        The content of summary.json.
 
     Raises:
         UserError: a mistake in the recipe, or a folder that holds something else.
@@ -49,14 +49,14 @@ def transfer(
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file: name a folder with --out")
     with run_folder(out, context.is_rank0, worth_keeping="**/checkpoints/*"):
-        context.broadcast_from_rank0(lambda: claim(plan, out))
-        tried, rate = choose(plan, out, run_one, context)
+        context.broadcast_from_rank0(lambda: claim_folder(plan, out))
+        tried, rate = choose_rate(plan, out, train_one, context)
         recipe = replace(plan.recipe, optimization=replace(plan.recipe.optimization, learning_rate=rate))
         seeds = range(recipe.run.seed, recipe.run.seed + plan.search.seeds)
-        runs = [
-            finished(replace(recipe, run=replace(recipe.run, seed=s)), out / f"seed-{s}", run_one, context)
-            for s in seeds
-        ]
+        runs = []
+        for seed in seeds:
+            with_seed = replace(recipe, run=replace(recipe.run, seed=seed))
+            runs.append(complete_run(with_seed, out / f"seed-{seed}", train_one, context))
         if failures := [run["failed"] for run in runs if "failed" in run]:
             raise RunError(failures[0])
         accuracies = [run["test_top1"] for run in runs]
@@ -65,15 +65,15 @@ def transfer(
             "search": {str(rate): run["val_top1"] for rate, run in tried.items()},
             "seeds": list(seeds),
             "test_top1s": accuracies,
-            **spread(accuracies),
+            **mean_and_std(accuracies),
             "total_train_seconds": sum(run.get("train_seconds", 0.0) for run in (*tried.values(), *runs)),
         }
-        context.broadcast_from_rank0(lambda: show(out / f"seed-{seeds[0]}", summary, out))
+        context.broadcast_from_rank0(lambda: copy_first_run(out / f"seed-{seeds[0]}", summary, out))
     return summary
 
 
-def show(first: Path, summary: dict[str, Any], out: Path) -> None:
-    """What the first seed's run has made, and the summary of all, in the folder itself."""
+def copy_first_run(first: Path, summary: dict[str, Any], out: Path) -> None:
+    """Copies what the first seed's run produced into the sweep's folder, with the summary of all."""
     for name in ("recipe.json", "model.safetensors", LAST_FILE):
         shutil.copyfile(first / name, out / name)
     if (first / "examples").is_dir():
@@ -81,10 +81,10 @@ def show(first: Path, summary: dict[str, Any], out: Path) -> None:
     write_text(out / "summary.json", to_json(summary, indent=2) + "\n")
 
 
-def choose(
-    plan: Transfer, out: Path, run_one: RunOne, context: DistributedContext
+def choose_rate(
+    plan: Transfer, out: Path, train_one: TrainOne, context: DistributedContext
 ) -> tuple[dict[float, dict[str, Any]], float]:
-    """The summary of each rate's run with a part of the training images held out, and the rate to use."""
+    """The summary of each rate's run with part of the training images held out, and the best rate."""
     recipe, tried = plan.recipe, {}
     for rate in plan.search.learning_rates:
         at_rate = replace(
@@ -92,18 +92,19 @@ def choose(
             data=replace(recipe.data, holdout=plan.search.search_fraction),
             optimization=replace(recipe.optimization, learning_rate=rate),
         )
-        tried[rate] = finished(at_rate, out / "search" / f"rate-{rate}", run_one, context)
+        tried[rate] = complete_run(at_rate, out / "search" / f"rate-{rate}", train_one, context)
         log.info("learning rate %g: held-out top-1 %s", rate, tried[rate]["val_top1"])
     scores = {rate: summary["val_top1"] for rate, summary in tried.items() if summary["val_top1"] is not None}
     if tried and not scores:
         raise RunError(
-            f"every learning rate diverged: {', '.join(map(str, tried))}; give lower --learning-rates and a new --out"
+            f"training diverged at every learning rate ({', '.join(map(str, tried))}): give lower --learning-rates and "
+            "a new --out"
         )
     return tried, min(scores, key=lambda rate: (-scores[rate], rate), default=recipe.optimization.learning_rate)
 
 
-def claim(plan: Transfer, out: Path) -> None:
-    """Writes the plan into an empty folder, or finds it to hold the same."""
+def claim_folder(plan: Transfer, out: Path) -> None:
+    """Writes the plan into an empty folder, or checks that the folder holds the same plan."""
     text = to_json(dataclasses.asdict(plan), indent=2) + "\n"
     path = out / "transfer.json"
     if not any(out.iterdir()):
@@ -111,39 +112,39 @@ def claim(plan: Transfer, out: Path) -> None:
     elif not path.is_file():
         raise UserError(f"{out} exists and holds no unfinished transfer: name another folder with --out, or remove it")
     elif (stored := json.loads(path.read_text(encoding="utf-8"))) != json.loads(text):
-        changed = ", ".join(differences(stored, json.loads(text)))
+        changed = ", ".join(differing_fields(stored, json.loads(text)))
         raise UserError(f"{out} holds another transfer ({changed} differ): repeat its options, or name another --out")
     else:
-        log.info("going on with the transfer in %s", out)
+        log.info("resuming the transfer in %s", out)
 
 
-def differences(a: Any, b: Any, where: str = "") -> list[str]:
+def differing_fields(a: Any, b: Any, name: str = "") -> list[str]:
     if isinstance(a, dict) and isinstance(b, dict):
-        return [name for key in sorted({*a, *b}) for name in differences(a.get(key), b.get(key), str(key))]
-    return [] if a == b else [where]
+        return [field for key in sorted({*a, *b}) for field in differing_fields(a.get(key), b.get(key), str(key))]
+    return [] if a == b else [name]
 
 
-def finished(recipe: Recipe, folder: Path, run_one: RunOne, context: DistributedContext) -> dict[str, Any]:
-    """The summary of the run in the folder, which is trained first, or to its end, unless it is there, whole."""
-    done = folder / "summary.json"
+def complete_run(recipe: Recipe, folder: Path, train_one: TrainOne, context: DistributedContext) -> dict[str, Any]:
+    """The summary of the run in the folder, which is trained or resumed first unless it is complete."""
+    summary_file = folder / "summary.json"
 
-    def known() -> dict[str, Any] | None:
-        told = json.loads(done.read_text(encoding="utf-8")) if done.exists() else {}
-        return told if (folder / LAST_FILE).exists() or "failed" in told else None
+    def stored_summary() -> dict[str, Any] | None:
+        summary = json.loads(summary_file.read_text(encoding="utf-8")) if summary_file.exists() else {}
+        return summary if (folder / LAST_FILE).exists() or "failed" in summary else None
 
-    summary = context.broadcast_from_rank0(known)
+    summary = context.broadcast_from_rank0(stored_summary)
     if summary is not None:
         return summary
     try:
-        return run_one(recipe, folder)
+        return train_one(recipe, folder)
     except Diverged as error:
         log.warning("%s", error)
         failed = {"val_top1": None, "test_top1": None, "failed": str(error)}
-        context.broadcast_from_rank0(lambda: write_text(done, to_json(failed, indent=2) + "\n"))
+        context.broadcast_from_rank0(lambda: write_text(summary_file, to_json(failed, indent=2) + "\n"))
         return failed
 
 
-def spread(accuracies: list[float | None]) -> dict[str, float | None]:
+def mean_and_std(accuracies: list[float | None]) -> dict[str, float | None]:
     """Mean and standard deviation (n − 1; null for one run) of the test accuracies, null where there is no test."""
     known = [accuracy for accuracy in accuracies if accuracy is not None]
     return {

@@ -1,0 +1,312 @@
+"""From a recipe to its components: the one place that unpacks it. Below, nothing sees a recipe."""
+
+import copy
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.data import DataLoader
+
+from allmlp.config.recipe import DataRecipe, OptimizationRecipe, Recipe, micro_batch, to_json_object
+from allmlp.data.dataset import Dataset, DatasetSplits
+from allmlp.data.loader import UnreadableImages, default_workers, training_batches
+from allmlp.data.mixup import Mixing
+from allmlp.data.randaugment import RandAugment
+from allmlp.data.sources import hold_out, load_source
+from allmlp.data.transforms import TrainingView
+from allmlp.distributed.context import SINGLE_PROCESS, DistributedContext
+from allmlp.distributed.parallelize import is_sharded
+from allmlp.errors import UserError
+from allmlp.flops import cost
+from allmlp.metadata import Preprocessing
+from allmlp.model import Mixer
+from allmlp.runs.provenance import versions
+from allmlp.runs.records import Records
+from allmlp.runs.resume import fingerprint
+from allmlp.training.compilation import compile_model
+from allmlp.training.ema import EMA
+from allmlp.training.initialization import ModelInitializer, from_scratch, from_weights
+from allmlp.training.losses import LOSSES
+from allmlp.training.memory import memory_errors, recompute_blocks
+from allmlp.training.optimizer import adamw, sgd
+from allmlp.training.optimizer_step import OptimizerStep
+from allmlp.training.preemption import Preemption
+from allmlp.training.schedules import learning_rate
+from allmlp.training.state import TrainingState
+from allmlp.training.step import InputPreparation, TrainingStep
+from allmlp.training.trainer import Cadence, Evaluator, Progress, Trainer, TrainingBatches
+from allmlp.weights.load import load
+from allmlp.weights.resize import resize
+
+log = logging.getLogger(__name__)
+
+
+class Built(NamedTuple):
+    """A trainer, and what building it found out."""
+
+    trainer: Trainer
+    warmup_steps: int
+    compiled: bool
+    compile_seconds: float
+
+
+def build(
+    recipe: Recipe,
+    data: DatasetSplits,
+    model: Mixer,
+    device: torch.device,
+    precision: torch.dtype,
+    evaluators: Sequence[Evaluator],
+    preemption: Preemption,
+    progress: Progress,
+) -> Built:
+    """The trainer of a recipe, compiled and ready to start or to load a checkpoint. Collective.
+
+    Args:
+        recipe: of the run.
+        data: its images.
+        model: with its initial weights, perhaps sharded.
+        device, precision: where and in which precision it is computed.
+        evaluators: run at each evaluation.
+        preemption: with the ranks and the checkpoints of the run, which are in its folder.
+        progress: shows how far the run is.
+
+    Raises:
+        RunError: a batch that does not fit into memory, or a compiler that fails.
+    """
+    context, settings, images = preemption.context, recipe.optimization, len(data.splits["train"])
+    steps, warmup_steps = run_lengths(settings, images)
+    micro_batch_size = micro_batch(settings, context.world_size)
+    ema = None if settings.ema_decay is None else EMA(model, settings.ema_decay)
+    if settings.recompute:
+        recompute_blocks(model)
+    start = time.perf_counter()
+    with memory_errors(micro_batch_size):
+        context.heartbeat("compiling", slow=True)
+        forward, compiled = compile_model(
+            model,
+            recipe.run.compile,
+            batch_size=micro_batch_size,
+            training_flop=3.0 * cost(model.config).flops * steps * settings.global_batch_size,
+            device=device,
+            precision=precision,
+            context=context,
+        )
+    compile_seconds = time.perf_counter() - start
+    preemption.check()
+    optimizer_step = OptimizerStep(
+        build_optimizer(settings, model),
+        settings.clip_norm,
+        float16=precision == torch.float16,
+        sharded=is_sharded(model),
+    )
+    schedule = partial(
+        learning_rate, peak=settings.learning_rate, warmup_steps=warmup_steps, steps=steps, decay=settings.decay
+    )
+    step = TrainingStep(
+        forward,
+        InputPreparation(device, model.metadata.preprocessing, recipe.run.seed, build_mixing(recipe.data)),
+        partial(LOSSES[settings.loss], smoothing=settings.label_smoothing),
+        optimizer_step,
+        schedule,
+        precision,
+        accumulate=settings.global_batch_size // (micro_batch_size * context.world_size),
+        context=context,
+    )
+    batches = TrainingBatches(
+        lambda steps_done: build_batches(recipe, data, model, steps, steps_done, context),
+        images,
+        settings.global_batch_size,
+        micro_batch_size,
+        UnreadableImages(data.splits["train"], recipe.data.max_unreadable_fraction),
+        context,
+    )
+    trainer = Trainer(
+        TrainingState(model, optimizer_step, ema, run_identity(recipe, data, precision, context)),
+        step,
+        batches,
+        build_cadence(recipe, steps, batches.epochs_per_step),
+        evaluators,
+        Records(preemption.checkpoints.folder.parent, recipe.run.wandb, to_json_object(recipe), context.is_rank0),
+        preemption,
+        progress,
+    )
+    return Built(trainer, warmup_steps, compiled, compile_seconds)
+
+
+def run_lengths(settings: OptimizationRecipe, images: int) -> tuple[int, int]:
+    """Steps of the run, and of its warm-up, which is limited to a fifth of them."""
+    steps = settings.steps or max(int(settings.epochs * images / settings.global_batch_size), 1)
+    warmup_steps = min(settings.warmup_steps, steps // 5)
+    if warmup_steps < settings.warmup_steps:
+        log.info(
+            "warm-up of %d steps shortened to %d, a fifth of this run's %d steps",
+            settings.warmup_steps, warmup_steps, steps,
+        )  # fmt: skip
+    return steps, warmup_steps
+
+
+def build_cadence(recipe: Recipe, steps: int, epochs_per_step: float) -> Cadence:
+    run = recipe.run
+    return Cadence(
+        steps=steps,
+        evaluate_every=run.evaluate_every_steps or max(round(run.evaluate_every_epochs / epochs_per_step), 1),
+        log_every=run.log_every_steps,
+        save_every=run.save_every_steps,
+        patience=run.patience,
+    )
+
+
+def build_optimizer(settings: OptimizationRecipe, model: Mixer) -> torch.optim.Optimizer:
+    if settings.optimizer == "sgd":
+        return sgd(model, momentum=settings.momentum)
+    return adamw(model, weight_decay=settings.weight_decay, beta1=settings.beta1, beta2=settings.beta2)
+
+
+def build_mixing(data: DataRecipe) -> Mixing | None:
+    if data.mixup is None and data.cutmix is None:
+        return None
+    return Mixing(mixup=data.mixup, cutmix=data.cutmix, group=data.mix_group_size)
+
+
+def build_training_view(data: DataRecipe, model: Mixer) -> TrainingView:
+    magnitude = data.randaugment
+    return TrainingView(
+        image_size=model.image_size,
+        preprocessing=model.metadata.preprocessing,
+        crop=data.train_crop,
+        crop_padding=data.crop_padding,
+        flip=data.flip,
+        randaugment=None if magnitude is None else RandAugment(layers=data.randaugment_layers, magnitude=magnitude),
+        color_jitter=data.color_jitter,
+    )
+
+
+def build_batches(
+    recipe: Recipe,
+    data: DatasetSplits,
+    model: Mixer,
+    steps: int,
+    steps_done: int = 0,
+    context: DistributedContext = SINGLE_PROCESS,
+) -> DataLoader:
+    """This process's micro-batches of the steps that remain."""
+    dataset: Dataset = data.splits["train"]
+    micro_batch_size = micro_batch(recipe.optimization, context.world_size)
+    accumulate = recipe.optimization.global_batch_size // (micro_batch_size * context.world_size)
+    workers = recipe.data.workers
+    return training_batches(
+        dataset,
+        build_training_view(recipe.data, model),
+        batch_size=micro_batch_size,
+        steps=steps * accumulate,
+        seed=recipe.run.seed,
+        workers=default_workers(dataset, context.local_world_size) if workers is None else workers,
+        first_step=steps_done * accumulate,
+        rank=context.rank,
+        world_size=context.world_size,
+    )
+
+
+def run_identity(
+    recipe: Recipe, data: DatasetSplits, precision: torch.dtype, context: DistributedContext
+) -> dict[str, Any]:
+    """What a checkpoint says about its run; a run that resumes from it must match."""
+    return {
+        "recipe": to_json_object(recipe),
+        "classes": data.classes,
+        "images": fingerprint(data),
+        "precision": str(precision).removeprefix("torch."),
+        "world_size": context.world_size,
+        "versions": versions(),
+    }
+
+
+def build_initializer(recipe: Recipe) -> ModelInitializer:
+    """What makes the recipe's model once the classes are known.
+
+    Raises:
+        UserError: sizes that do not fit together, or weights that cannot be loaded or resized.
+    """
+    settings, size, provenance = recipe.model, image_size(recipe), {"recipe": to_json_object(recipe)}
+    if settings.weights is None:
+        if size is None:
+            raise UserError("no --image-size: give one, or --weights to use the size of the weights")
+        others = ("model", "weights", "image_size", "image_width", "head_bias", "frozen")
+        sizes = {key: value for key, value in asdict(settings).items() if key not in others}
+        sizes |= {"variant": settings.model, "image_size": size}
+        return from_scratch(sizes, build_preprocessing(recipe.data), recipe.run.seed, settings.head_bias, provenance)
+    pretrained = load(settings.weights)
+    if pretrained.config["in_channels"] != 3:
+        channels = pretrained.config["in_channels"]
+        raise UserError(f"{settings.weights} takes images of {channels} channels: training reads RGB images, of 3")
+    before = copy.deepcopy(pretrained.metadata.provenance)
+    before.pop("recipe", None)
+    pretrained = resize(pretrained, size or pretrained.image_size)
+    return from_weights(
+        pretrained,
+        {"dropout": settings.dropout, "stochastic_depth": settings.stochastic_depth, "rescale": settings.rescale},
+        build_preprocessing(recipe.data, pretrained.metadata.preprocessing),
+        settings.frozen,
+        settings.head_bias,
+        provenance | {"started_from": {**before, "weights": settings.weights}},
+    )
+
+
+def image_size(recipe: Recipe) -> tuple[int, int] | None:
+    """(height, width) of the recipe's images; None: that of the weights."""
+    height, width = recipe.model.image_size, recipe.model.image_width
+    return None if height is None else (height, width or height)
+
+
+def build_preprocessing(data: DataRecipe, default: Preprocessing = Preprocessing()) -> Preprocessing:  # noqa: B008 (it is frozen)
+    """The recipe's preprocessing for evaluation; the normalization, and fields that are None, as in ``default``."""
+    fields = {"crop": data.crop, "crop_ratio": data.crop_ratio, "interpolation": data.interpolation}
+    return replace(default, **{key: value for key, value in fields.items() if value is not None})
+
+
+def build_data(recipe: Recipe) -> DatasetSplits:
+    """The recipe's images, described in the log.
+
+    Raises:
+        UserError: data that cannot be read or that no classifier can be trained on.
+    """
+    data = find_data(recipe)
+    if recipe.data.holdout:
+        data = hold_out(data, recipe.data.holdout, recipe.data.split_seed)
+    counts = ", ".join(f"{len(dataset):,} {name}" for name, dataset in data.splits.items())
+    log.info("%s: %d classes; images: %s", data.description, len(data.classes), counts)
+    for ending, count in data.left_out.items():
+        log.warning("%d files left out: %s", count, ending)
+    data.split("train")
+    if len(data.classes) < 2:
+        raise UserError(f"{recipe.data.data} has one class, {data.classes[0]}: a classifier needs at least two")
+    require_validation(recipe, data)
+    return data
+
+
+def find_data(recipe: Recipe) -> DatasetSplits:
+    return load_source(
+        recipe.data.data,
+        val_fraction=0.0 if recipe.data.holdout else recipe.data.val_fraction,
+        test_fraction=recipe.data.test_fraction,
+        split_seed=recipe.data.split_seed,
+        max_pixels=recipe.data.max_pixels,
+    )
+
+
+def check_validation(recipe: Recipe) -> None:
+    """Raises a UserError when the recipe needs validation images and its data has none."""
+    if recipe.run.keep == "best" or recipe.run.patience is not None:
+        require_validation(recipe, find_data(recipe))
+
+
+def require_validation(recipe: Recipe, data: DatasetSplits) -> None:
+    options = {"--keep best": recipe.run.keep == "best", "--patience": recipe.run.patience is not None}
+    for option, given in options.items():
+        if given and "val" not in data.splits:
+            raise UserError(f"{option} needs validation images, and there are none: give a --val-fraction above 0")
