@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 from reference import numpy_forward, numpy_gradients, randomise
+from small_runs import train_steps
 from torch import Tensor
 
 from allmlp.data.loader import Batch
 from allmlp.data.mixup import Mixing
 from allmlp.metadata import Preprocessing
 from allmlp.model import Mixer
-from allmlp.training.loop import train_steps
 from allmlp.training.losses import LOSSES
 from allmlp.training.optimizer import adamw, sgd, trainable
 from allmlp.training.optimizer_step import OptimizerStep
@@ -276,7 +276,6 @@ def test_fifty_steps_equal_those_of_numpy(setting: Setting) -> None:
                 decay=setting.decay,  # pyright: ignore[reportArgumentType]
             ),
             partial(LOSSES[setting.loss], smoothing=setting.smoothing),
-            device=torch.device("cpu"),
             precision=torch.float32,
             preprocessing=Preprocessing(),
             seed=SEED,

@@ -7,12 +7,12 @@ from itertools import pairwise
 
 import pytest
 import torch
+from small_runs import train_steps
 from torch import Tensor, nn
 
 from allmlp.data.loader import Batch
 from allmlp.metadata import Preprocessing
 from allmlp.model import Mixer
-from allmlp.training.loop import train_steps
 from allmlp.training.losses import softmax
 from allmlp.training.optimizer import adamw, sgd
 from allmlp.training.optimizer_step import OptimizerStep
@@ -35,12 +35,12 @@ def toy(dtype: torch.dtype = torch.float32) -> nn.Module:
 
 
 def make(
-    model: nn.Module, kind: str = "plain", rate: float = 0.1, clip_norm: float | None = None, half: bool = False
+    model: nn.Module, kind: str = "plain", rate: float = 0.1, clip_norm: float | None = None, float16: bool = False
 ) -> OptimizerStep:
     optimizer = MAKERS[kind](model)
     for group in optimizer.param_groups:
         group["lr"] = rate
-    return OptimizerStep(optimizer, clip_norm, half)
+    return OptimizerStep(optimizer, clip_norm, float16)
 
 
 def loss_of(model: nn.Module, step: int) -> Tensor:
@@ -110,7 +110,7 @@ def test_the_first_step_gone_wrong_and_all_after_it_change_nothing(
 def test_in_float16_a_gradient_that_overflows_at_any_scale_ends_the_run() -> None:
     """Or the run goes on to its end, and has learnt nothing."""
     model = toy()
-    update = make(model, half=True)
+    update = make(model, float16=True)
     before = weights(model)
     for step in range(1, 201):  # the scale has 2^16 to lose
         take(update, model, step, "inf gradient")
@@ -142,10 +142,10 @@ def test_the_gradient_is_scaled_to_the_limit_by_the_norm_exactly(limit: float) -
 
 
 @pytest.mark.parametrize("kind", [*BOTH, "plain"])
-@pytest.mark.parametrize("half", [False, True])
-def test_the_update_norm_is_that_of_the_weights_change(kind: str, half: bool) -> None:
+@pytest.mark.parametrize("float16", [False, True])
+def test_the_update_norm_is_that_of_the_weights_change(kind: str, float16: bool) -> None:
     model = toy()
-    update = make(model, kind, clip_norm=1.0, half=half)
+    update = make(model, kind, clip_norm=1.0, float16=float16)
     for step in range(1, 5):
         before = weights(model)
         _, change = take(update, model, step, measure=True)
@@ -156,10 +156,10 @@ def test_the_update_norm_is_that_of_the_weights_change(kind: str, half: bool) ->
 
 @pytest.mark.parametrize("kind", BOTH)
 @pytest.mark.parametrize("clip_norm", [None, 1.0])
-@pytest.mark.parametrize("half", [False, True])
-def test_a_gradient_of_zero_is_no_failure(kind: str, clip_norm: float | None, half: bool) -> None:
+@pytest.mark.parametrize("float16", [False, True])
+def test_a_gradient_of_zero_is_no_failure(kind: str, clip_norm: float | None, float16: bool) -> None:
     model = toy()
-    update = make(model, kind, clip_norm=clip_norm, half=half)
+    update = make(model, kind, clip_norm=clip_norm, float16=float16)
     for step in (1, 2):
         before = [p.detach().clone() for p in model.parameters()]
         loss = 0 * loss_of(model, step)
@@ -184,12 +184,12 @@ def test_what_the_gradients_still_have_to_be_multiplied_by_comes_before_the_norm
 
 
 @pytest.mark.parametrize("kind", BOTH)
-@pytest.mark.parametrize("half", [False, True])
-def test_frozen_parameters_are_untouched(kind: str, half: bool) -> None:
+@pytest.mark.parametrize("float16", [False, True])
+def test_frozen_parameters_are_untouched(kind: str, float16: bool) -> None:
     model = toy()
     frozen = model.get_submodule("0").requires_grad_(False)
     before, whole = weights(frozen), weights(model)
-    update = make(model, kind, clip_norm=1.0, half=half)
+    update = make(model, kind, clip_norm=1.0, float16=float16)
     for step in (1, 2, 3):
         loss = loss_of(model, step)
         update.backward(loss)
@@ -202,10 +202,10 @@ def test_frozen_parameters_are_untouched(kind: str, half: bool) -> None:
 # float16
 
 
-def after(kind: str, half: bool, order: tuple[int, ...], overflow: int = 0) -> tuple[Tensor, OptimizerStep]:
+def after(kind: str, float16: bool, order: tuple[int, ...], overflow: int = 0) -> tuple[Tensor, OptimizerStep]:
     """The weights after the steps of those numbers, one of which overflows and has to leave them alone."""
     model = toy()
-    update = make(model, kind, clip_norm=1.0, half=half)
+    update = make(model, kind, clip_norm=1.0, float16=float16)
     for step in order:
         before = weights(model)
         _, change = take(update, model, step, "overflow" if step == overflow else "", measure=True)
@@ -236,7 +236,7 @@ def test_a_step_whose_scaled_gradient_overflows_is_left_out(
 @pytest.mark.parametrize("bad", ["nan loss and gradient", "nan loss", "inf loss"])
 def test_in_float16_a_loss_that_is_not_finite_ends_the_run(kind: str, k: int, bad: str) -> None:
     model = toy()
-    update = make(model, kind, clip_norm=1.0, half=True)
+    update = make(model, kind, clip_norm=1.0, float16=True)
     states = [weights(model)]
     for step in range(1, k + 4):
         take(update, model, step, bad if step == k else "")
@@ -261,7 +261,7 @@ def test_a_mixer_learns_in_float16(kind: str) -> None:
         kinds.add(logits.dtype)
         return logits
 
-    update = OptimizerStep(MAKERS[kind](model), clip_norm=1.0, half=True)
+    update = OptimizerStep(MAKERS[kind](model), clip_norm=1.0, float16=True)
     steps = list(
         train_steps(
             model,
@@ -270,7 +270,6 @@ def test_a_mixer_learns_in_float16(kind: str) -> None:
             update,
             lambda step: 0.02 if kind == "adamw" else 0.2,
             softmax,
-            device=torch.device("cpu"),
             precision=torch.float16,
             preprocessing=Preprocessing(),
             seed=0,

@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from allmlp.config.recipe import DataRecipe, OptimizationRecipe, Recipe, micro_batch, to_json_object
-from allmlp.data.dataset import Dataset, DatasetSplits
+from allmlp.data.dataset import DatasetSplits, ImageDataset
 from allmlp.data.loader import UnreadableImages, default_workers, training_batches
 from allmlp.data.mixup import Mixing
 from allmlp.data.randaugment import RandAugment
@@ -195,7 +195,7 @@ def build_batches(
     context: DistributedContext = SINGLE_PROCESS,
 ) -> DataLoader:
     """This process's micro-batches of the steps that remain."""
-    dataset: Dataset = data.splits["train"]
+    dataset: ImageDataset = data.splits["train"]
     micro_batch_size = micro_batch(recipe.optimization, context.world_size)
     accumulate = recipe.optimization.global_batch_size // (micro_batch_size * context.world_size)
     workers = recipe.data.workers
@@ -284,7 +284,7 @@ def build_data(recipe: Recipe) -> DatasetSplits:
         log.warning("%d files left out: %s", count, ending)
     data.split("train")
     if len(data.classes) < 2:
-        raise UserError(f"{recipe.data.data} has one class, {data.classes[0]}: a classifier needs at least two")
+        raise UserError(f"{recipe.data.data} has one class, {', '.join(data.classes)}: a classifier needs at least two")
     require_validation(recipe, data)
     return data
 

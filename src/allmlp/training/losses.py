@@ -22,8 +22,8 @@ def softmax(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
 def sigmoid(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
     """Binary cross-entropy of each class, summed over the classes: (B, K) logits, (B,) labels → (B,).
 
-    The authors pre-train with it. Their head bias of −6.9 (ImageNet) or −10 (ImageNet-21k) makes the initial probability
-    of each class about its frequency.
+    The authors pre-train with it. Their head bias of −6.9 (ImageNet) or −10 (ImageNet-21k) makes the initial
+    probability of each class about its frequency.
     """
     target = (1 - smoothing) * logits.gather(1, labels[:, None])[:, 0] + smoothing * logits.mean(1)
     return F.softplus(logits).sum(1) - target

@@ -22,7 +22,7 @@ def adamw(model: nn.Module, *, weight_decay: float, beta1: float, beta2: float) 
 
 
 def sgd(model: nn.Module, *, momentum: float) -> torch.optim.SGD:
-    """SGD with momentum and without weight decay, as the paper fine-tunes (Section 3). Each step sets the learning rate.
+    """SGD with momentum, without weight decay, as the paper fine-tunes (Section 3). Each step sets the learning rate.
 
     PyTorch's fused kernel does not support sharded parameters: those are updated by separate operations.
     """

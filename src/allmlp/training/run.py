@@ -132,7 +132,7 @@ def train(
         summary = summarize(recipe, data, model, built, results) | {"kept_step": kept_step} | origin
         if context.is_rank0:
             scores = {key: summary[key] for key in ("data", "split", "epochs", "val_top1", "test_top1")}
-            save(model, out / "model.safetensors", **origin, **scores)
+            save(model, out / "model.safetensors", **(origin | scores))
             write_text(out / "summary.json", to_json(summary, indent=2) + "\n")
     metrics = built.trainer.records.metrics
     return RunResult(out=out, recipe=recipe, summary=summary, metrics=metrics, model=model, data=data, results=results)

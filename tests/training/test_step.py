@@ -8,6 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
+from small_runs import train_steps
 from torch import Tensor
 
 from allmlp.data.loader import Batch
@@ -16,10 +17,10 @@ from allmlp.data.transforms import normalise
 from allmlp.metadata import Preprocessing
 from allmlp.model import Mixer
 from allmlp.rng import sample_keys
-from allmlp.training.loop import Step, in_groups, train_steps
 from allmlp.training.losses import LOSSES, Loss
 from allmlp.training.optimizer import adamw, sgd
 from allmlp.training.optimizer_step import OptimizerStep
+from allmlp.training.step import StepResult
 
 Forward = Callable[[Tensor, Tensor], Tensor]
 
@@ -59,7 +60,7 @@ def train(
     mixing: Mixing | None = None,
     accumulate: int = 1,
     measure: Callable[[int], bool] = lambda step: False,
-) -> list[Step]:
+) -> list[StepResult]:
     return list(
         train_steps(
             model,
@@ -68,7 +69,6 @@ def train(
             OptimizerStep(optimizer or adamw(model, weight_decay=0.1, beta1=0.9, beta2=0.999), clip_norm),
             rate,
             partial(LOSSES[loss], smoothing=label_smoothing),
-            device=torch.device("cpu"),
             precision=precision,
             preprocessing=Preprocessing(),
             seed=seed,
@@ -87,7 +87,7 @@ def equal(a: Mixer, b: Mixer) -> bool:
     return all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
 
 
-def gradient(batch: Batch, **options) -> tuple[dict[str, Tensor], Step]:
+def gradient(batch: Batch, **options) -> tuple[dict[str, Tensor], StepResult]:
     """By one step of plain gradient descent at rate 1, so that the weights move by it."""
     model = random_head(tiny())
     before = weights(model)
@@ -154,7 +154,6 @@ def test_each_step_has_the_rate_of_the_schedule() -> None:
         OptimizerStep(optimizer, clip_norm=1.0),
         rates.__getitem__,
         LOSSES["softmax"],
-        device=torch.device("cpu"),
         precision=torch.float32,
         preprocessing=Preprocessing(),
         seed=0,
@@ -276,22 +275,6 @@ def test_the_update_norm_is_measured_where_it_is_asked_for() -> None:
     assert float(steps[3].update_norm) == pytest.approx(norms[3], rel=1e-5)
 
 
-def test_groups_take_the_items_as_they_are_asked_for() -> None:
-    taken: list[int] = []
-
-    def items() -> Iterable[int]:
-        for i in range(7):
-            taken.append(i)
-            yield i
-
-    groups = in_groups(items(), 3)
-    first = next(groups)
-    assert taken == [0]
-    assert list(first) == [0, 1, 2]
-    assert taken == [0, 1, 2]
-    assert [list(group) for group in groups] == [[3, 4, 5], [6]]
-
-
 # Micro-batches
 
 
@@ -328,7 +311,7 @@ def cut(batch: Batch, parts: int) -> list[Batch]:
     return [Batch(*piece, []) for piece in pieces]
 
 
-def after_micro_batches(parts: int, case: Case, kind: str = "sgd", seed: int = 7) -> tuple[Mixer, list[Step]]:
+def after_micro_batches(parts: int, case: Case, kind: str = "sgd", seed: int = 7) -> tuple[Mixer, list[StepResult]]:
     """The model, in float64, after six steps of sixteen images, each in so many parts.
 
     SGD is not clipped: as Adam's, its steps would not show a gradient that is twice too large.

@@ -1,115 +1,28 @@
 """The run's steps from a recipe: averaging, keeping the best, stopping early, and what a failure leaves."""
 
-import dataclasses
 import re
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from small_runs import CPU, NOISY, Fitted, Silent, Watched, recipe, same, splits, state
 from torch import Tensor
 
-from allmlp.config.recipe import (
-    DataRecipe,
-    ModelRecipe,
-    OptimizationRecipe,
-    Recipe,
-    RunRecipe,
-    check,
-)
-from allmlp.data.dataset import DatasetSplits, ImageDataset
-from allmlp.data.stores import ArrayStore
 from allmlp.errors import RunError
-from allmlp.evaluation.classification import classify
-from allmlp.model import Mixer
-from allmlp.training import run
-from allmlp.training.fit import FitResult, fit, lengths
-from allmlp.training.initialization import prepare
+from allmlp.evaluation.classification import SplitEvaluator, classify
+from allmlp.training import build
+from allmlp.training.build import run_lengths
+from allmlp.training.run import train
 from allmlp.weights.load import load
 from allmlp.weights.native import save
 
-CLASSES = ("a", "b", "c")
-CPU = torch.device("cpu")
 
-
-def part(images: int, seed: int) -> ImageDataset:
-    """Noisy images, brighter by class."""
-    labels = np.arange(images) % 3
-    noise = np.random.default_rng(seed).integers(0, 120, (images, 8, 8, 3))
-    pixels = (noise + 60 * labels[:, None, None, None]).astype(np.uint8)
-    names = tuple(f"{i:03d}" for i in range(images))
-    return ImageDataset(store=ArrayStore(pixels, names), names=names, labels=labels, classes=CLASSES)
-
-
-def source(**parts: int) -> DatasetSplits:
-    counts = parts or {"train": 24, "val": 6}
-    return DatasetSplits(
-        splits={name: part(n, i) for i, (name, n) in enumerate(counts.items())}, classes=CLASSES, description="made"
-    )
-
-
-def recipe(**changes: Any) -> Recipe:
-    """A run of six steps, two for each of three epochs; ``changes`` go to the section that has such a field."""
-    sections: dict[str, Any] = {
-        "model": ModelRecipe(
-            image_size=8, patch_size=4, num_blocks=2, hidden_dim=8, tokens_mlp_dim=6, channels_mlp_dim=16
-        ),
-        "data": DataRecipe(data="unused", crop_ratio=1.0, train_crop="none", flip=True, workers=0),
-        "optimization": OptimizationRecipe(epochs=3, global_batch_size=12, learning_rate=0.01, warmup_steps=1),
-        "run": RunRecipe(device="cpu", precision="float32", compile="off", log_every_steps=1),
-    }
-    for name, value in changes.items():
-        (section,) = [key for key, held in sections.items() if name in {f.name for f in dataclasses.fields(held)}]
-        sections[section] = dataclasses.replace(sections[section], **{name: value})
-    return check(Recipe(**sections))
-
-
-def state(model: Mixer) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
-
-
-def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-class Watched:
-    """A fit, with the trained weights after each step and those that were shown to each evaluation."""
-
-    def __init__(
-        self, out: Path, settings: Recipe, top1: list[float] | None = None, data: DatasetSplits | None = None
-    ) -> None:
-        self.steps: list[dict[str, Tensor]] = []
-        self.shown: list[dict[str, Tensor]] = []
-        self.splits: list[str] = []
-        self.messages: list[tuple[int, int]] = []
-        self.scores = top1
-        (out / "checkpoints").mkdir(parents=True)
-        self.out, self.settings, self.data = out, settings, data or source()
-        self.model = prepare(settings)(CLASSES)
-        self.start = state(self.model)
-
-    def update(self, done: int, total: int, text: str) -> None:
-        self.steps.append(state(self.model))
-        self.messages.append((done, total))
-
-    def examine(self, model: Mixer, name: str) -> Any:
-        self.shown.append(state(model))
-        self.splits.append(name)
-        if self.scores is None:
-            return classify(model, self.data.splits[name], device=CPU, precision=torch.float32)
-        return SimpleNamespace(top1=self.scores[min(len(self.shown), len(self.scores)) - 1], loss=1.0, unreadable={})
-
-    def fit(self) -> FitResult[Any]:
-        precision = {"float16": torch.float16}.get(self.settings.run.precision, torch.float32)
-        return fit(self.settings, self.out, self.data, self.model, CPU, precision, self.examine, self)
-
-
-def watched(out: Path, top1: list[float] | None = None, **changes: Any) -> tuple[Watched, FitResult[Any]]:
+def watched(out: Path, top1: list[float] | None = None, **changes: Any) -> tuple[Watched, Fitted]:
     seen = Watched(out, recipe(**changes), top1)
     return seen, seen.fit()
 
@@ -133,7 +46,7 @@ def test_a_plain_run_ends_with_the_last_weights(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("decay", [0.5, 0.9, 0.0])
-def test_the_polyak_average_is_the_one_by_hand(decay: float, tmp_path: Path) -> None:
+def test_the_average_is_the_one_by_hand(decay: float, tmp_path: Path) -> None:
     seen, fitted = watched(tmp_path / "run", ema_decay=decay)
     plain, _ = watched(tmp_path / "plain")
     assert all(same(a, b) for a, b in zip(seen.steps, plain.steps, strict=True))  # it has no part in the training
@@ -208,7 +121,7 @@ def test_steps_override_epochs(tmp_path: Path) -> None:
     ],
 )
 def test_lengths_of_run_and_warm_up(changes: dict[str, Any], expected: tuple[int, int]) -> None:
-    assert lengths(recipe(**changes).optimization, 24) == expected
+    assert run_lengths(recipe(**changes).optimization, 24) == expected
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
@@ -223,9 +136,6 @@ def test_a_frozen_body_stays_bit_for_bit(optimizer: str, tmp_path: Path) -> None
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {"head.weight", "head.bias"}
     assert (after["head.weight"] != 0).any()
-
-
-NOISY = {"dropout": 0.2, "stochastic_depth": 0.4, "mixup": 0.5, "cutmix": 1.0, "mix_group_size": 3}
 
 
 def far(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
@@ -293,36 +203,31 @@ def test_a_diverging_run_says_so_and_leaves_the_last_good_weights(ema_decay: flo
 
 
 def test_the_folder_of_a_diverged_run_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "load_source", lambda *words, **options: source(train=24, val=6, test=6))
+    monkeypatch.setattr(build, "load_source", lambda *words, **options: splits(train=24, val=6, test=6))
     with pytest.raises(RunError, match="training has diverged"):
-        run.train(recipe(learning_rate=1e30, warmup_steps=0), tmp_path / "run", classify, Silent())
+        train(recipe(learning_rate=1e30, warmup_steps=0), tmp_path / "run", SplitEvaluator, Silent())
     assert {"recipe.json", "metrics.jsonl"} <= {path.name for path in (tmp_path / "run").iterdir()}
     load(tmp_path / "run/checkpoints/last.safetensors")
 
 
-class Silent:
-    def update(self, done: int, total: int, text: str) -> None:
-        pass
-
-
 def test_a_whole_run_of_everything_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "load_source", lambda *words, **options: source(train=24, val=6, test=6))
+    monkeypatch.setattr(build, "load_source", lambda *words, **options: splits(train=24, val=6, test=6))
     settings = recipe(
         **NOISY, micro_batch_size=6, recompute=True, ema_decay=0.5, keep="best", patience=2, randaugment=10.0, steps=9
     )
-    done = run.train(settings, tmp_path / "run", classify, Silent())
+    done = train(settings, tmp_path / "run", SplitEvaluator, Silent())
     assert done.results.keys() == {"val", "test"}
     assert done.summary["kept_step"] <= done.summary["steps"] <= 9
     assert done.summary["val_top1"] == done.results["val"].top1
     assert same(state(load(tmp_path / "run/model.safetensors")), state(done.model))
     again = classify(
-        load(tmp_path / "run/model.safetensors"), done.source.splits["val"], device=CPU, precision=torch.float32
+        load(tmp_path / "run/model.safetensors"), done.data.splits["val"], device=CPU, precision=torch.float32
     )
     assert again.top1 == done.summary["val_top1"]
 
 
 REMEDY = (
-    "6 images at a time do not fit the memory: give --micro-batch-size 3 or less (gradients add up over a step, to "
+    "6 images at a time do not fit into memory: give --micro-batch-size 3 or less (gradients are accumulated to "
     "the same result), or --recompute"
 )
 
@@ -366,7 +271,7 @@ PROGRAM = """
 import pathlib, resource, sys
 import torch.utils.tensorboard
 sys.path.insert(0, {folder!r})
-from test_fit import Watched, recipe
+from small_runs import Watched, recipe
 from allmlp.errors import RunError
 sizes = dict(global_batch_size=1024, hidden_dim=1024, channels_mlp_dim=4096, patch_size=2, num_blocks=1, steps=2)
 seen = Watched(pathlib.Path({out!r}), recipe(**sizes))
@@ -381,7 +286,7 @@ except RunError as error:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's")
 def test_a_batch_that_really_does_not_fit_is_told_what_to_do(tmp_path: Path) -> None:
-    program = PROGRAM.format(folder=str(Path(__file__).parent), out=str(tmp_path / "run"), megabytes=400)
+    program = PROGRAM.format(folder=str(Path(__file__).parents[1]), out=str(tmp_path / "run"), megabytes=400)
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    told = "1024 images at a time do not fit the memory: give --micro-batch-size 512 or less"
+    told = "1024 images at a time do not fit into memory: give --micro-batch-size 512 or less"
     assert ended.stdout.startswith(told), ended.stderr[-2000:]

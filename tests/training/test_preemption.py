@@ -10,13 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from allmlp.training.signals import SignalState, deferred_signals
 
 from allmlp.checkpointing.manager import CheckpointManager
 from allmlp.distributed.context import SINGLE_PROCESS
 from allmlp.errors import Stopped
 from allmlp.training import signals as module
 from allmlp.training.preemption import Control
-from allmlp.training.signals import SignalState, deferred_signals
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
 BOTH = [signal.SIGTERM, signal.SIGINT]
