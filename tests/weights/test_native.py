@@ -137,7 +137,7 @@ def test_loading_draws_no_weights_and_no_random_numbers(saved: Path, monkeypatch
     def never(*_args, **_options) -> None:
         raise AssertionError("initial weights were drawn")
 
-    monkeypatch.setattr(allmlp.model, "initialise", never)
+    monkeypatch.setattr(allmlp.model, "init_weights", never)
     monkeypatch.setattr(torch.nn.init, "trunc_normal_", never)
     model = load(saved)
     assert all(torch.equal(a, b) for a, b in zip(make_state(), model.state_dict().values(), strict=True))

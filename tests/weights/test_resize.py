@@ -481,7 +481,9 @@ def test_settings_of_the_model_are_kept() -> None:
     model = make(gelu="erf", norm_eps=1e-5, dropout=0.1, stochastic_depth=0.25, rescale=True)
     resized = resize(model, 24)
     assert resized.config == model.config | {"image_size": (24, 24), "tokens_mlp_dim": 20}
-    assert [block.drop_path for block in resized.blocks] == [block.drop_path for block in model.blocks]
+    assert [block.token_drop_path.rate for block in resized.blocks] == [
+        block.token_drop_path.rate for block in model.blocks
+    ]
     assert resized.pre_head_layer_norm.eps == 1e-5
 
 
@@ -545,8 +547,8 @@ def test_on_a_gpu() -> None:
         (26, r"image size 26×26 is not a multiple of the patch size 4×4: use 24×24"),
         ((24, 27), r"image size 24×27 is not a multiple of the patch size 4×4: use 24×28"),
         (3, r"image size 3×3 is not a multiple of the patch size 4×4: use 4×4"),
-        (0, r"image_size = \(0, 0\): at least 1 pixel"),
-        ((24, -4), r"image_size = \(24, -4\): at least 1 pixel"),
+        (0, r"image_size = \(0, 0\): must be at least 1 pixel"),
+        ((24, -4), r"image_size = \(24, -4\): must be at least 1 pixel"),
         (24.5, r"size 24\.5: give a whole number of pixels, or two, \(height, width\)"),
         ((24, 24, 24), r"size \(24, 24, 24\): give a whole number of pixels, or two"),
         ("24", r"size '24': give a whole number"),

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from allmlp.distributed.context import DistributedContext
+from allmlp.factory import build_meta
 from allmlp.model import Mixer
 
 
@@ -46,8 +47,7 @@ def full_model(model: Mixer) -> Mixer:
     if not isinstance(model, FSDPModule):
         return model
     state = {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in model.state_dict().items()}
-    with torch.device("meta"):
-        gathered = Mixer(**model.config)
+    gathered = build_meta(model.config)
     gathered.load_state_dict(state, assign=True)
     gathered.metadata = model.metadata
     return gathered

@@ -21,6 +21,7 @@ from allmlp.data.transforms import TrainingView
 from allmlp.distributed.context import SINGLE_PROCESS, DistributedContext
 from allmlp.distributed.parallelize import is_sharded
 from allmlp.errors import UserError
+from allmlp.factory import build_meta
 from allmlp.flops import cost
 from allmlp.metadata import Preprocessing
 from allmlp.model import Mixer
@@ -91,7 +92,7 @@ def build(
             model,
             recipe.run.compile,
             batch_size=micro_batch_size,
-            training_flop=3.0 * cost(model.config).flops * steps * settings.global_batch_size,
+            training_flop=3.0 * cost(build_meta(model.config)).flops * steps * settings.global_batch_size,
             device=device,
             precision=precision,
             context=context,

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 
 from allmlp.distributed.parallelize import copy_to_shard
+from allmlp.factory import build_meta, create
+from allmlp.initial_weights import init_weights
 from allmlp.metadata import Metadata, Preprocessing
-from allmlp.model import Mixer, init_weights
-from allmlp.variants import create
+from allmlp.model import Mixer
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ def from_scratch(
         UserError: sizes that do not fit together.
     """
 
-    def build_meta(classes: tuple[str, ...]) -> Mixer:
+    def build(classes: tuple[str, ...]) -> Mixer:
         with torch.device("meta"):
             model = create(num_classes=len(classes), **sizes)
         model.metadata = Metadata(classes=classes, preprocessing=preprocessing, provenance=provenance)
@@ -51,8 +52,8 @@ def from_scratch(
         init_weights(model, seed, copy_to_shard)
         torch.nn.init.constant_(model.get_parameter("head.bias"), head_bias)
 
-    build_meta(("a", "b"))  # wrong sizes are an error before any data is read
-    return ModelInitializer(build_meta, init)
+    build(("a", "b"))  # wrong sizes are an error before any data is read
+    return ModelInitializer(build, init)
 
 
 def from_weights(
@@ -73,7 +74,7 @@ def from_weights(
         head_bias: initial bias of every class; the head's weights start at zero.
     """
 
-    def build_meta(classes: tuple[str, ...]) -> Mixer:
+    def build(classes: tuple[str, ...]) -> Mixer:
         model = with_new_head(pretrained, len(classes), **regularization)
         if frozen:
             model.requires_grad_(False)
@@ -81,7 +82,7 @@ def from_weights(
         model.metadata = Metadata(classes=classes, preprocessing=preprocessing, provenance=copy.deepcopy(provenance))
         return model
 
-    return ModelInitializer(build_meta, lambda model: load_weights(model, pretrained, head_bias))
+    return ModelInitializer(build, lambda model: load_weights(model, pretrained, head_bias))
 
 
 def with_new_head(pretrained: Mixer, num_classes: int, **changes: Any) -> Mixer:
@@ -90,8 +91,7 @@ def with_new_head(pretrained: Mixer, num_classes: int, **changes: Any) -> Mixer:
     ``changes`` are other arguments of ``Mixer``. Weights of 16 bits become float32, exactly: they would lose the small
     updates of training.
     """
-    with torch.device("meta"):
-        model = Mixer(**{**pretrained.config, "num_classes": num_classes, **changes})
+    model = build_meta({**pretrained.config, "num_classes": num_classes, **changes})
     return model.to(torch.promote_types(pretrained.stem.weight.dtype, torch.float32))
 
 

@@ -21,6 +21,7 @@ from allmlp.runs.provenance import current_commit, describe_device, peak_memory,
 from allmlp.runs.result import RunResult
 from allmlp.runs.resume import check_same_data, claim_folder, find_checkpoint
 from allmlp.training.build import Built, build, build_data, build_initializer
+from allmlp.training.compilation import restore_eager
 from allmlp.training.memory import keep_freed_memory
 from allmlp.training.preemption import Preemption, deferred_signals
 from allmlp.training.trainer import Evaluator, Progress
@@ -129,6 +130,7 @@ def train(
             test = evaluator("test")
             test(model)
             results["test"] = test.result
+        restore_eager(model)
         summary = summarize(recipe, data, model, built, results) | {"kept_step": kept_step} | origin
         if context.is_rank0:
             scores = {key: summary[key] for key in ("data", "split", "epochs", "val_top1", "test_top1")}

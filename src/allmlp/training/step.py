@@ -13,7 +13,7 @@ from allmlp.device import autocast
 from allmlp.distributed.context import SINGLE_PROCESS, DistributedContext
 from allmlp.distributed.parallelize import grad_sync
 from allmlp.metadata import Preprocessing
-from allmlp.rng import mixed, sample_keys
+from allmlp.rng import sample_keys, splitmix64
 from allmlp.training.optimizer_step import OptimizerStep
 
 Forward = Callable[[Tensor, Tensor], Tensor]  # images and sample keys → logits
@@ -144,4 +144,4 @@ class TrainingStep:
 
 def samples_digest(samples: Tensor, indices: Tensor) -> int:
     """Which image was which sample; the digest of several batches is the sum of theirs modulo 2⁶⁴, in any order."""
-    return int(mixed(mixed(samples) + indices).sum())
+    return int(splitmix64(splitmix64(samples) + indices).sum())

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from allmlp.errors import UserError, printable
-from allmlp.model import Mixer, Size, as_pair
+from allmlp.factory import build_meta
+from allmlp.model import Mixer
+from allmlp.sizes import Size, as_pair
 from allmlp.weights import layouts, native
 from allmlp.weights.containers import Container, open_container, require_floats
 from allmlp.weights.foreign_metadata import foreign_metadata
@@ -102,8 +104,7 @@ def read_foreign(container: Container, origin: Download, image_size: Size | None
         tensor = oriented(ours, container.read(full[theirs]))
         tensors[ours] = tensor.to(tensor.dtype if metadata else wide).contiguous()
         native.check_finite(tensors[ours], theirs, what)
-    with torch.device("meta"):
-        model = Mixer(**config)
+    model = build_meta(config)
     model.load_state_dict(tensors, assign=True)
     model.metadata = metadata or foreign_metadata(container, origin, layout, model)
     return model

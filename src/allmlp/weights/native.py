@@ -19,9 +19,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from allmlp.errors import RunError, UserError, printable
+from allmlp.factory import build_meta
 from allmlp.files import replacing
 from allmlp.metadata import Metadata, Preprocessing
-from allmlp.model import Mixer, as_pair
+from allmlp.model import Mixer
+from allmlp.sizes import as_pair
 from allmlp.weights.containers import Container, require_floats
 from allmlp.weights.layouts import compare, expected_shapes, no_mixer
 
@@ -94,8 +96,7 @@ def read(container: Container) -> Mixer:
     compare(expected, {name: info.shape for name, info in container.infos.items()}, (), {}, path)
     for name, tensor in tensors.items():
         check_finite(tensor, name, path)
-    with torch.device("meta"):
-        model = Mixer(**config)
+    model = build_meta(config)
     model.load_state_dict(tensors, assign=True)
     model.metadata = metadata
     return model

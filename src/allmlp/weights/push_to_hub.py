@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from allmlp.errors import RunError, UserError, printable
+from allmlp.factory import build_meta
 from allmlp.flops import cost
 from allmlp.model import Mixer
 from allmlp.weights.hub import first_line, huggingface_hub
@@ -112,7 +113,7 @@ def model_card(model: Mixer, repo: str, license: str) -> str:
 
 
 def model_rows(model: Mixer, name: str) -> list[str]:
-    config, view, counted = model.config, model.metadata.preprocessing, cost(model.config)
+    config, view, counted = model.config, model.metadata.preprocessing, cost(build_meta(model.config))
     keys = ("num_blocks", "hidden_dim", "tokens_mlp_dim", "channels_mlp_dim")
     sizes = ", ".join(f"{key} {config[key]}" for key in keys)
     return [
