@@ -138,6 +138,7 @@ class Mixer(nn.Module):
         self.config |= {"image_size": as_pair(image_size), "patch_size": as_pair(patch_size)}
         check(self.config)
         self.image_size, self.patch_size = self.config["image_size"], self.config["patch_size"]
+        self.num_classes, self.in_channels = self.config["num_classes"], self.config["in_channels"]
         self.grid = (self.image_size[0] // self.patch_size[0], self.image_size[1] // self.patch_size[1])
         self.metadata = Metadata()
 

@@ -316,7 +316,7 @@ def test_a_whole_run_of_everything_at_once(tmp_path: Path, monkeypatch: pytest.M
     assert done.summary["val_top1"] == done.results["val"].top1
     assert same(state(load(tmp_path / "run/model.safetensors")), state(done.model))
     again = classify(
-        load(tmp_path / "run/model.safetensors"), done.source.splits["val"], device=CPU, precision=torch.float32
+        load(tmp_path / "run/model.safetensors"), done.data.splits["val"], device=CPU, precision=torch.float32
     )
     assert again.top1 == done.summary["val_top1"]
 

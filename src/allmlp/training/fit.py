@@ -17,7 +17,7 @@ from allmlp.data.dataset import DatasetSplits
 from allmlp.data.loader import default_workers, training_batches
 from allmlp.data.mixup import Mixing
 from allmlp.data.randaugment import RandAugment
-from allmlp.data.transforms import TrainingView
+from allmlp.data.transforms import TrainingTransform
 from allmlp.distributed.context import SINGLE_PROCESS, DistributedContext
 from allmlp.distributed.parallelize import full_model, is_sharded
 from allmlp.errors import RunError
@@ -196,9 +196,9 @@ def make_mixing(data: DataRecipe) -> Mixing | None:
     return Mixing(mixup=data.mixup, cutmix=data.cutmix, group=data.mix_group_size)
 
 
-def make_view(data: DataRecipe, model: Mixer) -> TrainingView:
+def make_view(data: DataRecipe, model: Mixer) -> TrainingTransform:
     strength = data.randaugment
-    return TrainingView(
+    return TrainingTransform(
         image_size=model.image_size,
         preprocessing=model.metadata.preprocessing,
         crop=data.train_crop,

@@ -3,9 +3,8 @@
 import datetime
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic
+from typing import Any
 
 import torch
 
@@ -21,6 +20,7 @@ from allmlp.files import to_json, write_text
 from allmlp.model import Mixer
 from allmlp.runs.folder import locked, run_folder
 from allmlp.runs.provenance import current_commit, describe_device, peak_memory, versions
+from allmlp.runs.result import RunResult
 from allmlp.runs.resume import check_same, claim, take
 from allmlp.training.fit import FitResult, fit
 from allmlp.training.initialization import prepare
@@ -37,19 +37,6 @@ log = logging.getLogger(__name__)
 Evaluate = Callable[..., R]  # (model, part, *, device, precision, on_progress, world) -> R
 
 
-@dataclass(frozen=True, kw_only=True)
-class Run(Generic[R]):
-    """What a finished run leaves: its folder, its summary, the model, and the evaluation of each held-out part."""
-
-    out: Path
-    recipe: Recipe
-    summary: dict[str, Any]
-    metrics: list[dict[str, float]]
-    model: Mixer
-    source: DatasetSplits
-    results: dict[str, R]  # "val", "test", where there are such parts
-
-
 def train(
     recipe: Recipe,
     out: Path,
@@ -61,7 +48,7 @@ def train(
     resume: bool = False,
     trusted: bool = False,
     again: str = "the same command and --resume auto",
-) -> Run[R]:
+) -> RunResult[R]:
     """Trains a model, new or from weights, and writes the run's folder, all of it but the report.
 
     Args:
@@ -140,7 +127,9 @@ def train(
             save(model, out / "model.safetensors", **origin, **measured)
             write_text(out / "summary.json", to_json(summary, indent=2) + "\n")
     metrics = fitted.metrics
-    return Run(out=out, recipe=recipe, summary=summary, metrics=metrics, model=model, source=source, results=results)
+    return RunResult(
+        out=out, recipe=recipe, summary=summary, metrics=metrics, model=model, data=source, results=results
+    )
 
 
 def summarise(
