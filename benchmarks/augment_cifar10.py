@@ -113,7 +113,7 @@ def timms(name: str, seed: int, data: str, epochs: int, choose: bool) -> dict[st
     from timm.utils import random_seed
     from torch import nn
 
-    from allmlp.data.split import stratified
+    from allmlp.data.split import stratified_split
     from allmlp.device import autocast, select_precision
     from allmlp.training.memory import keep_freed_memory
 
@@ -138,7 +138,7 @@ def timms(name: str, seed: int, data: str, epochs: int, choose: bool) -> dict[st
         labels, names = zip(*((label, str(file)) for file, label in train_set.reader.samples), strict=True)
         import numpy as np
 
-        kept, held = stratified(np.array(labels), names, 0.1, 0)
+        kept, held = stratified_split(np.array(labels), names, 0.1, 0)
         test_set = create_dataset("", root=str(Path(data) / "train"))
         test_set.reader.samples = [test_set.reader.samples[i] for i in held]
         train_set.reader.samples = [train_set.reader.samples[i] for i in kept]

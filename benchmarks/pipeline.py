@@ -1,13 +1,13 @@
-"""The training pipeline, images a second on one core: file to augmented uint8, ours and timm's; and the loader's share.
+"""Training pipeline: images per second on one core, from file to augmented uint8, ours and timm's; loader overhead.
 
     python benchmarks/pipeline.py --cifar10 cifar10/ --photos photos/          # about five minutes
 
 Both decode the same JPEG files and apply the same crop box, flip and two layers of RandAugment at magnitude 10. Ours
-draws them by (seed, epoch, index), as it does in training. timm's create_transform makes its own draws, by its own code
-and as often, but then applies ours, so that the work on pixels is the same; "handed" is timm without its drawing. timm
-has no cutout: there it calls ours. Passes alternate; a figure is the median, a ratio the median of the ratios within a
-pass. The loader's overhead is what batches from worker processes cost beyond the same images made in as many processes
-without a loader.
+draws them from (seed, epoch, index), as in training. timm's create_transform draws the same number of parameters with
+its own code, but then applies ours, so that the work on pixels is the same; "handed" is timm without its drawing. timm
+has no cutout and calls ours instead. Passes alternate. Figures are medians; ratios are medians of the ratios within a
+pass. The overhead of the loader is the extra cost of batches from worker processes, compared with the same images made
+in as many processes without a loader.
 """
 
 import argparse
@@ -28,17 +28,18 @@ from timm.data import auto_augment, create_transform
 from torchvision.transforms import functional as TF
 
 from allmlp.data import randaugment, transforms
+from allmlp.data.dataset import ImageDataset
 from allmlp.data.loader import TrainingOrder, sample_generator, training_batches
-from allmlp.data.randaugment import FILL, SIDE, RandAugment, apply
-from allmlp.data.sources import ImageDataset, load_source
-from allmlp.data.transforms import TrainingView
+from allmlp.data.randaugment import FILL_COLOUR, REFERENCE_SIDE, RandAugment, apply_operation
+from allmlp.data.sources import load_source
+from allmlp.data.transforms import TrainingTransform
 from allmlp.metadata import Preprocessing
 
 MAGNITUDE = 10
 
 
-def make_view(size: int) -> TrainingView:
-    return TrainingView(
+def make_transform(size: int) -> TrainingTransform:
+    return TrainingTransform(
         image_size=(size, size),
         preprocessing=Preprocessing(),
         crop="inception",
@@ -49,36 +50,36 @@ def make_view(size: int) -> TrainingView:
 
 
 class Draws:
-    """What ours drew for one image, for timm's functions."""
+    """The random parameters that ours drew for one image."""
 
     def __init__(self) -> None:
         self.box, self.scale, self.flip = (0, 0, 0, 0), 1.0, False
         self.operations: list[tuple[str, float, tuple[float, float]]] = []
 
 
-def record(part: ImageDataset, view: TrainingView, index: int) -> Draws:
-    """Runs ours once and writes down its draws."""
-    draws, box_of, apply_one = Draws(), transforms.inception_box, randaugment.apply
+def record(dataset: ImageDataset, transform: TrainingTransform, index: int) -> Draws:
+    """Runs ours once and records its draws."""
+    draws, box_of, apply_one = Draws(), transforms.inception_box, randaugment.apply_operation
 
-    def see_box(height: int, width: int, rng: object) -> tuple[int, int, int, int]:
+    def record_box(height: int, width: int, rng: object) -> tuple[int, int, int, int]:
         draws.box = box_of(height, width, rng)
         draws.scale = width
         return draws.box
 
-    def see_operation(image: Image.Image, name: str, strength: float, centre: tuple[float, float]) -> Image.Image:
+    def record_operation(image: Image.Image, name: str, strength: float, centre: tuple[float, float]) -> Image.Image:
         draws.operations.append((name, strength, centre))
         return apply_one(image, name, strength, centre)
 
-    transforms.inception_box, randaugment.apply = see_box, see_operation
+    transforms.inception_box, randaugment.apply_operation = record_box, record_operation
     try:
         rng = sample_generator(0, 0, index)
-        image = part.read(index, view.min_side)
+        image = dataset.read(index, transform.min_side)
         probe = sample_generator(0, 0, index)
         box_of(image.height, image.width, probe)
         draws.flip = bool(probe.random() < 0.5)
-        view(image, rng)
+        transform(image, rng)
     finally:
-        transforms.inception_box, randaugment.apply = box_of, apply_one
+        transforms.inception_box, randaugment.apply_operation = box_of, apply_one
     return draws
 
 
@@ -100,7 +101,7 @@ PIXELS: dict[str, Callable] = {
 
 
 def draw_only(operation: auto_augment.AugmentOp) -> None:
-    """What an AugmentOp of timm does before it calls its pixel function."""
+    """The random draws that timm's AugmentOp makes before it calls its pixel function."""
     if operation.prob < 1.0 and random.random() > operation.prob:
         return
     strength = max(0.0, min(10.0, operation.magnitude))
@@ -109,7 +110,7 @@ def draw_only(operation: auto_augment.AugmentOp) -> None:
 
 
 class Timms:
-    """timm's training transform for images whose draws are known; ``draws_too``: it makes its own as well."""
+    """timm's training transform, applying recorded draws; with ``draws_too``, it makes its own draws as well."""
 
     def __init__(self, size: int, draws_too: bool) -> None:
         self.transform = create_transform(
@@ -128,7 +129,7 @@ class Timms:
         self.transform.transforms = [crop, self.maybe_flip, self.randaugment, *rest]
 
     def box(self, image: Image.Image, *ranges: object) -> tuple[int, int, int, int]:
-        """top, left, height, width; the box was drawn on an image perhaps decoded at a smaller scale."""
+        """top, left, height, width. The box may have been drawn on an image decoded at a smaller scale."""
         if self.draws_too:
             self.get_params(image, *ranges)
         scale = image.width / self.draws.scale
@@ -144,13 +145,13 @@ class Timms:
         if self.draws_too:
             for operation in np.random.choice(self.augment.ops, self.augment.num_layers):  # noqa: NPY002 (timm's)
                 draw_only(operation)
-        fill = {"fillcolor": FILL, "resample": Image.Resampling.NEAREST}
+        fill = {"fillcolor": FILL_COLOUR, "resample": Image.Resampling.NEAREST}
         for name, strength, centre in self.draws.operations:
             if name == "cutout":
-                image = apply(image, name, strength, centre)
+                image = apply_operation(image, name, strength, centre)
             elif name.startswith("translate"):
                 move = auto_augment.translate_x_abs if name.endswith("x") else auto_augment.translate_y_abs
-                image = move(image, strength * self.size / SIDE, **fill)
+                image = move(image, strength * self.size / REFERENCE_SIDE, **fill)
             else:
                 image = PIXELS[name](image, strength, **fill)
         return image
@@ -162,17 +163,17 @@ class Timms:
 
 
 def compare(folder: str, size: int, images: int, passes: int) -> dict[str, float]:
-    """Images a second of both, passes alternating, on one core."""
+    """Images per second of both on one core; passes alternate."""
     torch.set_num_threads(1)
-    part = load_source(folder, val_fraction=0.0, test_fraction=0.0).splits["train"]
-    chosen = range(0, len(part), max(len(part) // images, 1))
-    root, view = part.store.root, make_view(size)
-    draws = {i: record(part, view, i) for i in chosen}
+    dataset = load_source(folder, val_fraction=0.0, test_fraction=0.0).splits["train"]
+    chosen = range(0, len(dataset), max(len(dataset) // images, 1))
+    root, transform = dataset.store.root, make_transform(size)
+    draws = {i: record(dataset, transform, i) for i in chosen}
     drawing, handed = Timms(size, draws_too=True), Timms(size, draws_too=False)
     makers: dict[str, Callable[[int], object]] = {
-        "ours": lambda i: view(part.read(i, view.min_side), sample_generator(0, 0, i)),
-        "timm": lambda i: drawing(root / part.names[i], draws[i]),
-        "handed": lambda i: handed(root / part.names[i], draws[i]),
+        "ours": lambda i: transform(dataset.read(i, transform.min_side), sample_generator(0, 0, i)),
+        "timm": lambda i: drawing(root / dataset.names[i], draws[i]),
+        "handed": lambda i: handed(root / dataset.names[i], draws[i]),
     }
     rates: dict[str, list[float]] = {name: [] for name in makers}
     for _ in range(passes):
@@ -189,30 +190,32 @@ def compare(folder: str, size: int, images: int, passes: int) -> dict[str, float
 
 
 def bare(folder: str, size: int, keys: list[tuple[int, int]]) -> float:
-    """Seconds to make the views of these (epoch, index) in this process, nothing else."""
+    """Seconds that this process takes to make the samples of these (epoch, index), without a loader."""
     torch.set_num_threads(1)
-    part = load_source(folder, val_fraction=0.0, test_fraction=0.0).splits["train"]
-    view = make_view(size)
+    dataset = load_source(folder, val_fraction=0.0, test_fraction=0.0).splits["train"]
+    transform = make_transform(size)
     begin = time.perf_counter()
     for epoch, i in keys:
-        view(part.read(i, view.min_side), sample_generator(0, epoch, i))
+        transform(dataset.read(i, transform.min_side), sample_generator(0, epoch, i))
     return time.perf_counter() - begin
 
 
 def overhead(folder: str, size: int, batch_size: int, images: int, passes: int) -> dict[str, float]:
-    """Images a second of the loader with a worker for each core, and of as many bare processes on the same samples."""
-    part = load_source(folder, val_fraction=0.0, test_fraction=0.0).splits["train"]
+    """Images per second of the loader with a worker per core, and of as many processes without it, same samples."""
+    dataset = load_source(folder, val_fraction=0.0, test_fraction=0.0).splits["train"]
     cores, steps = os.cpu_count() or 1, images // batch_size
-    keys = [key for batch in TrainingOrder(len(part), batch_size, steps, seed=0) for key in batch]
+    keys = [key for batch in TrainingOrder(len(dataset), batch_size, steps, seed=0) for key in batch]
     shares = [keys[i::cores] for i in range(cores)]
     rates: dict[str, list[float]] = {"loader": [], "bare": []}
     for _ in range(passes):
-        loader = training_batches(part, make_view(size), batch_size=batch_size, steps=steps, seed=0, workers=cores)
+        loader = training_batches(
+            dataset, make_transform(size), batch_size=batch_size, steps=steps, seed=0, workers=cores
+        )
         batches = iter(loader)
         next(batches)  # the workers have started
         begin = time.perf_counter()
-        seen = sum(len(batch.labels) for batch in batches)
-        rates["loader"].append(seen / (time.perf_counter() - begin))
+        made = sum(len(batch.labels) for batch in batches)
+        rates["loader"].append(made / (time.perf_counter() - begin))
         with multiprocessing.get_context("spawn").Pool(cores) as pool:
             seconds = max(pool.map(partial(bare, folder, size), shares, chunksize=1))
         rates["bare"].append(len(keys) / seconds)
@@ -223,7 +226,7 @@ def overhead(folder: str, size: int, batch_size: int, images: int, passes: int) 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cifar10", required=True, help="CIFAR-10 as a folder of JPEG files")
-    parser.add_argument("--photos", required=True, help="a folder of photographs, one folder a class")
+    parser.add_argument("--photos", required=True, help="a folder of photographs, with one folder per class")
     parser.add_argument("--passes", type=int, default=7)
     options = parser.parse_args()
     results, rows = {"machine": machine(torch.device("cpu"))}, []
@@ -234,11 +237,11 @@ def main() -> None:
         found = compare(folder, size, images, options.passes)
         loader = overhead(folder, size, batch, 20_000 if size == 32 else 2_000, 3)
         results[name] = found | loader
-        shown = [f"{found[who]:,.0f}" for who in ("ours", "timm", "handed")]
+        rates = [f"{found[who]:,.0f}" for who in ("ours", "timm", "handed")]
         ratios = [f"{found[f'ratio_{who}']:.2f} ×" for who in ("timm", "handed")]
-        rows.append([f"{name}, {size} px", *shown, *ratios, f"{loader['overhead']:.1%}"])
+        rows.append([f"{name}, {size} px", *rates, *ratios, f"{loader['overhead']:.1%}"])
     write_results("pipeline", results)
-    print_table(["images", "ours", "timm", "timm, handed", "ratio", "ratio, handed", "loader's overhead"], rows)
+    print_table(["images", "ours", "timm", "timm, handed", "ratio", "ratio, handed", "loader overhead"], rows)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from common import machine, print_table, write_results
 
 from allmlp.config.recipe import DataRecipe, ModelRecipe, OptimizationRecipe, Recipe, RunRecipe, Transfer
 from allmlp.evaluation.classification import classify
-from allmlp.evaluation.run_report import report
+from allmlp.evaluation.run_report import write_run_report
 from allmlp.recipes import get_transfer
 from allmlp.training.run import train
 from allmlp.training.sweep import transfer
@@ -42,7 +42,7 @@ class Silent:
 
 def run_one(recipe: Recipe, folder: Path) -> dict:
     done = train(recipe, folder, classify, Silent())
-    report(done)
+    write_run_report(done)
     return done.summary
 
 

@@ -113,7 +113,7 @@ def bad_picture(request: pytest.FixtureRequest) -> tuple[str, bytes, str]:
     """(file name, its bytes, what the message about it says)."""
     return {
         "truncated.jpg": ("truncated.jpg", truncated_jpeg(), "truncated"),
-        "text.png": ("text.png", b"this is no picture\n", "it is none of JPEG, PNG"),
+        "text.png": ("text.png", b"this is no picture\n", "its format is none of JPEG, PNG"),
         "huge.png": ("huge.png", huge_header(), "30000 × 30000 pixels"),
     }[request.param]
 

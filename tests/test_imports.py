@@ -15,7 +15,7 @@ import pytest
 ROOT = "allmlp"
 SOURCES = Path(__file__).resolve().parents[1] / "src" / ROOT
 
-FOUNDATION = ("errors", "metadata", "device", "files", "rng")
+FOUNDATION = ("errors", "metadata", "classifier", "device", "files", "rng")
 CHAIN = (
     "model", "variants", "flops", "weights", "data", "config", "distributed", "checkpointing", "runs", "training",
     "evaluation",

@@ -142,6 +142,7 @@ class Mixer(nn.Module):
         self.config = check_config(arguments)
         self.num_classes, self.in_channels = self.config["num_classes"], self.config["in_channels"]
         self.image_size, self.patch_size = self.config["image_size"], self.config["patch_size"]
+        self.num_classes, self.in_channels = self.config["num_classes"], self.config["in_channels"]
         self.grid = (self.image_size[0] // self.patch_size[0], self.image_size[1] // self.patch_size[1])
         self.metadata = Metadata()
 

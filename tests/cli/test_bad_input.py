@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 import allmlp
 from allmlp.data.loader import PADDING, evaluation_batches, training_batches
 from allmlp.data.sources import load_source
-from allmlp.data.transforms import EvaluationView, TrainingView
+from allmlp.data.transforms import EvaluationTransform, TrainingTransform
 
 SMALL = ("--image-size", "16", "--patch-size", "8", "--epochs", "1", "--compile", "off")
 MANY = {"train/red": 60, "train/blue": 60, "val/red": 3, "val/blue": 3, "test/red": 3, "test/blue": 3}
@@ -188,7 +188,7 @@ def test_a_damaged_zip(mixer, train, colour_weights, tmp_path) -> None:
         mixer("evaluate", colour_weights, "--data", path),
         mixer("predict", colour_weights, path),
     ):
-        assert_only_mistake(answer, str(path), "not a sound zip")
+        assert_only_mistake(answer, str(path), "not a valid zip")
 
 
 @pytest.mark.parametrize("words", [["--batch-size", "0"], ["--batch-size", "-1"], ["--workers", "-1"]])
@@ -364,12 +364,12 @@ def test_a_place_is_masked_and_filled_by_no_other_image(pictures, bad_picture, t
         num_classes=2, image_size=16, patch_size=8, num_blocks=1, hidden_dim=4, tokens_mlp_dim=2, channels_mlp_dim=4
     )
     seen_by = {"image_size": (16, 16), "preprocessing": model.metadata.preprocessing}
-    train_view = TrainingView(**seen_by, crop="inception", crop_padding=0, flip=True)
+    train_view = TrainingTransform(**seen_by, crop="inception", crop_padding=0, flip=True)
 
     def batches():
         part = load_source(str(root), **options).split("train")
         yield from training_batches(part, train_view, batch_size=5, steps=5, seed=3)
-        yield from evaluation_batches(part, EvaluationView(**seen_by), batch_size=5)
+        yield from evaluation_batches(part, EvaluationTransform(**seen_by), batch_size=5)
 
     clean = list(batches())
     victim = root / "blue" / "003.png"

@@ -16,8 +16,9 @@ import pytest
 from PIL import Image
 
 from allmlp.data.builtin import FOLDERS
+from allmlp.data.dataset import ImageDataset
 from allmlp.data.decode import UnreadableImage
-from allmlp.data.sources import ImageDataset, load_source
+from allmlp.data.sources import load_source
 from allmlp.errors import RunError, UserError
 
 torchvision_sets = pytest.importorskip("torchvision.datasets")
@@ -196,7 +197,7 @@ def test_validation_is_cut_from_train_and_test_is_kept(name: str, copies: dict[s
     }
     assert len(splits["test"]) == PER_CLASS["test"] * len(CLASSES[name])
     assert len(splits["val"]) == len(CLASSES[name])  # a tenth of two to ten images of a class is one
-    assert source.description.startswith(f"{name}, built in; 10% of each training class cut off for validation")
+    assert source.description.startswith(f"{name}, built in; 10% of each training class split off for validation")
 
 
 def test_flowers_for_training_are_torchvisions_train_and_val(copies: dict[str, Path], kept_in) -> None:
@@ -259,7 +260,7 @@ def test_photographs_are_decoded_when_asked_for_by_our_decoder(
             assert part.read(i).mode == "RGB"
             assert part.read(i).size == (7, 4)
         else:
-            with pytest.raises(UnreadableImage, match=r"\.jpg cannot be read: it is none of JPEG"):
+            with pytest.raises(UnreadableImage, match=r"\.jpg cannot be read: its format is none of JPEG"):
                 part.read(i)
 
 
@@ -314,7 +315,9 @@ def test_a_folder_that_holds_a_copy_is_that_data_set(
 def test_a_folder_that_holds_two_copies(tmp_path: Path) -> None:
     write_pets(tmp_path)
     write_cifar100(tmp_path)
-    with pytest.raises(UserError, match=r"holds cifar100 and pets: give the name of one, with ALLMLP_DATA=") as caught:
+    with pytest.raises(
+        UserError, match=r"holds cifar100 and pets: give one of these names as the source and set ALLMLP_DATA="
+    ) as caught:
         load_source(str(tmp_path))
     assert str(caught.value).endswith(str(tmp_path))
 
@@ -352,17 +355,19 @@ def test_a_failed_download_is_a_failed_run(
 ) -> None:
     kept_in(tmp_path)
     asked = on_download(monkeypatch, error)
-    with pytest.raises(RunError, match=rf"^{name} could not be had \(.+\): check the network, or put") as caught:
+    with pytest.raises(
+        RunError, match=rf"^{name} could not be downloaded or read \(.+\): check the network, or copy"
+    ) as caught:
         load_source(name)
     assert asked
     assert "\n" not in str(caught.value)
-    assert f"a copy of it at {tmp_path / FOLDERS[name]} (ALLMLP_DATA names another place)" in str(caught.value)
+    assert f"copy the dataset to {tmp_path / FOLDERS[name]} (ALLMLP_DATA sets another folder)" in str(caught.value)
 
 
 @every_name
 def test_without_torchvision_the_extra_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchvision.datasets", None)
-    with pytest.raises(UserError, match=rf"^{name} by name needs torchvision: pip install 'allmlp\[datasets\]'$"):
+    with pytest.raises(UserError, match=rf"^the source {name} needs torchvision: pip install 'allmlp\[datasets\]'$"):
         load_source(name)
 
 
@@ -372,7 +377,9 @@ def test_an_empty_copy_in_a_folder_is_not_downloaded(
 ) -> None:
     (tmp_path / FOLDERS[name]).mkdir()
     asked = on_download(monkeypatch, AssertionError())
-    with pytest.raises(RunError, match=rf"^{name} could not be had \(Dataset not found.*\): copy .* again") as caught:
+    with pytest.raises(
+        RunError, match=rf"^{name} could not be downloaded or read \(Dataset not found.*\): copy .* again"
+    ) as caught:
         load_source(str(tmp_path))
     assert not asked
     assert "download=" not in str(caught.value)  # an argument of torchvision's, none of ours
@@ -386,7 +393,9 @@ def test_photographs_that_are_missing_are_told_before_a_run(
     images = sorted((tmp_path / FOLDERS[name]).rglob("*.jpg"))
     for path in images[:3]:
         path.unlink()
-    said = rf"the copy of {name} in .* is not whole \(3 of its {len(images)} images are missing, \S+\.jpg the first\)"
+    said = (
+        rf"the copy of {name} in .* is incomplete \(3 of its {len(images)} images are missing, the first is \S+\.jpg\)"
+    )
     with pytest.raises(RunError, match=said):
         load_source(name)
 
@@ -395,12 +404,12 @@ def test_photographs_that_are_missing_are_told_before_a_run(
 @pytest.mark.parametrize(
     ("kept", "said"),
     [
-        (lambda text: "", r"its list of \w+ images leaves classes out"),
+        (lambda text: "", r"its list of \w+ images lacks some classes"),
         (
             lambda text: "".join(sorted(text.splitlines(keepends=True))[:9]),
-            r"its list of \w+ images leaves classes out",
+            r"its list of \w+ images lacks some classes",
         ),
-        (lambda text: text[:-4], "could not be had .*; what is damaged there, remove first"),
+        (lambda text: text[:-4], "could not be downloaded or read .*; remove damaged files there first"),
     ],
     ids=["empty", "some lines", "in mid-line"],
 )

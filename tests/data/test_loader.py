@@ -15,30 +15,31 @@ import torch
 from PIL import Image
 
 from allmlp.config.recipe import DataRecipe, ModelRecipe, OptimizationRecipe, Recipe, RunRecipe
+from allmlp.data.dataset import ImageDataset
 from allmlp.data.decode import UnreadableImage
 from allmlp.data.loader import (
     PADDING,
     Batch,
     TrainingOrder,
+    TransformedDataset,
     UnreadableImages,
-    ViewedDataset,
     default_workers,
     evaluation_batches,
-    loader,
+    make_loader,
     training_batches,
 )
 from allmlp.data.randaugment import RandAugment
-from allmlp.data.sources import ImageDataset, load_source
+from allmlp.data.sources import load_source
 from allmlp.data.stores import ArrayStore, FolderStore
-from allmlp.data.transforms import EvaluationView, TrainingView
+from allmlp.data.transforms import EvaluationTransform, TrainingTransform
 from allmlp.errors import UserError
 from allmlp.evaluation.classification import classify
 from allmlp.metadata import Preprocessing
 from allmlp.training.run import train
 
 EXACT = Preprocessing(crop_ratio=1.0)
-EVALUATION = EvaluationView(image_size=(4, 4), preprocessing=EXACT)
-TRAINING = TrainingView(image_size=(4, 4), preprocessing=EXACT, crop="inception", crop_padding=0, flip=True)
+EVALUATION = EvaluationTransform(image_size=(4, 4), preprocessing=EXACT)
+TRAINING = TrainingTransform(image_size=(4, 4), preprocessing=EXACT, crop="inception", crop_padding=0, flip=True)
 
 
 @dataclass
@@ -47,6 +48,7 @@ class Holes:
 
     inner: ArrayStore
     holes: frozenset[str]
+    in_memory = False
 
     def open(self, name: str, max_pixels: int, min_side: int | None = None) -> Image.Image:
         if name in self.holes:
@@ -126,7 +128,7 @@ def test_workers_change_nothing(workers: int) -> None:
 def test_batches_are_the_same_when_started_at_another_step() -> None:
     part = part_of(10)
     whole = list(training_batches(part, TRAINING, batch_size=4, steps=6, seed=5, workers=0))
-    rest = list(loader(ViewedDataset(part, TRAINING, 5), TrainingOrder(10, 4, 6, 5, first_step=4), 0))
+    rest = list(make_loader(TransformedDataset(part, TRAINING, 5), TrainingOrder(10, 4, 6, 5, first_step=4), 0))
     assert len(rest) == 2
     assert all(same(a, b) for a, b in zip(whole[4:], rest, strict=True))
 
@@ -162,7 +164,7 @@ def test_images_of_one_epoch_are_augmented_independently() -> None:
 
 def test_pixels_and_labels_are_those_of_the_index() -> None:
     part = part_of(10)
-    plain = TrainingView(image_size=(6, 6), preprocessing=EXACT, crop="none", crop_padding=0, flip=False)
+    plain = TrainingTransform(image_size=(6, 6), preprocessing=EXACT, crop="none", crop_padding=0, flip=False)
     for batch in training_batches(part, plain, batch_size=4, steps=5, seed=0, workers=0):
         assert batch.images.dtype == torch.uint8
         assert batch.labels.dtype == batch.indices.dtype == torch.int64
@@ -267,7 +269,7 @@ def test_more_unreadable_images_than_allowed_stop_the_run() -> None:
     unreadable = UnreadableImages(part_of(10), limit=0.3)
     unreadable.add(problems_of(0, 1, 2))
     message = (
-        r"4 of 10 images cannot be read, more than 0\.3 of them: mend them or raise "
+        r"4 of 10 images cannot be read, more than the limit of 0\.3 of them: repair or remove them, or raise "
         r"--max-unreadable-fraction; the last: 9\.png is broken"
     )
     with pytest.raises(UserError, match=message):
@@ -299,7 +301,7 @@ def test_images_in_memory_or_few_need_no_workers(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_generator_for_each_sample_is_independent_of_the_order() -> None:
-    views = ViewedDataset(part_of(10), TRAINING, 0)
+    views = TransformedDataset(part_of(10), TRAINING, 0)
     forward = [views[(e, i)][0] for e in range(2) for i in range(5)]
     backward = [views[(e, i)][0] for e in (1, 0) for i in reversed(range(5))]
     assert all(torch.equal(a, b) for a, b in zip(forward, reversed(backward), strict=True))
@@ -324,7 +326,7 @@ def jpegs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def samples(jpegs: Path) -> Callable[..., list[tuple[int, str]]]:
     """The (index, hash of the pixels) of 60 samples, two epochs, with every augmentation there is."""
     part = load_source(str(jpegs), val_fraction=0, test_fraction=0).splits["train"]
-    view = TrainingView(
+    view = TrainingTransform(
         image_size=(24, 32),
         preprocessing=Preprocessing(),
         crop="inception",

@@ -8,7 +8,7 @@ import torch
 from scipy.stats import beta, chi2_contingency, chisquare
 from torch import Tensor
 
-from allmlp.data.mixup import Draw, Mixing
+from allmlp.data.mixup import Mixing, MixParameters
 
 Array = np.ndarray
 DRAWS = 100_000
@@ -16,15 +16,17 @@ LONG = 1 << 20  # a side on which rounding to pixels does not show
 
 
 @cache
-def draws(mixing: Mixing, seed: int = 0, height: int = LONG, width: int = LONG, steps: int = DRAWS) -> list[Draw]:
+def draws(
+    mixing: Mixing, seed: int = 0, height: int = LONG, width: int = LONG, steps: int = DRAWS
+) -> list[MixParameters]:
     return [mixing.draw(seed, step, height, width) for step in range(steps)]
 
 
-def shares(drawn: list[Draw]) -> Array:
+def shares(drawn: list[MixParameters]) -> Array:
     return np.array([draw.share for draw in drawn])
 
 
-def boxes(drawn: list[Draw]) -> Array:
+def boxes(drawn: list[MixParameters]) -> Array:
     """(draws, 4): top, left, bottom, right."""
     return np.array([draw.box for draw in drawn])
 
@@ -146,7 +148,7 @@ def test_with_both_each_step_tosses_a_coin() -> None:
 
 def test_mixup_by_hand() -> None:
     images = torch.tensor([1.0, 10.0, 100.0, 1000.0]).view(4, 1, 1, 1).expand(4, 3, 2, 2)
-    mixed = Mixing(mixup=0.2, group=4).mix(images, all_of(4), Draw(0.75, None))
+    mixed = Mixing(mixup=0.2, group=4).mix(images, all_of(4), MixParameters(0.75, None))
     values = torch.tensor([250.75, 7.75, 77.5, 775.0])  # ¾ of itself, ¼ of the one before
     assert torch.equal(mixed.images, values.view(4, 1, 1, 1).expand(4, 3, 2, 2))
     assert mixed.partners.tolist() == [3, 0, 1, 2]
@@ -155,7 +157,7 @@ def test_mixup_by_hand() -> None:
 
 def test_cutmix_by_hand() -> None:
     images = torch.arange(3.0).view(3, 1, 1, 1).expand(3, 2, 3, 4)
-    draw = Draw(1 - 2 / 12, (1, 1, 2, 3))  # the middle two of the middle row
+    draw = MixParameters(1 - 2 / 12, (1, 1, 2, 3))  # the middle two of the middle row
     mixed = Mixing(mixup=None, cutmix=1.0, group=3).mix(images, all_of(3), draw)
     for i, partner in enumerate((2, 0, 1)):
         rows = [[i] * 4, [i, partner, partner, i], [i] * 4]
@@ -167,7 +169,7 @@ def test_cutmix_by_hand() -> None:
 
 def test_a_box_of_no_pixels_changes_nothing() -> None:
     images = images_of(4)
-    mixed = Mixing(mixup=None, cutmix=1.0).mix(images, all_of(4), Draw(1.0, (2, 3, 2, 3)))
+    mixed = Mixing(mixup=None, cutmix=1.0).mix(images, all_of(4), MixParameters(1.0, (2, 3, 2, 3)))
     assert torch.equal(mixed.images, images)
 
 
@@ -184,7 +186,7 @@ def test_a_box_of_no_pixels_changes_nothing() -> None:
 )
 def test_the_partner_is_the_one_before_in_the_group(images: int, group: int, partners: list[int]) -> None:
     given = images_of(images)
-    mixed = Mixing(mixup=0.2, group=group).mix(given, all_of(images), Draw(0.6, None))
+    mixed = Mixing(mixup=0.2, group=group).mix(given, all_of(images), MixParameters(0.6, None))
     assert mixed.partners.tolist() == partners
     assert torch.allclose(mixed.images, 0.6 * given + 0.4 * given[partners], atol=1e-6)
 
@@ -195,13 +197,13 @@ BOXES = [None, (1, 0, 4, 3)]
 @pytest.mark.parametrize("box", BOXES)
 def test_a_group_of_one_mixes_nothing(box: tuple[int, int, int, int] | None) -> None:
     images = images_of(5)
-    mixed = Mixing(mixup=0.2, cutmix=1.0, group=1).mix(images, all_of(5), Draw(0.7, box))
+    mixed = Mixing(mixup=0.2, cutmix=1.0, group=1).mix(images, all_of(5), MixParameters(0.7, box))
     assert torch.allclose(mixed.images, images, atol=1e-6)
 
 
 @pytest.mark.parametrize("box", BOXES)
 def test_an_image_whose_partner_could_not_be_read_stays_as_it_is(box: tuple[int, int, int, int] | None) -> None:
-    mixing, draw = Mixing(mixup=0.2, cutmix=1.0, group=4), Draw(0.7, box)
+    mixing, draw = Mixing(mixup=0.2, cutmix=1.0, group=4), MixParameters(0.7, box)
     images, valid = images_of(8), all_of(8)
     valid[[1, 4]] = False  # the partners of 2 and of 5; their own are 0 and 7
     mixed, sound = mixing.mix(images, valid, draw), mixing.mix(images, all_of(8), draw)
@@ -219,7 +221,7 @@ def test_an_image_whose_partner_could_not_be_read_stays_as_it_is(box: tuple[int,
 def test_micro_batches_of_whole_groups_give_the_same_mixtures(
     micro_batch: int, box: tuple[int, int, int, int] | None
 ) -> None:
-    mixing, draw = Mixing(mixup=0.2, cutmix=1.0, group=4), Draw(0.7, box)
+    mixing, draw = Mixing(mixup=0.2, cutmix=1.0, group=4), MixParameters(0.7, box)
     images, valid = images_of(24), all_of(24)
     valid[[0, 7, 13, 23]] = False
     whole = mixing.mix(images, valid, draw)
@@ -235,6 +237,6 @@ def test_micro_batches_of_whole_groups_give_the_same_mixtures(
 @pytest.mark.parametrize("box", BOXES)
 def test_mixtures_have_the_images_type(dtype: torch.dtype, box: tuple[int, int, int, int] | None) -> None:
     images = images_of(4).to(dtype)
-    mixed = Mixing(mixup=0.2, cutmix=1.0).mix(images, all_of(4), Draw(0.7, box))
+    mixed = Mixing(mixup=0.2, cutmix=1.0).mix(images, all_of(4), MixParameters(0.7, box))
     assert mixed.images.dtype == mixed.shares.dtype == dtype
     assert mixed.images.shape == images.shape

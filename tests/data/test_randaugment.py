@@ -12,7 +12,7 @@ from PIL import Image
 from scipy.stats import chi2_contingency, chisquare
 
 from allmlp.data import randaugment
-from allmlp.data.randaugment import OPERATIONS, SIGNED, STRENGTHS, RandAugment, apply
+from allmlp.data.randaugment import OPERATIONS, SIGNED, STRENGTHS, RandAugment, apply_operation
 
 Array = np.ndarray
 
@@ -184,7 +184,7 @@ MAGNITUDES = (5, 10, 15, 20)
 
 
 def applied(name: str, image: Array, strength: float, centre: tuple[float, float] = (0.5, 0.5)) -> Array:
-    new = apply(Image.fromarray(image), name, strength, centre)
+    new = apply_operation(Image.fromarray(image), name, strength, centre)
     assert new.mode == "RGB"
     assert new.size == (image.shape[1], image.shape[0])
     return np.asarray(new).astype(np.int64)
@@ -316,7 +316,7 @@ def test_the_given_image_is_left_alone() -> None:
     for _, image in pictures(37, 53):
         given = Image.fromarray(image.copy())
         for name in OPERATIONS:
-            apply(given, name, STRENGTHS[name](15))
+            apply_operation(given, name, STRENGTHS[name](15))
             assert np.array_equal(np.asarray(given), image), name
 
 
@@ -337,7 +337,7 @@ def draws(monkeypatch: pytest.MonkeyPatch, augment: RandAugment, images: int, se
         seen.append(Drawn(name, strength, centre))
         return image
 
-    monkeypatch.setattr(randaugment, "apply", spy)
+    monkeypatch.setattr(randaugment, "apply_operation", spy)
     rng, image = np.random.default_rng(seed), Image.new("RGB", (2, 2))
     for _ in range(images):
         augment(image, rng)
@@ -414,7 +414,7 @@ def test_layers_are_applied_one_after_the_other(monkeypatch: pytest.MonkeyPatch)
         seen = draws(monkeypatch, RandAugment(layers=3, magnitude=10), 1, seed)
         by_hand = image
         for drawn in seen:
-            by_hand = apply(by_hand, *drawn)
+            by_hand = apply_operation(by_hand, *drawn)
         augmented = RandAugment(layers=3, magnitude=10)(image, np.random.default_rng(seed))
         assert augmented.tobytes() == by_hand.tobytes()
     assert RandAugment(layers=0)(image, np.random.default_rng(0)).tobytes() == image.tobytes()

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from allmlp.data.dataset import DatasetSplits, ImageDataset
 from allmlp.data.decode import UnreadableImage
-from allmlp.data.sources import DatasetSplits, ImageDataset, hold_out, load_source
+from allmlp.data.sources import hold_out, load_source
 from allmlp.data.stores import ArrayStore
 from allmlp.errors import UserError
 
@@ -148,7 +149,7 @@ def test_class_folders_alone_are_split_into_three_parts(tmp_path: Path) -> None:
     together = [name for part in source.splits.values() for name in part.names]
     assert sorted(together) == sorted(names_in(""))
     assert load_source(folder, split_seed=1).split("test").names != source.split("test").names
-    assert "20% of each class cut off for test (split seed 0)" in source.description
+    assert "20% of each class split off for test (split seed 0)" in source.description
 
 
 def test_fractions_of_zero_cut_nothing_off(tmp_path: Path) -> None:
@@ -220,13 +221,13 @@ def test_no_images_at_all(tmp_path: Path) -> None:
 @pytest.mark.parametrize("folder", ["", "train/"])
 def test_images_without_class_folders(tmp_path: Path, folder: str) -> None:
     make_folder(tmp_path, [f"{folder}{i}.png" for i in range(4)])
-    with pytest.raises(UserError, match=r"holds 4 images but no class folders: put each class in a folder"):
+    with pytest.raises(UserError, match=r"holds 4 images but no class folders: put each class in a folder of its own"):
         load_source(str(tmp_path))
 
 
 def test_both_val_and_validation(tmp_path: Path) -> None:
     make_folder(tmp_path, names_in("train/") + names_in("val/") + names_in("validation/"))
-    with pytest.raises(UserError, match="has val and validation, the same part twice: keep one of them"):
+    with pytest.raises(UserError, match="has the folders val and validation for the same split: keep one of them"):
         load_source(str(tmp_path))
 
 
@@ -263,14 +264,14 @@ def test_an_unknown_name_with_nothing_near_is_told_all_names() -> None:
 
 def test_a_file_that_is_no_zip(tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes(b"x")
-    with pytest.raises(UserError, match=r"a\.tar is a file but no \.zip: give a folder of images"):
+    with pytest.raises(UserError, match=r"a\.tar is not a \.zip file: give a folder of images"):
         load_source(str(tmp_path / "a.tar"))
 
 
 @pytest.mark.parametrize("data", [b"", b"no zip at all", picture("a")])
 def test_a_zip_that_is_none(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "a.zip").write_bytes(data)
-    with pytest.raises(UserError, match=r"a\.zip is not a sound zip file .*: pack or copy it again"):
+    with pytest.raises(UserError, match=r"a\.zip is not a valid zip file .*: pack or copy it again"):
         load_source(str(tmp_path / "a.zip"))
 
 
@@ -318,7 +319,7 @@ def encrypt(data: bytearray, header: int, end: int) -> None:
 def test_an_entry_that_cannot_be_unpacked_is_one_unreadable_image(tmp_path: Path, method: int, damage) -> None:
     path = damaged_zip(tmp_path / "a.zip", method, damage)
     part = load_source(str(path), val_fraction=0, test_fraction=0).split("train")
-    with pytest.raises(UnreadableImage, match=r"a\.zip/ant/1\.png cannot be unpacked: .*; pack the zip again"):
+    with pytest.raises(UnreadableImage, match=r"a\.zip/ant/1\.png cannot be unpacked: .*; create the zip again"):
         part.read(part.names.index("ant/1.png"))
     for name in set(part.names) - {"ant/1.png"}:
         part.read(part.names.index(name))
@@ -328,7 +329,7 @@ def test_a_zip_of_a_version_to_come_is_not_sound(tmp_path: Path) -> None:
     def age(data: bytearray, header: int, end: int) -> None:
         data[data.find(b"PK\1\2") + 6] = 119
 
-    with pytest.raises(UserError, match="is not a sound zip file"):
+    with pytest.raises(UserError, match="is not a valid zip file"):
         load_source(str(damaged_zip(tmp_path / "a.zip", zipfile.ZIP_STORED, age)))
 
 
@@ -370,7 +371,7 @@ def test_relabelling_goes_by_name_so_a_missing_class_shifts_none() -> None:
 
 def test_relabelling_with_a_class_the_model_does_not_know() -> None:
     with pytest.raises(
-        UserError, match=r"1 class\(es\) of the data are unknown to the model \('dog'\); it knows 'ant'"
+        UserError, match=r"1 class\(es\) of the data are unknown to the model \('dog'\); its classes are 'ant'"
     ):
         small_part(("bee", "dog"), [0, 1]).relabelled(("ant", "bee"))
 
@@ -391,7 +392,7 @@ def test_all_is_every_image_of_every_part(tmp_path: Path) -> None:
 
 def test_a_part_that_is_not_there_is_told_those_that_are(tmp_path: Path) -> None:
     source = load_source(str(make_folder(tmp_path, names_in("test/"))))
-    with pytest.raises(UserError, match="there is no train part in this source: it has test, or all"):
+    with pytest.raises(UserError, match="the data has no train split: use test or all"):
         source.split("train")
 
 
@@ -462,5 +463,5 @@ def test_nothing_to_hold_out_is_said_with_a_way_out(tmp_path: Path) -> None:
 
 def test_without_training_images_nothing_is_held_out(tmp_path: Path) -> None:
     source = load_source(str(make_folder(tmp_path, names_in("test/", 2))))
-    with pytest.raises(UserError, match="there is no train part in this source: it has test"):
+    with pytest.raises(UserError, match="the data has no train split: use test"):
         hold_out(source, 0.5, 0)

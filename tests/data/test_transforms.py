@@ -10,7 +10,7 @@ from scipy.stats import chisquare
 from torch import Tensor
 
 from allmlp.data.randaugment import RandAugment
-from allmlp.data.transforms import EvaluationView, TrainingView, inception_box, normalise
+from allmlp.data.transforms import EvaluationTransform, TrainingTransform, inception_box, normalise
 from allmlp.metadata import Preprocessing
 
 SIZES = [(1, 1), (1, 5000), (5000, 1), (8, 8), (640, 480), (480, 640), (333, 77), (255, 256), (224, 224), (3, 900)]
@@ -26,8 +26,8 @@ def pixels(view: Tensor) -> np.ndarray:
     return view.permute(1, 2, 0).numpy()
 
 
-def evaluation(image_size: tuple[int, int], **options) -> EvaluationView:
-    return EvaluationView(image_size=image_size, preprocessing=Preprocessing(**options))
+def evaluation(image_size: tuple[int, int], **options) -> EvaluationTransform:
+    return EvaluationTransform(image_size=image_size, preprocessing=Preprocessing(**options))
 
 
 def training(
@@ -38,8 +38,8 @@ def training(
     randaugment: RandAugment | None = None,
     color_jitter: float = 0.0,
     **options,
-) -> TrainingView:
-    return TrainingView(
+) -> TrainingTransform:
+    return TrainingTransform(
         image_size=image_size,
         preprocessing=Preprocessing(**options),
         crop=train_crop,  # pyright: ignore[reportArgumentType]

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 from allmlp.data.dataset import ImageDataset
 from allmlp.data.loader import PADDING, TrainingOrder, evaluation_batches
 from allmlp.data.stores import ArrayStore
-from allmlp.data.transforms import EvaluationView
+from allmlp.data.transforms import EvaluationTransform
 from allmlp.metadata import Preprocessing
 
 COMBINATIONS = list(itertools.product([1, 2, 5, 7, 24, 97], [1, 2, 3, 8, 50], [1, 2, 3, 4, 7]))
@@ -61,7 +61,7 @@ def evaluation(images: int, batch: int, rank: int, world_size: int) -> DataLoade
     part = ImageDataset(
         store=ArrayStore(pixels, names), names=names, labels=np.arange(images) % 3, classes=("a", "b", "c")
     )
-    view = EvaluationView(image_size=(4, 4), preprocessing=Preprocessing(crop_ratio=1.0))
+    view = EvaluationTransform(image_size=(4, 4), preprocessing=Preprocessing(crop_ratio=1.0))
     return evaluation_batches(part, view, batch_size=batch, workers=0, rank=rank, world_size=world_size)
 
 

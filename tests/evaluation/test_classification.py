@@ -10,10 +10,10 @@ from PIL import Image
 from torch import nn
 
 import allmlp
+from allmlp.data.dataset import ImageDataset
 from allmlp.data.decode import UnreadableImage
-from allmlp.data.sources import ImageDataset
 from allmlp.errors import UserError
-from allmlp.evaluation.classification import classify
+from allmlp.evaluation.classification import SplitEvaluator, classify
 from allmlp.metadata import Metadata, Preprocessing
 
 # of each image: its true class (None: unreadable, of class 4), and the classes as the model ranks them
@@ -34,7 +34,7 @@ class Told(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.config, self.image_size = {"num_classes": 7}, (4, 4)
+        self.num_classes, self.in_channels, self.image_size = 7, 3, (4, 4)
         self.metadata = Metadata(preprocessing=Preprocessing(crop_ratio=1.0))
         self.inner = nn.Dropout()
         self.seen: list[int] = []
@@ -51,6 +51,8 @@ class Told(nn.Module):
 
 
 class Numbered:
+    in_memory = False
+
     def open(self, name: str, max_pixels: int, min_side: int | None = None) -> Image.Image:
         number = int(name)
         if IMAGES[number - 1][0] is None:
@@ -114,7 +116,7 @@ def test_no_image_that_can_be_read() -> None:
 
 def test_a_model_without_a_head() -> None:
     model = Told()
-    model.config = {"num_classes": 0}
+    model.num_classes = 0
     with pytest.raises(UserError, match="no head"):
         scored(model)
 
@@ -139,3 +141,24 @@ def test_gradients_are_not_kept(colour_weights: Path) -> None:
     few = ImageDataset(store=Numbered(), names=("1", "2"), labels=np.array([0, 2]), classes=("blue", "green", "red"))
     scored(model, few)
     assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_split_evaluator_reports_metrics_of_its_split() -> None:
+    progress: list[tuple[int, int]] = []
+    evaluator = SplitEvaluator(
+        "val",
+        part(),
+        device=torch.device("cpu"),
+        precision=torch.float32,
+        on_batch=lambda done, total: progress.append((done, total)),
+    )
+    assert evaluator.name == "val"
+    assert evaluator.result is None
+    metrics, expected = evaluator(Told()), scored()
+    assert metrics == {"val_top1": expected.top1, "val_loss": expected.loss}
+    assert progress == [(7, 7)]
+    assert evaluator.result is not None
+    assert np.array_equal(evaluator.result.best, expected.best)
+    first = evaluator.result
+    evaluator(Told())
+    assert evaluator.result is not first

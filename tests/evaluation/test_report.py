@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from allmlp.evaluation.charts import curve, smooth, thin
-from allmlp.evaluation.report import Example, data_uri, duration, wilson, write_report
+from allmlp.evaluation.charts import downsample, extract_curve, smooth
+from allmlp.evaluation.report import Example, data_uri, format_duration, wilson, write_report
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 ATTACK = "<script>alert(1)</script>"
@@ -84,7 +84,7 @@ def write(tmp_path):
             "classes": ["a", "b", "c"],
             "examples": [example()],
             "mistakes": [example("a", "b")],
-            "part": "test",
+            "split": "test",
         }
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -102,7 +102,7 @@ def test_shows_the_run(write):
     assert page.tags.count("svg") == 4
     for text in ("93.33 %", "28 of 30 correct", "78.7–98.2\u00a0%", "19.1 M", "1 min 15 s", "5,123", "3.0 GiB", "2024",
                  "torch 2.11.0", "train 1,258 · val 179 · test 30", "mixer train digits --seed 2024",
-                 '"learning_rate": 0.001', "✓ right", "✗ wrong"):  # fmt: skip
+                 '"learning_rate": 0.001', "✓ correct", "✗ wrong"):  # fmt: skip
         assert text in page.text, text
 
 
@@ -143,16 +143,16 @@ def test_without_labels_says_why_there_is_no_matrix(write):
     page = write(confusion=None, mistakes=[], examples=[], summary=SUMMARY | {"test_top1": None})
     assert "no-confusion" in page.ids
     assert not {"confusion", "mistakes", "examples"} & set(page.ids)
-    assert "no labelled test part" in page.text
+    assert "no labelled test split" in page.text
 
 
 def test_without_mistakes_says_so(write):
-    assert "No mistakes on this part." in write(mistakes=[], confusion=np.eye(3, dtype=int)).text
+    assert "There are no mistakes on this split." in write(mistakes=[], confusion=np.eye(3, dtype=int)).text
 
 
 def test_counts_belong_to_the_part_they_come_from(write):
-    page = write(part="val", summary=SUMMARY | {"test_top1": None})
-    assert "Confusion matrix, validation part" in page.text
+    page = write(split="val", summary=SUMMARY | {"test_top1": None})
+    assert "Confusion matrix, validation split" in page.text
     assert re.search(r"validation top-1\s*90.00 %\s*28 of 30 correct", page.text)
 
 
@@ -228,7 +228,7 @@ def test_per_class_rates_weakest_first(write):
 def test_long_runs_are_thinned_but_keep_their_spikes(write):
     values = np.sin(np.arange(100_000) / 5000)
     values[77_777], values[500:510] = 99, np.nan
-    kept = thin(values)
+    kept = downsample(values)
     assert 77_777 in kept
     assert len(kept) <= 2000
     assert (np.diff(kept) > 0).all()
@@ -246,7 +246,7 @@ def test_smooth_is_a_centred_mean_that_keeps_gaps():
 
 
 def test_a_resumed_run_draws_each_step_once():
-    steps, values = curve([{"step": s, "loss": v} for s, v in ((1, 4.0), (2, 3.0), (3, 2.0), (2, 2.5))], "loss")
+    steps, values = extract_curve([{"step": s, "loss": v} for s, v in ((1, 4.0), (2, 3.0), (3, 2.0), (2, 2.5))], "loss")
     assert steps.tolist() == [1, 2, 3]
     assert values.tolist() == [4, 2.5, 2]
 
@@ -291,4 +291,4 @@ def test_wilson(correct, total, low, high):
     ],
 )
 def test_duration(seconds, text):
-    assert duration(seconds) == text
+    assert format_duration(seconds) == text

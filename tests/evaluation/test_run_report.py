@@ -5,10 +5,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from allmlp.data.sources import ImageDataset, load_source
+from allmlp.data.dataset import ImageDataset
+from allmlp.data.sources import load_source
 from allmlp.data.stores import ArrayStore
 from allmlp.evaluation.classification import Classification
-from allmlp.evaluation.run_report import example, mistakes, save_examples, spread
+from allmlp.evaluation.run_report import choose_examples, find_mistakes, make_example, save_examples
 
 
 def result(labels: list[int], predicted: list[int], sure: list[float], classes=("a", "b", "c")) -> Classification:
@@ -21,7 +22,7 @@ def result(labels: list[int], predicted: list[int], sure: list[float], classes=(
     )
     best = np.stack([predicted, (np.array(predicted) + 1) % 3], axis=1)
     return Classification(
-        part=part,
+        dataset=part,
         indices=np.arange(count) * 2 + 1,
         labels=np.array(labels),
         best=best,
@@ -35,18 +36,18 @@ RESULT = result([0, 0, 0, 1, 1, 2], [0, 1, 0, 1, 2, 0], [0.9, 0.6, 0.7, 0.8, 0.9
 
 
 def test_every_class_is_shown_before_any_twice() -> None:
-    assert spread(RESULT) == [0, 3, 5, 1, 4, 2]
-    assert spread(RESULT, 4) == [0, 3, 5, 1]
+    assert choose_examples(RESULT) == [0, 3, 5, 1, 4, 2]
+    assert choose_examples(RESULT, 4) == [0, 3, 5, 1]
 
 
 def test_the_surest_mistakes_come_first() -> None:
-    assert mistakes(RESULT) == [4, 1, 5]  # of 0.6 and 0.6, the earlier image first
-    assert mistakes(RESULT, 1) == [4]
-    assert mistakes(result([0, 1], [0, 1], [0.9, 0.9])) == []
+    assert find_mistakes(RESULT) == [4, 1, 5]  # of 0.6 and 0.6, the earlier image first
+    assert find_mistakes(RESULT, 1) == [4]
+    assert find_mistakes(result([0, 1], [0, 1], [0.9, 0.9])) == []
 
 
 def test_an_example_is_the_image_of_its_row() -> None:
-    shown = example(RESULT, 4)
+    shown = make_example(RESULT, 4)
     assert shown.name == "9.png"
     assert np.asarray(shown.image).max() == 9
     assert shown.label == "b"

@@ -11,7 +11,7 @@ from PIL import Image
 import allmlp
 from allmlp.data.decode import UnreadableImage
 from allmlp.errors import UserError
-from allmlp.inference.predict import ahead, find_images, predict, predict_stream
+from allmlp.inference.predict import find_images, predict, predict_stream, read_ahead
 
 SIZES = {"patch_size": 4, "num_blocks": 1, "hidden_dim": 4, "tokens_mlp_dim": 2, "channels_mlp_dim": 4}
 
@@ -125,6 +125,17 @@ def test_refusals(model, options, said) -> None:
         list(predict_stream(model(), [(FakeStore(), "1", "1")], **options))
 
 
+def test_a_head_is_judged_by_what_it_does() -> None:
+    """A bias alone classifies nothing; a single weight does."""
+    model, image = small_model(head=False), (FakeStore(), "1", "1")
+    torch.nn.init.normal_(model.head.bias)
+    with pytest.raises(UserError, match="all zero"):
+        predict_stream(model, [image], device="cpu")
+    with torch.no_grad():
+        model.head.weight[0, 0] = 1
+    assert len(list(predict_stream(model, [image], device="cpu"))) == 1
+
+
 def test_paths_as_text_or_path(tmp_path) -> None:
     path = tmp_path / "a.png"
     Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(path)
@@ -142,7 +153,7 @@ def test_images_of_a_folder_are_found_in_order(tmp_path) -> None:
     assert shown == [f"{tmp_path}/{name}" for name in ("a.webp", "b/1.JPG", "b/2.png", "c/deep/er.tiff")]
 
 
-def test_ahead_keeps_order_and_depth() -> None:
+def test_read_ahead_keeps_order_and_depth() -> None:
     asked: list[int] = []
 
     def items():
@@ -150,7 +161,7 @@ def test_ahead_keeps_order_and_depth() -> None:
             asked.append(i)
             yield i
 
-    for seen, (item, squared) in enumerate(ahead(lambda i: i * i, items(), 7)):
+    for seen, (item, squared) in enumerate(read_ahead(lambda i: i * i, items(), 7)):
         assert item == seen
         assert squared == seen * seen
         assert len(asked) <= seen + 7

@@ -321,7 +321,7 @@ def test_a_twin_trains(name: str, tmp_path: Path) -> None:
     assert done.summary["steps"] == 1
     assert done.summary["images"]["val"] > 0
     assert done.metrics[0]["gradient_norm"] > 0
-    assert moved(done.model, prepare(check(twin))(done.source.classes))
+    assert moved(done.model, prepare(check(twin))(done.data.classes))
     assert all(parameter.isfinite().all() for parameter in done.model.parameters())
     assert [block.token_drop_path.rate for block in done.model.blocks] == [0.0, original.model.stochastic_depth]
     # at the start the logits are the head's bias alone, so the loss is what the sigmoid makes of it, mixed or not
@@ -364,5 +364,5 @@ def test_a_fine_tuning_twin_trains(name: str, weights: str, tmp_path: Path) -> N
         done = one_step(one, tmp_path / folder)
         assert done.summary["steps"] == 1
         assert done.metrics[0]["loss"] == pytest.approx(torch.tensor(10.0).log().item(), rel=1e-5)  # a head of zeros
-        assert moved(done.model, start(done.source.classes))
-        assert set(done.source.splits) == ({"train", "test"} if one is recipe else {"train", "val"})
+        assert moved(done.model, start(done.data.classes))
+        assert set(done.data.splits) == ({"train", "test"} if one is recipe else {"train", "val"})

@@ -27,7 +27,7 @@ from allmlp.data.sources import load_source
 from allmlp.data.stores import FolderStore
 from allmlp.errors import RunError, UserError
 from allmlp.evaluation.classification import classify
-from allmlp.evaluation.run_report import report
+from allmlp.evaluation.run_report import write_run_report
 from allmlp.files import to_json
 from allmlp.runs.folder import run_folder
 from allmlp.training.fit import Diverged
@@ -427,8 +427,8 @@ class Real:
     def __call__(self, recipe: Recipe, folder: Path) -> dict[str, Any]:
         self.watch(folder.relative_to(self.out).as_posix())
         done = train(recipe, folder, classify, self.bar, resume=True)
-        report(done)
-        self.sources[folder.relative_to(self.out).as_posix()] = done.source
+        write_run_report(done)
+        self.sources[folder.relative_to(self.out).as_posix()] = done.data
         return done.summary
 
 

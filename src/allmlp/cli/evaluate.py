@@ -56,7 +56,8 @@ def run(args: Sequence[str]) -> None:
     from allmlp.weights.published import synset_names
 
     model = load_sized(chosen.weights, chosen.image_size)
-    check_classifier(model)
+    device = select_device(chosen.device)
+    check_classifier(model, device)
     recipe = model.metadata.provenance.get("recipe")
     told = recipe.get("data") if isinstance(recipe, dict) else None
     trained = told if isinstance(told, dict) else {}
@@ -69,7 +70,6 @@ def run(args: Sequence[str]) -> None:
     ):  # folders as n01440764
         part = dataclasses.replace(part, classes=tuple(synsets[name] for name in part.classes))
     part = part.relabelled(class_names(model.metadata.classes, head, source.classes))
-    device = select_device(chosen.device)
     with progress_bar() as bar:
         result = classify(
             model,
@@ -119,7 +119,7 @@ def describe(result: "Classification") -> dict:
         "top1": result.top1,
         "top5": result.top5,
         "loss": result.loss,
-        "classes": list(result.part.classes),
+        "classes": list(result.dataset.classes),
         "per_class": [row._asdict() for row in result.per_class()],
         "confusion": result.confusion.tolist(),
         "unreadable_images": len(result.unreadable),
@@ -138,7 +138,7 @@ def show(result: "Classification", what: str) -> None:
     rows = [[r.name, f"{r.images:,}", fraction(r.recall), fraction(r.precision)] for r in result.per_class()]
     show_table("per class", ["class", "images", "recall", "precision"], rows)
     if len(rows) <= 20:
-        names = result.part.classes
+        names = result.dataset.classes
         matrix = [[name, *map(str, counts)] for name, counts in zip(names, result.confusion.tolist(), strict=True)]
         show_table("confusion: true class down, predicted across", ["", *names], matrix)
 

@@ -219,7 +219,7 @@ def train_and_report(
     """
     from allmlp.cli.display import progress_bar
     from allmlp.evaluation.classification import classify
-    from allmlp.evaluation.run_report import report
+    from allmlp.evaluation.run_report import write_run_report
     from allmlp.runs.resume import finished
     from allmlp.training.run import train
 
@@ -243,7 +243,7 @@ def train_and_report(
             trusted=launch.trust_checkpoint,
             again=again or f"mixer train --resume {shlex.quote(str(out))}{with_all}",
         )
-    context.broadcast_from_rank0(lambda: report(run))
+    context.broadcast_from_rank0(lambda: write_run_report(run))
     return run.summary
 
 

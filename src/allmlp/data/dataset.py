@@ -1,7 +1,8 @@
-"""Labelled images: one part of a data set, and the parts that make a SOURCE."""
+"""Labelled images: the ``Dataset`` protocol, its implementation on a store of images, and the splits of a source."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import numpy as np
 from PIL import Image
@@ -11,9 +12,43 @@ from allmlp.data.stores import Store
 from allmlp.errors import UserError
 
 
+class Dataset(Protocol):
+    """N labelled images. Loaders, evaluation and the report ask for no more; worker processes receive it pickled."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def classes(self) -> Sequence[str]:
+        """Names of the classes, in the order of the labels."""
+        ...
+
+    @property
+    def labels(self) -> np.ndarray:
+        """(N,) int64: positions in ``classes``."""
+        ...
+
+    @property
+    def names(self) -> Sequence[str]:
+        """N names, for messages and reports."""
+        ...
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether reading an image is so cheap that worker processes are not worth their start."""
+        ...
+
+    def read(self, index: int, min_side: int | None = None) -> Image.Image:
+        """One upright RGB image, which may be scaled down as long as its shorter side keeps ``min_side`` pixels.
+
+        Raises:
+            UnreadableImage: the image is missing or cannot be decoded.
+        """
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class ImageDataset:
-    """Labelled images: ``names[i]`` in ``store`` shows ``classes[labels[i]]``."""
+    """A ``Dataset`` on a store: ``store.open(names[i])`` is an image of the class ``classes[labels[i]]``."""
 
     store: Store
     names: tuple[str, ...]
@@ -24,22 +59,29 @@ class ImageDataset:
     def __len__(self) -> int:
         return len(self.names)
 
+    @property
+    def in_memory(self) -> bool:
+        return self.store.in_memory
+
     def read(self, index: int, min_side: int | None = None) -> Image.Image:
-        """Upright RGB; a JPEG perhaps at a fraction of its size, its shorter side still of ``enough`` pixels."""
         return self.store.open(self.names[index], self.max_pixels, min_side)
 
     def subset(self, indices: np.ndarray) -> "ImageDataset":
         return replace(self, names=tuple(self.names[i] for i in indices), labels=self.labels[indices])
 
     def relabelled(self, classes: Sequence[str]) -> "ImageDataset":
-        """The same images with labels by name in another list of classes (a model's), so a missing one shifts none."""
+        """The same images, with labels that index another list of classes (a model's). Classes are matched by name.
+
+        Raises:
+            UserError: a class of this dataset is not in the list.
+        """
         position = {name: i for i, name in enumerate(classes)}
         unknown = [name for name in self.classes if name not in position]
         if unknown:
             raise UserError(
                 f"{len(unknown)} class(es) of the data are unknown to the model ({', '.join(map(repr, unknown[:5]))}); "
-                f"it knows {', '.join(map(repr, list(classes)[:10]))}{' …' if len(classes) > 10 else ''}: "
-                "rename the class folders, or train on them"
+                f"its classes are {', '.join(map(repr, list(classes)[:10]))}{' …' if len(classes) > 10 else ''}: "
+                "rename the class folders to match, or train a model on this data"
             )
         labels = np.array([position[name] for name in self.classes], dtype=np.int64)[self.labels]
         return replace(self, classes=tuple(classes), labels=labels)
@@ -47,18 +89,22 @@ class ImageDataset:
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetSplits:
-    """The parts that are there ("train", "val", "test"), and how they came about, in words for the user."""
+    """The splits of a source ("train", "val", "test", as far as it has them) and how they were made."""
 
     splits: dict[str, ImageDataset]
     classes: tuple[str, ...]
-    description: str
-    left_out: dict[str, int] = field(default_factory=dict)  # files that are no images, by ending
+    description: str  # where the data comes from and how it was split, for the user
+    left_out: dict[str, int] = field(default_factory=dict)  # ignored files: kind → count
 
     def split(self, name: str) -> ImageDataset:
+        """One split by its name, or "all" of them in a row; a UserError for one that the source does not have."""
         if name == "all":
-            first = next(iter(self.splits.values()))
-            labels = np.concatenate([part.labels for part in self.splits.values()])
-            return replace(first, names=tuple(n for part in self.splits.values() for n in part.names), labels=labels)
+            parts = self.splits.values()
+            return replace(
+                next(iter(parts)),
+                names=tuple(image for part in parts for image in part.names),
+                labels=np.concatenate([part.labels for part in parts]),
+            )
         if name not in self.splits:
-            raise UserError(f"there is no {name} part in this source: it has {', '.join(self.splits)}, or all")
+            raise UserError(f"the data has no {name} split: use {', '.join(self.splits)} or all")
         return self.splits[name]

@@ -1,7 +1,7 @@
-"""Bytes of a picture → upright RGB: the one decoder of training, evaluation and prediction.
+"""Encoded image → upright RGB: the only decoder, used by training, evaluation and prediction.
 
-Pictures come from anywhere, so the parsers are few, the size is checked before any pixel is decoded, and whatever is
-wrong with a file ends in one kind of error that says so in one line.
+Images are untrusted input. Only a few parsers run, the size is checked before any pixel is decoded, and every problem
+with a file raises the same kind of error, with a message of one line.
 """
 
 import io
@@ -23,10 +23,10 @@ from PIL.WebPImagePlugin import WebPImageFile
 
 from allmlp.errors import UserError, printable
 
-# First bytes and parser of each format. Called directly, as Image.open would, for two reasons: no other format's parser
-# ever runs, and Image.open refuses a huge picture before anyone can ask for its width and height.
+# First bytes and parser of each format. The parsers are called directly instead of through Image.open, which might run
+# the parser of another format, and which rejects a huge image before its width and height can be read.
 FORMATS = {
-    "JPEG": (re.compile(rb"\xff\xd8\xff"), jpeg_factory),  # and MPO, which many phones write: the first picture of it
+    "JPEG": (re.compile(rb"\xff\xd8\xff"), jpeg_factory),  # and MPO, which many phones write: its first image
     "PNG": (re.compile(rb"\x89PNG\r\n\x1a\n"), PngImageFile),
     "WEBP": (re.compile(rb"RIFF....WEBP", re.DOTALL), WebPImageFile),
     "BMP": (re.compile(rb"BM"), BmpImageFile),
@@ -36,8 +36,8 @@ FORMATS = {
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 MAX_PIXELS = 64_000_000
 
-EXIF_KEYS = {"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"}  # where Pillow keeps what can say "turned"
-TURNS = {
+EXIF_KEYS = {"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"}  # of image.info: may hold the orientation
+TRANSPOSE_OF_ORIENTATION = {  # EXIF 2.32, tag 0x0112
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -49,70 +49,71 @@ TURNS = {
 
 
 class UnreadableImage(UserError):
-    """A picture that cannot be decoded, or is larger than allowed."""
+    """An image that cannot be decoded, or has more pixels than allowed."""
 
 
 def is_image_name(name: str) -> bool:
-    """Whether the name ends like a picture's, in capitals or not, and is no hidden file's."""
+    """Whether the name has the extension of an image, in lower or upper case, and is not hidden."""
     return PurePath(name).suffix.lower() in EXTENSIONS and not is_hidden(name)
 
 
 def is_hidden(name: str) -> bool:
-    """Whether the file or a folder of it is hidden, or what macOS packs beside the files of a zip."""
+    """Whether the file or a folder in its path is hidden, or was added to a zip by macOS."""
     return any(piece.startswith((".", "__MACOSX")) and piece not in (".", "..") for piece in name.split("/"))
 
 
 def decode(data: bytes, name: str, max_pixels: int = MAX_PIXELS, min_side: int | None = None) -> Image.Image:
-    """An encoded picture → upright 8-bit RGB; of several frames or pages, the first.
+    """Decodes an image to upright 8-bit RGB; if it has several frames or pages, the first.
 
-    EXIF orientation is applied, transparency is laid over white, 16-bit grey is scaled to 8 bits (65535 → 255). Colour
-    profiles are not applied, as in the authors' input pipeline.
+    EXIF orientation is applied, transparent pixels are composited over white, and 16-bit grey is scaled to 8 bits
+    (65535 → 255). Colour profiles are not applied, as in the authors' input pipeline.
 
     Args:
-        data: the file's bytes.
-        name: what to call it in an error.
-        max_pixels: width × height allowed. Beyond Pillow's own, process-wide limit this raises that limit as well.
-        enough: pixels of the shorter side that suffice; a JPEG is decoded at the 1/2, 1/4 or 1/8 scale that still has
-            them, several times faster for a camera's photographs. None: at full size.
+        data: the bytes of the file.
+        name: of the image, for error messages.
+        max_pixels: limit on width × height. If it is above Pillow's process-wide limit, it raises that limit as well.
+        min_side: pixels of the shorter side that the caller needs. A JPEG is decoded at the smallest of the scales 1,
+            1/2, 1/4 and 1/8 that still has them, which is several times faster for photographs. None: full size.
 
     Raises:
-        UnreadableImage: truncated, damaged, too large, of another format, or with pixels of unknown range (floats).
+        UnreadableImage: truncated, damaged, too large, in an unsupported format, or with floating-point pixels, whose
+            range is unknown.
     """
     if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
-        Image.MAX_IMAGE_PIXELS = max_pixels  # the larger limit was asked for; never lowered, so threads may race here
+        Image.MAX_IMAGE_PIXELS = max_pixels  # never lowered, so that threads may race here
     kind, parse = next(((kind, parse) for kind, (start, parse) in FORMATS.items() if start.match(data)), (None, None))
     if parse is None:
-        wrong = f"it is none of {', '.join(FORMATS)}" if data else "the file is empty"
-        raise unreadable(name, wrong)
-    larger = f"above the limit of {max_pixels:,}", "--max-pixels N raises the limit"
+        reason = f"its format is none of {', '.join(FORMATS)}" if data else "the file is empty"
+        raise unreadable_image(name, reason)
+    above_limit, remedy = f"above the limit of {max_pixels:,}", "--max-pixels N raises the limit"
     try:
         image = parse(io.BytesIO(data), "")
         if image.width * image.height > max_pixels:
-            raise unreadable(name, f"it has {image.width} × {image.height} pixels, {larger[0]}", larger[1])
+            raise unreadable_image(name, f"it has {image.width} × {image.height} pixels, {above_limit}", remedy)
         if min_side is not None:
-            image.draft(None, (min_side, min_side))  # of the formats here, only JPEG's parser can
+            image.draft(None, (min_side, min_side))  # a no-op for all formats but JPEG
         image.load()
         if isinstance(image, PngImageFile):
-            bring_key_to_8_bits(image, stored_bits=data[24])
-        return upright(image, to_rgb(image, name))
+            scale_transparent_colour(image, stored_bits=data[24])
+        return apply_orientation(image, to_rgb(image, name))
     except UnreadableImage:
         raise
-    except Image.DecompressionBombError as error:  # a WebP's parser refuses before its size is known
-        raise unreadable(name, f"its number of pixels is {larger[0]}", larger[1]) from error
+    except Image.DecompressionBombError as error:  # the WebP parser raises it before the size can be read
+        raise unreadable_image(name, f"its number of pixels is {above_limit}", remedy) from error
     except MemoryError as error:
-        raise unreadable(name, "memory does not suffice to decode it", "free some or make it smaller") from error
-    except Exception as error:  # on bytes from anywhere, Pillow raises nearly every type there is
+        raise unreadable_image(name, "there is not enough memory to decode it", "free some or shrink it") from error
+    except Exception as error:  # on arbitrary bytes, Pillow raises almost any type of exception
         text = textwrap.shorten(str(error), 100) or type(error).__name__
-        wrong = "the file is truncated" if "truncated" in text.lower() else f"the {kind} is damaged ({text})"
-        raise unreadable(name, wrong) from error
+        reason = "the file is truncated" if "truncated" in text.lower() else f"the {kind} is damaged ({text})"
+        raise unreadable_image(name, reason) from error
 
 
-def unreadable(name: str, wrong: str, remedy: str = "replace it or remove it") -> UnreadableImage:
-    return UnreadableImage(printable(f"{name} cannot be read: {wrong}; {remedy}"))
+def unreadable_image(name: str, reason: str, remedy: str = "replace it or remove it") -> UnreadableImage:
+    return UnreadableImage(printable(f"{name} cannot be read: {reason}; {remedy}"))
 
 
-def bring_key_to_8_bits(image: PngImageFile, stored_bits: int) -> None:
-    """Pillow brings the pixels of a 2-, 4- or 3 × 16-bit PNG to 8 bits, but not the colour that means transparent."""
+def scale_transparent_colour(image: PngImageFile, stored_bits: int) -> None:
+    """Scales the transparent colour (tRNS) of a 2-, 4- or 3 × 16-bit PNG to 8 bits, as Pillow does for pixels only."""
     key = image.info.get("transparency")
     if isinstance(key, int) and image.mode == "L":
         image.info["transparency"] = key * 255 // (2**stored_bits - 1)
@@ -121,32 +122,32 @@ def bring_key_to_8_bits(image: PngImageFile, stored_bits: int) -> None:
 
 
 def to_rgb(image: ImageFile, name: str) -> Image.Image:
-    """The loaded picture's pixels as 8-bit RGB, over white where transparent."""
+    """The pixels of a loaded image as 8-bit RGB, composited over white where transparent."""
     if image.mode == "F":
-        raise unreadable(name, "its pixels are floats of unknown range", "save it with 8 or 16 bits")
+        raise unreadable_image(name, "its pixels are floats of unknown range", "save it with 8 or 16 bits")
     if image.mode.startswith("I"):
-        return grey_16_bit(image, name)
-    if image.mode == "La":  # Pillow converts premultiplied grey to nothing else
-        return over_white(image.convert("LA"))
-    return over_white(image) if image.has_transparency_data else image.convert("RGB")
+        return scale_16_bit_grey(image, name)
+    if image.mode == "La":  # the only mode to which Pillow converts premultiplied grey
+        return composite_over_white(image.convert("LA"))
+    return composite_over_white(image) if image.has_transparency_data else image.convert("RGB")
 
 
-def over_white(image: Image.Image) -> Image.Image:
+def composite_over_white(image: Image.Image) -> Image.Image:
     rgba = image.convert("RGBA")
     canvas = Image.new("RGB", rgba.size, "white")
     canvas.paste(rgba, mask=rgba)
     return canvas
 
 
-def grey_16_bit(image: ImageFile, name: str) -> Image.Image:
-    """Scaled to 8 bits and rounded, where Pillow's own conversion clips at 255."""
+def scale_16_bit_grey(image: ImageFile, name: str) -> Image.Image:
+    """Scales to 8 bits and rounds. Pillow's own conversion clips at 255 instead."""
     white, inverted = 65535, False
-    if isinstance(image, TiffImageFile):  # of which Pillow hands out the stored numbers as they are
+    if isinstance(image, TiffImageFile):  # Pillow returns the stored values unchanged
         white = 4095 if image.tag_v2.get(Base.BitsPerSample) == (12,) else 65535
         inverted = image.tag_v2.get(Base.PhotometricInterpretation) == 0
     values = np.asarray(image)
     if values.min() < 0 or values.max() > white:
-        raise unreadable(name, f"its pixels are integers beyond 0 to {white}", "save it with 8 or 16 bits")
+        raise unreadable_image(name, f"it has pixel values outside 0 to {white}", "save it with 8 or 16 bits")
     levels = np.rint(np.arange(white + 1) * (255 / white)).astype(np.uint8)
     grey = (levels[::-1] if inverted else levels)[values]
     if (transparent := image.info.get("transparency")) is not None:
@@ -154,12 +155,12 @@ def grey_16_bit(image: ImageFile, name: str) -> Image.Image:
     return Image.fromarray(grey).convert("RGB")
 
 
-def upright(image: ImageFile, pixels: Image.Image) -> Image.Image:
-    """The pixels turned as the file's EXIF or XMP asks (a TIFF's, Pillow has); as they are if that is garbled."""
-    turn = None
+def apply_orientation(image: ImageFile, pixels: Image.Image) -> Image.Image:
+    """Applies the orientation in the EXIF or XMP metadata of ``image``, if valid. Pillow has done so for TIFF."""
+    transpose = None
     if EXIF_KEYS & image.info.keys():
         with suppress(Exception):
-            turn = TURNS.get(image.getexif().get(Base.Orientation, 1))
-    pixels = pixels if turn is None else pixels.transpose(turn)
-    pixels.info = {}  # else whoever looks for an orientation would turn them again
+            transpose = TRANSPOSE_OF_ORIENTATION.get(image.getexif().get(Base.Orientation, 1))
+    pixels = pixels if transpose is None else pixels.transpose(transpose)
+    pixels.info = {}  # so that the orientation is not applied a second time
     return pixels

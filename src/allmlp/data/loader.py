@@ -1,8 +1,8 @@
-"""Parts to batches, in an order that is a function of the seed alone.
+"""From datasets to batches, in an order that is a function of the seed alone.
 
-Training images come as one endless row: epoch after epoch, each a permutation of the part by (seed, epoch), so that
-sample number ``k`` of the run is known without what came before, no image is dropped for a short last batch, and any
-batch can be made by any worker. What is random about one sample is drawn by (seed, epoch, index).
+The samples of a training run form one endless sequence: epoch after epoch, each a permutation of the dataset drawn from
+(seed, epoch). So sample ``k`` of a run can be computed without its predecessors, no image is dropped for a short last
+batch, and any worker can make any batch. The augmentation of a sample is drawn from (seed, epoch, index).
 """
 
 import os
@@ -13,48 +13,50 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, get_worker_info
+from torch.utils.data import Dataset as TorchDataset
 
+from allmlp.data.dataset import Dataset
 from allmlp.data.decode import UnreadableImage
-from allmlp.data.sources import ImageDataset
-from allmlp.data.stores import ArrayStore
-from allmlp.data.transforms import EvaluationView, TrainingView
+from allmlp.data.transforms import EvaluationTransform, TrainingTransform
 from allmlp.errors import UserError
 from allmlp.rng import rng_stream
 
-PADDING = -1  # the index of no image
+PADDING = -1  # index of a padded sample, which is no image
 
 
 class Batch(NamedTuple):
-    """An unreadable image keeps its place: black, ``valid`` false, and why in ``problems``; so does padding, untold."""
+    """An unreadable image keeps its position: it is black, ``valid`` is false, and ``problems`` holds the reason.
+
+    Padding is black and not valid either, but is not listed in ``problems``.
+    """
 
     images: Tensor  # (B, 3, H, W) uint8
     labels: Tensor  # (B,) int64
     valid: Tensor  # (B,) bool
-    indices: Tensor  # (B,) int64, of the images in their part
-    problems: list[tuple[int, str]]  # (index, what is wrong)
+    indices: Tensor  # (B,) int64, positions in the dataset
+    problems: list[tuple[int, str]]  # (index, reason)
 
 
-class ViewedDataset(Dataset):
-    """(epoch, index) to one sample of a part, for a DataLoader's workers."""
+class TransformedDataset(TorchDataset):
+    """Maps (epoch, index) to one transformed sample of a dataset; what a DataLoader's workers run."""
 
-    def __init__(self, part: ImageDataset, view: EvaluationView | TrainingView, seed: int) -> None:
-        self.part, self.view, self.seed = part, view, seed
+    def __init__(self, dataset: Dataset, transform: EvaluationTransform | TrainingTransform, seed: int) -> None:
+        self.dataset, self.transform, self.seed = dataset, transform, seed
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, int, str | None]:
         epoch, index = key
         if index == PADDING:
-            return torch.zeros(3, *self.view.image_size, dtype=torch.uint8), 0, PADDING, None
-        label = int(self.part.labels[index])
+            return self.black_image(), 0, PADDING, None
+        label = int(self.dataset.labels[index])
         try:
-            return (
-                self.view(self.part.read(index, self.view.min_side), sample_generator(self.seed, epoch, index)),
-                label,
-                index,
-                None,
-            )
-        except UnreadableImage as problem:
-            return torch.zeros(3, *self.view.image_size, dtype=torch.uint8), label, index, str(problem)
+            image = self.dataset.read(index, self.transform.min_side)
+            return self.transform(image, sample_generator(self.seed, epoch, index)), label, index, None
+        except UnreadableImage as error:
+            return self.black_image(), label, index, str(error)
+
+    def black_image(self) -> Tensor:
+        return torch.zeros(3, *self.transform.image_size, dtype=torch.uint8)
 
 
 def sample_generator(seed: int, epoch: int, index: int) -> np.random.Generator:
@@ -68,7 +70,7 @@ def permutation(seed: int, epoch: int, images: int) -> np.ndarray:
 def collate(samples: list[tuple[Tensor, int, int, str | None]]) -> Batch:
     images, labels, indices, problems = zip(*samples, strict=True)
     return Batch(
-        stacked(images),
+        stack(images),
         torch.tensor(labels),
         torch.tensor([problem is None and i != PADDING for i, problem in zip(indices, problems, strict=True)]),
         torch.tensor(indices),
@@ -76,8 +78,8 @@ def collate(samples: list[tuple[Tensor, int, int, str | None]]) -> Batch:
     )
 
 
-def stacked(images: Sequence[Tensor]) -> Tensor:
-    """(B, 3, H, W); in a worker process straight into memory that the main process shares, which saves a copy."""
+def stack(images: Sequence[Tensor]) -> Tensor:
+    """(B, 3, H, W). A worker process writes directly into memory shared with the main process, which saves a copy."""
     if get_worker_info() is None:
         return torch.stack(list(images))
     shape = (len(images), *images[0].shape)
@@ -85,17 +87,17 @@ def stacked(images: Sequence[Tensor]) -> Tensor:
 
 
 class TrainingOrder:
-    """Yields for each step the (epoch, index) of its samples; see the module's first lines.
+    """A batch sampler: yields the (epoch, index) of the samples of each step (see the module's docstring).
 
-    Of several ranks, each takes the batches that fall to it: the first rank one, the second the next, and so on.
+    The batches of a step are distributed over the ranks in order: the first to rank 0, the next to rank 1, and so on.
 
     Args:
-        images: of the part.
-        batch_size: of one rank's batch.
-        steps: how many batches each rank gets, from ``first_step`` on.
+        images: number of images in the dataset.
+        batch_size: number of samples in the batch of one rank.
+        steps: number of steps of the run, including those before ``first_step``.
         seed: of the permutations.
-        first_step: how many of them were there before.
-        rank, ranks: whose batches these are.
+        first_step: number of steps to skip, for a resumed run.
+        rank, world_size: which rank's batches to yield.
     """
 
     def __init__(
@@ -128,8 +130,8 @@ class TrainingOrder:
 
 
 def training_batches(
-    part: ImageDataset,
-    view: TrainingView,
+    dataset: Dataset,
+    transform: TrainingTransform,
     *,
     batch_size: int,
     steps: int,
@@ -139,43 +141,49 @@ def training_batches(
     rank: int = 0,
     world_size: int = 1,
 ) -> DataLoader:
-    """The batches of a run's steps, in order, all of the same size (see ``TrainingOrder``).
+    """The batches of a run's steps in order, all of the same size (see ``TrainingOrder``).
 
-    ``workers`` None chooses (``default_workers``).
+    ``workers`` is the number of processes that load images; None: ``default_workers``.
     """
-    order = TrainingOrder(len(part), batch_size, steps, seed, first_step, rank, world_size)
-    return loader(ViewedDataset(part, view, seed), order, default_workers(part) if workers is None else workers)
+    order = TrainingOrder(len(dataset), batch_size, steps, seed, first_step, rank, world_size)
+    workers = default_workers(dataset) if workers is None else workers
+    return make_loader(TransformedDataset(dataset, transform, seed), order, workers)
 
 
 def evaluation_batches(
-    part: ImageDataset,
-    view: EvaluationView,
+    dataset: Dataset,
+    transform: EvaluationTransform,
     *,
     batch_size: int,
     workers: int | None = None,
     rank: int = 0,
     world_size: int = 1,
 ) -> DataLoader:
-    """Every image of the part once, in order: batches of one size, the last filled up with ``PADDING``.
+    """Every image of the dataset once, in order, in batches of one size; the last is padded with ``PADDING``.
 
-    Of several ranks, each takes every so-manieth batch, all equally many. So what is computed together, and with it
-    every rounding, is the same for any number of ranks.
+    Rank r gets the batches r, r + world_size, …; every rank gets the same number. The composition of the batches, and
+    with it every rounding error, is the same for any number of ranks.
+
+    ``workers`` is the number of processes that load images; None: ``default_workers``.
     """
     if batch_size < 1:
-        raise UserError(f"batch size {batch_size}: at least 1 image")
-    size = min(batch_size, len(part)) or 1  # of no images, no batches
-    rounds = -(-len(part) // (size * world_size))
-    starts = [(turn * world_size + rank) * size for turn in range(rounds)]
-    order = [[(0, i if i < len(part) else PADDING) for i in range(at, at + size)] for at in starts]
-    return loader(ViewedDataset(part, view, 0), order, default_workers(part) if workers is None else workers)
+        raise UserError(f"batch size {batch_size}: use at least 1 image")
+    size = min(batch_size, len(dataset)) or 1  # an empty dataset gives no batches
+    rounds = -(-len(dataset) // (size * world_size))
+    starts = [(i * world_size + rank) * size for i in range(rounds)]
+    order = [[(0, i if i < len(dataset) else PADDING) for i in range(start, start + size)] for start in starts]
+    workers = default_workers(dataset) if workers is None else workers
+    return make_loader(TransformedDataset(dataset, transform, 0), order, workers)
 
 
-def loader(views: ViewedDataset, order: TrainingOrder | list[list[tuple[int, int]]], workers: int) -> DataLoader:
+def make_loader(
+    dataset: TransformedDataset, order: TrainingOrder | list[list[tuple[int, int]]], workers: int
+) -> DataLoader:
     if workers < 0:
-        raise UserError(f"{workers} workers: 0 loads images in this process, 1 or more in processes beside it")
+        raise UserError(f"{workers} workers: use 0 to load images in this process, or 1 or more worker processes")
     return DataLoader(
-        views,
-        batch_sampler=order,  # pyright: ignore[reportArgumentType]  # keys may be anything that __getitem__ takes
+        dataset,
+        batch_sampler=order,  # pyright: ignore[reportArgumentType]  # keys may be of any type that __getitem__ accepts
         collate_fn=collate,
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
@@ -185,44 +193,49 @@ def loader(views: ViewedDataset, order: TrainingOrder | list[list[tuple[int, int
 
 
 def ignore_first_signals(worker: int) -> None:
-    """In a process that loads images: signals to a whole group of processes are the main one's to answer.
+    """Initialises a worker process, which leaves signals to the whole process group to the main process.
 
-    An interrupt is ignored; so is the first SIGTERM. The second, with which a loader ends a worker that does not end
-    by itself, works as ever.
+    SIGINT and the first SIGTERM are ignored. A second SIGTERM, which the loader sends to a worker that does not exit,
+    terminates it as usual.
     """
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(signal.SIGTERM, signal.SIG_DFL) and None)
 
 
-def default_workers(part: ImageDataset, processes: int = 1) -> int:
-    """0 for images in memory or few of them, which this process loads; else one for each core, at most 8.
+def default_workers(dataset: Dataset, processes: int = 1) -> int:
+    """Number of worker processes: one per core, at most 8; 0 for images in memory and for fewer than 100 images.
 
-    The cores are shared by so many processes of a run on this machine.
+    ``processes`` is the number of training processes on this machine, which share its cores.
     """
-    if isinstance(part.store, ArrayStore) or len(part) < 100:
+    if dataset.in_memory or len(dataset) < 100:
         return 0
     return min(max((os.cpu_count() or 1) // processes, 1), 8)
 
 
 class UnreadableImages:
-    """Counts the images that could not be read, each once, and stops a run that loses more than it may."""
+    """Counts the images that could not be read, each once, and stops a run when their fraction exceeds the limit."""
 
-    def __init__(self, part: ImageDataset, limit: float) -> None:
-        self.part, self.limit = part, limit
+    def __init__(self, dataset: Dataset, limit: float) -> None:
+        self.dataset, self.limit = dataset, limit
         self.problems: dict[int, str] = {}
 
     def add(self, problems: list[tuple[int, str]]) -> list[str]:
-        """Those of a step's problems that are new; a UserError once too many are known."""
+        """Adds the (index, reason) of unreadable images and returns the reasons of the new ones.
+
+        Raises:
+            UserError: more images than allowed cannot be read.
+        """
         new = {index: problem for index, problem in problems if index not in self.problems}
         self.problems |= new
-        if len(self.problems) > self.limit * len(self.part):
+        if len(self.problems) > self.limit * len(self.dataset):
             raise UserError(
-                f"{len(self.problems)} of {len(self.part)} images cannot be read, more than {self.limit:.3g} of them: "
-                f"mend them or raise --max-unreadable-fraction; the last: {next(reversed(self.problems.values()))}"
+                f"{len(self.problems)} of {len(self.dataset)} images cannot be read, "
+                f"more than the limit of {self.limit:.3g} of them: repair or remove them, "
+                f"or raise --max-unreadable-fraction; the last: {next(reversed(self.problems.values()))}"
             )
         return list(new.values())
 
     @property
     def names(self) -> list[str]:
-        return [self.part.names[index] for index in sorted(self.problems)]
+        return [self.dataset.names[index] for index in sorted(self.problems)]

@@ -1,8 +1,8 @@
-"""Mixup (Zhang et al. 2018) and CutMix (Yun et al. 2019): each image with a partner, the labels in the same shares.
+"""Mixup (Zhang et al. 2018) and CutMix (Yun et al. 2019): mixes each image and its label with those of a partner.
 
-One draw a step, by (seed, step). The partner of an image is the one before it within a fixed group of samples, the
-first's the last (the authors roll a device's batch by one): neither micro-batches nor ranks change anything, as long as
-they hold whole groups. Runs on the images' device.
+The parameters are drawn once per step, from (seed, step). Partners come from a fixed group of consecutive samples: each
+image is mixed with the previous one, the first with the last (the authors roll the batch of a device by one). The
+result does not depend on micro-batches or ranks as long as they hold whole groups. Runs on the device of the images.
 """
 
 from dataclasses import dataclass
@@ -13,67 +13,67 @@ from torch import Tensor
 
 from allmlp.rng import rng_stream
 
-STREAM = 1 << 62  # of the generators' streams, those that belong to steps; samples and permutations have others
+STREAM = 1 << 62  # streams of random numbers for steps; those for samples and permutations do not overlap with them
 
 
-class Draw(NamedTuple):
-    """How one step mixes."""
+class MixParameters(NamedTuple):
+    """The random parameters of one step."""
 
-    share: float  # of the image itself, in pixels and in labels; the rest is its partner's
-    box: tuple[int, int, int, int] | None  # top, left, bottom, right of what CutMix takes from the partner; or mixup
+    share: float  # λ: weight of the image itself, in pixels and label; its partner has 1 − λ
+    box: tuple[int, int, int, int] | None  # CutMix: top, left, bottom, right of the partner's pixels; None: mixup
 
 
-class Mixed(NamedTuple):
+class MixedBatch(NamedTuple):
     images: Tensor  # (B, channels, H, W)
     partners: Tensor  # (B,) int64, positions in the batch
-    shares: Tensor  # (B,) of the image itself
+    shares: Tensor  # (B,) weight of the image's own label; its partner's label has the rest
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mixing:
-    """Which mixing a run does.
+    """Mixup, CutMix, or both, in which case each step applies one of them, with equal probability.
 
     Args:
-        mixup: p of λ ~ Beta(p, p), of which the larger of λ and 1 − λ is taken, as the authors do; None: no mixup.
-        cutmix: the same for CutMix, whose λ is not folded; with both, each step tosses a coin.
-        group: samples, one after the other, that have their partners among each other.
+        mixup: p of λ ~ Beta(p, p), replaced by the larger of λ and 1 − λ, as the authors do; None: no mixup.
+        cutmix: p of λ ~ Beta(p, p), used as drawn; None: no CutMix.
+        group: number of consecutive samples that are mixed with each other.
     """
 
     mixup: float | None
     cutmix: float | None = None
     group: int = 8
 
-    def draw(self, seed: int, step: int, height: int, width: int) -> Draw:
-        """The step's share, and CutMix's box within the image."""
+    def draw(self, seed: int, step: int, height: int, width: int) -> MixParameters:
+        """The parameters of a step, for images of this size."""
         rng = rng_stream(seed, STREAM | step)
         if self.cutmix is None or (self.mixup is not None and rng.random() < 0.5):
             assert self.mixup is not None
             share = float(rng.beta(self.mixup, self.mixup))
-            return Draw(max(share, 1 - share), None)
+            return MixParameters(max(share, 1 - share), None)
         side = (1 - rng.beta(self.cutmix, self.cutmix)) ** 0.5
         ends = []
         for size in (height, width):
             centre, half = int(rng.integers(size)), int(size * side) // 2
             ends.append((max(centre - half, 0), min(centre + half, size)))
         (top, bottom), (left, right) = ends
-        return Draw(1 - (bottom - top) * (right - left) / (height * width), (top, left, bottom, right))
+        return MixParameters(1 - (bottom - top) * (right - left) / (height * width), (top, left, bottom, right))
 
-    def mix(self, images: Tensor, valid: Tensor, draw: Draw) -> Mixed:
-        """Images (B, channels, H, W) with their partners; one whose partner could not be read stays as it is."""
-        partners = rolled(len(images), self.group).to(images.device)
+    def mix(self, images: Tensor, valid: Tensor, parameters: MixParameters) -> MixedBatch:
+        """Mixes images (B, channels, H, W) with their partners, except where one of the two is not ``valid``, (B,)."""
+        partners = partner_positions(len(images), self.group).to(images.device)
         mixes = valid & valid[partners]
-        shares = torch.where(mixes, draw.share, 1.0).to(images.dtype)
-        if draw.box is None:
+        shares = torch.where(mixes, parameters.share, 1.0).to(images.dtype)
+        if parameters.box is None:
             weights = shares.view(-1, 1, 1, 1)
-            return Mixed(weights * images + (1 - weights) * images[partners], partners, shares)
-        top, left, bottom, right = draw.box
+            return MixedBatch(weights * images + (1 - weights) * images[partners], partners, shares)
+        top, left, bottom, right = parameters.box
         pasted = images.clone()
         pasted[:, :, top:bottom, left:right] = images[partners, :, top:bottom, left:right]
-        return Mixed(torch.where(mixes.view(-1, 1, 1, 1), pasted, images), partners, shares)
+        return MixedBatch(torch.where(mixes.view(-1, 1, 1, 1), pasted, images), partners, shares)
 
 
-def rolled(images: int, group: int) -> Tensor:
-    """(images,) the position of each image's partner: the one before it in its group, the first's the group's last."""
+def partner_positions(images: int, group: int) -> Tensor:
+    """(images,) int64: the previous position in the same group; for the first of a group, the last."""
     position = torch.arange(images)
     start = position - position % group
     size = torch.clamp(images - start, max=group)  # the last group may be short

@@ -1,4 +1,4 @@
-"""The seeded, stratified split: which images are kept for validation and for test where a source does not say."""
+"""The seeded, stratified split: which images a source without splits keeps for training."""
 
 import hashlib
 import math
@@ -7,19 +7,21 @@ from collections.abc import Sequence
 import numpy as np
 
 
-def stratified(labels: np.ndarray, names: Sequence[str], fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Cuts a part off: (indices kept, indices cut off), each ascending.
+def stratified_split(
+    labels: np.ndarray, names: Sequence[str], fraction: float, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Splits images by class; returns the indices of those kept and of those held out, both ascending.
 
-    From each class at least ``fraction`` of its images is cut off, but never its last one. The order is that of
-    SHA-256(seed, name), so the same images are chosen on every machine, from a folder and from a zip of it.
+    At least ``fraction`` of each class is held out, but never its last image. Within a class, images are ordered by
+    SHA-256(seed, name), so that the split is the same on every machine, from a folder and from a zip of it.
     """
-    cut = []
+    held_out = []
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label).tolist()
         ranked = sorted(
             members, key=lambda i: hashlib.sha256(f"{seed}/{names[i]}".encode(errors="surrogateescape")).digest()
         )
-        cut += ranked[: min(math.ceil(fraction * len(members) - 1e-9), len(members) - 1)]
-    chosen = np.zeros(len(labels), dtype=bool)
-    chosen[cut] = True
-    return np.flatnonzero(~chosen), np.flatnonzero(chosen)
+        held_out += ranked[: min(math.ceil(fraction * len(members) - 1e-9), len(members) - 1)]
+    is_held_out = np.zeros(len(labels), dtype=bool)
+    is_held_out[held_out] = True
+    return np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)

@@ -1,6 +1,6 @@
-"""Where the bytes of images are: a folder, a zip, arrays in memory. Each opens one image by its name.
+"""Where image data is stored: a folder, a zip, or an array in memory. A store opens one image by its name.
 
-A store can be pickled and sent to a worker process; a zip is opened again there.
+A store can be pickled and sent to a worker process, which opens a zip again.
 """
 
 import lzma
@@ -18,63 +18,81 @@ from PIL import Image
 from allmlp.data.decode import UnreadableImage, decode
 from allmlp.errors import UserError, printable
 
-MAX_BYTES = 1 << 30  # of one image file; a larger one is refused before it is read
+MAX_BYTES = 1 << 30  # larger image files are rejected before they are read
 
 
 class Store(Protocol):
+    @property
+    def in_memory(self) -> bool:
+        """Whether opening an image needs neither a file nor a decoder."""
+        ...
+
     def open(self, name: str, max_pixels: int, min_side: int | None = None) -> Image.Image:
-        """The upright RGB image of that name (see ``decode``); an UnreadableImage where it cannot be read."""
+        """The upright RGB image of that name (see ``decode``).
+
+        Raises:
+            UnreadableImage: the image is missing or cannot be decoded.
+        """
         ...
 
 
 class FolderStore:
+    in_memory = False
+
     def __init__(self, root: Path) -> None:
         self.root = root
 
     def open(self, name: str, max_pixels: int, min_side: int | None = None) -> Image.Image:
-        path = os.path.join(self.root, name)  # noqa: PTH118 (pathlib takes longer than a small file's reading)
+        path = os.path.join(self.root, name)  # noqa: PTH118 (pathlib is slower than reading a small file)
         try:
             data = read_regular(path)
         except OSError as error:
-            why = f"{path} cannot be read: {error.strerror}; check the file and its permissions"
-            raise UnreadableImage(printable(why)) from None
+            message = f"{path} cannot be read: {error.strerror}; check the file and its permissions"
+            raise UnreadableImage(printable(message)) from None
         return decode(data, path, max_pixels, min_side)
 
     def names(self) -> Iterator[str]:
-        """Every file below the root, relative, with forward slashes, in the same order on every machine."""
+        """Every file below the root, as a relative path with forward slashes, in the same order on every machine."""
         for folder, _, files in self.walk():
             for file in sorted(files):
                 yield (Path(folder) / file).relative_to(self.root).as_posix()
 
     def folders(self) -> list[str]:
-        """Every folder below the root, however empty."""
-        return [(Path(at) / name).relative_to(self.root).as_posix() for at, names, _ in self.walk() for name in names]
+        """Path of every folder below the root, empty ones included."""
+        return [
+            (Path(parent) / name).relative_to(self.root).as_posix()
+            for parent, names, _ in self.walk()
+            for name in names
+        ]
 
     def walk(self) -> Iterator[tuple[str, list[str], list[str]]]:
-        """os.walk, sorted, through links to folders but never twice into the same one."""
-        seen = {self.root.resolve()}
+        """``os.walk``, sorted. Follows links to folders, but visits no folder twice."""
+        visited = {self.root.resolve()}
         for folder, folders, files in os.walk(self.root, followlinks=True):
             new = {name: (Path(folder) / name).resolve() for name in sorted(folders)}
-            folders[:] = [name for name, place in new.items() if place not in seen]
-            seen |= set(new.values())
+            folders[:] = [name for name, target in new.items() if target not in visited]
+            visited |= set(new.values())
             yield folder, folders, files
 
-    def inside(self, folder: str) -> "FolderStore":
-        """The store of a folder below the root; names are relative to it."""
+    def subfolder(self, folder: str) -> "FolderStore":
+        """The store of a folder below the root, with names relative to that folder."""
         return FolderStore(self.root / folder)
 
 
 class ZipStore:
+    in_memory = False
+
     def __init__(self, path: Path, prefix: str = "") -> None:
-        self.path, self.prefix = path, prefix  # "" or "folder/": only what lies in it
-        self.opened: tuple[int, zipfile.ZipFile] | None = None  # by which process: a file's position cannot be shared
+        self.path, self.prefix = path, prefix  # "" or "folder/": only entries with this prefix belong to the store
+        self.opened: tuple[int, zipfile.ZipFile] | None = None  # with its process: a file position cannot be shared
 
     def archive(self) -> zipfile.ZipFile:
+        """The zip, opened by this process."""
         if self.opened is None or self.opened[0] != os.getpid():
             try:
                 self.opened = (os.getpid(), zipfile.ZipFile(self.path))
             except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError) as error:
-                raise UserError(f"{self.path} is not a sound zip file ({error}): pack or copy it again") from None
+                raise UserError(f"{self.path} is not a valid zip file ({error}): pack or copy it again") from None
         return self.opened[1]
 
     def open(self, name: str, max_pixels: int, min_side: int | None = None) -> Image.Image:
@@ -83,7 +101,7 @@ class ZipStore:
         try:
             data = self.archive().read(self.prefix + name)
         except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, OSError, RuntimeError, EOFError) as error:
-            raise UnreadableImage(printable(f"{label} cannot be unpacked: {error}; pack the zip again")) from None
+            raise UnreadableImage(printable(f"{label} cannot be unpacked: {error}; create the zip again")) from None
         return decode(data, label, max_pixels, min_side)
 
     def names(self) -> Iterator[str]:
@@ -97,10 +115,11 @@ class ZipStore:
         return sorted(found)
 
     def entries(self) -> list[str]:
-        inside = (name.removeprefix(self.prefix) for name in self.archive().namelist() if name.startswith(self.prefix))
-        return sorted({name for name in inside if name})  # a name may have been written twice: the last is read
+        entries = (name.removeprefix(self.prefix) for name in self.archive().namelist() if name.startswith(self.prefix))
+        return sorted({name for name in entries if name})  # a zip may hold a name twice: the last entry is read
 
-    def inside(self, folder: str) -> "ZipStore":
+    def subfolder(self, folder: str) -> "ZipStore":
+        """The store of a folder in the zip, with names relative to that folder."""
         return ZipStore(self.path, f"{self.prefix}{folder}/")
 
     def __getstate__(self) -> dict:
@@ -108,7 +127,9 @@ class ZipStore:
 
 
 class ArrayStore:
-    """Images in memory: (N, H, W, 3) uint8, named in that order."""
+    """Images in memory: (N, H, W, 3) uint8, and N names in the same order."""
+
+    in_memory = True
 
     def __init__(self, pixels: np.ndarray, names: tuple[str, ...]) -> None:
         self.pixels = pixels
@@ -118,16 +139,16 @@ class ArrayStore:
         return Image.fromarray(self.pixels[self.index[name]])
 
 
-READ_ONLY = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)  # a pipe is not waited for
+READ_ONLY = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)  # opening a pipe must not block
 
 
 def read_regular(path: str) -> bytes:
-    """A file's bytes, with four calls to the system: Python's own files take as long as decoding a small image does."""
+    """The bytes of a regular file. Uses system calls: Python's file objects cost as much as decoding a small image."""
     descriptor = os.open(path, READ_ONLY)
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
-            raise UnreadableImage(printable(f"{path} cannot be read: it is no regular file; remove it"))
+            raise UnreadableImage(printable(f"{path} cannot be read: it is not a regular file; remove it"))
         check_bytes(status.st_size, path)
         data = os.read(descriptor, status.st_size)
         while len(data) < status.st_size and (more := os.read(descriptor, status.st_size - len(data))):
@@ -140,5 +161,5 @@ def read_regular(path: str) -> bytes:
 def check_bytes(size: int, name: str) -> None:
     if size > MAX_BYTES:
         raise UnreadableImage(
-            f"{name} cannot be read: {size:,} bytes, over the limit of {MAX_BYTES:,}; make it smaller"
+            f"{name} cannot be read: it has {size:,} bytes, above the limit of {MAX_BYTES:,}; make it smaller"
         )

@@ -1,6 +1,6 @@
-"""Upright RGB images to the model's pixels: (3, H, W) uint8, the same code in training, evaluation and prediction.
+"""From upright RGB images to the pixels of a model's input, (3, H, W) uint8, in training, evaluation and prediction.
 
-Every random choice is drawn from the generator that is passed in, which belongs to one sample of one epoch.
+Every random choice is drawn from a generator that the caller passes, one for each sample and epoch.
 """
 
 import functools
@@ -21,36 +21,36 @@ RESAMPLING = {
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
 }
-LEAST_AREA = 0.05  # of an image, that the Inception crop keeps
-LONGEST = 8  # a side is cut to this many times the other before resizing: a 1 × 60,000 image must not fill the memory
+MIN_CROP_AREA = 0.05  # smallest fraction of an image that the Inception crop keeps
+MAX_ASPECT = 8  # longer images are cropped before resizing, so that a 1 × 60,000 image does not exhaust the memory
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationView:
-    """Image → (3, H, W) uint8: the resize and central crop that the preprocessing names."""
+class EvaluationTransform:
+    """Image → (3, H, W) uint8: resize and central crop, as the preprocessing says."""
 
     image_size: tuple[int, int]
     preprocessing: Preprocessing
 
     @property
     def min_side(self) -> int:
-        """Pixels of an image's shorter side that suffice: twice what it is resized to."""
+        """Pixels of the shorter side that decoding must keep: twice the size to which it is resized."""
         return 2 * round(max(self.image_size) / self.preprocessing.crop_ratio)
 
     def __call__(self, image: Image.Image, rng: np.random.Generator | None = None) -> Tensor:
-        return to_tensor(central(image, self.image_size, self.preprocessing))
+        return to_tensor(resize_and_crop(image, self.image_size, self.preprocessing))
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingView:
-    """Image → (3, H, W) uint8, augmented by the generator of its sample. The crop is one of
+class TrainingTransform:
+    """Image → (3, H, W) uint8, with random augmentation. The crop is one of
 
-    - "none": the evaluation view;
-    - "pad": the evaluation view, shifted by up to ``crop_padding`` pixels each way, the border reflected;
-    - "inception": 5–100 % of the area at aspect 3/4–4/3, resized (the paper's, see ``inception_box``).
+    - "none": as in evaluation;
+    - "pad": as in evaluation, then shifted by up to ``crop_padding`` pixels in each direction, with reflected borders;
+    - "inception": 5–100 % of the area at aspect ratio 3/4–4/3, resized (as in the paper, see ``inception_box``).
 
-    Then come the flip, RandAugment, and ``color_jitter``: brightness, contrast and saturation, in random order, each
-    times a factor that is uniform in 1 ± color_jitter (torchvision's and timm's).
+    It is followed by a horizontal flip, RandAugment, and ``color_jitter``: brightness, contrast and saturation, in
+    random order, each multiplied by a factor drawn uniformly from 1 ± color_jitter (as in torchvision and timm).
     """
 
     image_size: tuple[int, int]
@@ -63,56 +63,59 @@ class TrainingView:
 
     @property
     def min_side(self) -> int:
-        """Pixels of an image's shorter side that suffice: those of the smallest crop, or the evaluation view's."""
+        """Pixels of the shorter side that decoding must keep: enough for the smallest crop, or those of evaluation."""
         if self.crop == "inception":
-            return round(max(self.image_size) / LEAST_AREA**0.5)
-        return EvaluationView(image_size=self.image_size, preprocessing=self.preprocessing).min_side
+            return round(max(self.image_size) / MIN_CROP_AREA**0.5)
+        return EvaluationTransform(image_size=self.image_size, preprocessing=self.preprocessing).min_side
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Tensor:
         height, width = self.image_size
         if self.crop == "inception":
             box = inception_box(image.height, image.width, rng)
-            view = image.resize((width, height), RESAMPLING[self.preprocessing.interpolation], box)
+            image = image.resize((width, height), RESAMPLING[self.preprocessing.interpolation], box)
         else:
-            view = central(image, self.image_size, self.preprocessing)
+            image = resize_and_crop(image, self.image_size, self.preprocessing)
         if self.crop == "pad":
             down, right = rng.integers(-self.crop_padding, self.crop_padding + 1, 2)
-            view = Image.fromarray(np.asarray(view)[reflected(height, down)[:, None], reflected(width, right)])
+            rows, columns = shifted_positions(height, down), shifted_positions(width, right)
+            image = Image.fromarray(np.asarray(image)[rows[:, None], columns])
         if self.flip and rng.random() < 0.5:
-            view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         if self.randaugment is not None:
-            view = self.randaugment(view, rng)
-        return to_tensor(jittered(view, self.color_jitter, rng) if self.color_jitter else view)
+            image = self.randaugment(image, rng)
+        return to_tensor(jitter_colour(image, self.color_jitter, rng) if self.color_jitter else image)
 
 
-def jittered(image: Image.Image, strength: float, rng: np.random.Generator) -> Image.Image:
-    kinds = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
-    for i in rng.permutation(len(kinds)):
-        image = kinds[i](image).enhance(rng.uniform(max(1 - strength, 0), 1 + strength))
+def jitter_colour(image: Image.Image, strength: float, rng: np.random.Generator) -> Image.Image:
+    enhancers = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
+    for i in rng.permutation(len(enhancers)):
+        image = enhancers[i](image).enhance(rng.uniform(max(1 - strength, 0), 1 + strength))
     return image
 
 
-def reflected(size: int, shift: int) -> np.ndarray:
-    """(size,) the positions shift, shift + 1, …, those outside mirrored at the border, which is not doubled."""
+def shifted_positions(size: int, shift: int) -> np.ndarray:
+    """(size,) the positions shift, shift + 1, …, mirrored at the borders, without repeating the border pixel."""
     period = max(2 * (size - 1), 1)
     position = np.arange(shift, shift + size) % period
     return np.minimum(position, period - position)
 
 
-def central(image: Image.Image, image_size: tuple[int, int], preprocessing: Preprocessing) -> Image.Image:
+def resize_and_crop(image: Image.Image, image_size: tuple[int, int], preprocessing: Preprocessing) -> Image.Image:
+    """Resizes as ``preprocessing.crop`` says and returns the central (height, width) pixels."""
     height, width = image_size
-    between = (round(height / preprocessing.crop_ratio), round(width / preprocessing.crop_ratio))
+    resized = (round(height / preprocessing.crop_ratio), round(width / preprocessing.crop_ratio))
     if preprocessing.crop == "resmall":
-        image = cut_to_aspect(image, LONGEST)
-        scale = max(between[0] / image.height, between[1] / image.width)
-        between = (max(round(image.height * scale), height), max(round(image.width * scale), width))
-    if between != (image.height, image.width):
-        image = image.resize((between[1], between[0]), RESAMPLING[preprocessing.interpolation])
-    top, left = (between[0] - height) // 2, (between[1] - width) // 2
+        image = crop_to_aspect(image, MAX_ASPECT)
+        scale = max(resized[0] / image.height, resized[1] / image.width)
+        resized = (max(round(image.height * scale), height), max(round(image.width * scale), width))
+    if resized != (image.height, image.width):
+        image = image.resize((resized[1], resized[0]), RESAMPLING[preprocessing.interpolation])
+    top, left = (resized[0] - height) // 2, (resized[1] - width) // 2
     return image.crop((left, top, left + width, top + height))
 
 
-def cut_to_aspect(image: Image.Image, limit: int) -> Image.Image:
+def crop_to_aspect(image: Image.Image, limit: int) -> Image.Image:
+    """Crops the longer side to at most ``limit`` times the shorter one, around the centre."""
     width, height = min(image.width, limit * image.height), min(image.height, limit * image.width)
     left, top = (image.width - width) // 2, (image.height - height) // 2
     return image if (width, height) == image.size else image.crop((left, top, left + width, top + height))
@@ -122,22 +125,22 @@ def inception_box(
     height: int,
     width: int,
     rng: np.random.Generator,
-    area: tuple[float, float] = (LEAST_AREA, 1.0),
+    area: tuple[float, float] = (MIN_CROP_AREA, 1.0),
     aspect: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> tuple[int, int, int, int]:
-    """Left, top, right, bottom of a random crop as TensorFlow's sample_distorted_bounding_box draws it.
+    """Left, top, right, bottom of a random crop, drawn like TensorFlow's sample_distorted_bounding_box.
 
-    The aspect (width / height) is uniform, then the crop's height, between those that give the least and the greatest
-    area: the side is uniform, not the area (mean area 0.38 of a square image; torchvision's is 0.46). After 100 draws
-    that do not fit, the whole image.
+    The aspect ratio (width / height) is uniform, and so is the height of the crop, between the heights that give the
+    smallest and the largest area. So it is the side that is uniform, not the area: the mean area is 0.38 of a square
+    image, against 0.46 in torchvision. After 100 draws that do not fit, the crop is the whole image.
     """
     for _ in range(100):
         ratio = rng.uniform(*aspect)
-        least, most = (round((share * height * width / ratio) ** 0.5) for share in area)
-        most = min(most, height, int((width + 0.4999) / ratio))
-        if least > most or most < 1:
+        low, high = (round((fraction * height * width / ratio) ** 0.5) for fraction in area)
+        high = min(high, height, int((width + 0.4999) / ratio))
+        if low > high or high < 1:
             continue
-        crop_height = int(rng.integers(max(least, 1), most + 1))
+        crop_height = int(rng.integers(max(low, 1), high + 1))
         crop_width = min(max(round(crop_height * ratio), 1), width)
         if not area[0] <= crop_height * crop_width / (height * width) <= area[1]:
             continue
@@ -148,19 +151,20 @@ def inception_box(
 
 
 def to_tensor(image: Image.Image | np.ndarray) -> Tensor:
+    """(H, W, 3) → (3, H, W) uint8."""
     return torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())
 
 
 def normalise(pixels: Tensor, preprocessing: Preprocessing) -> Tensor:
-    """(B, 3, H, W) uint8 → float32 in the input range, on the pixels' device."""
+    """(B, 3, H, W) uint8 → float32, (x / 255 − mean) / std, on the same device."""
     scale, shift = scale_and_shift(preprocessing, pixels.device)
     return pixels.float() * scale - shift
 
 
 @functools.lru_cache(maxsize=16)
 def scale_and_shift(preprocessing: Preprocessing, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Each (3, 1, 1). Kept, since a GPU would wait for them to be copied at every step."""
-    with torch.inference_mode(False):  # or what an evaluation made first, training could not use
+    """Two tensors (3, 1, 1) on the device. Cached: copying them to a GPU at every step would stall it."""
+    with torch.inference_mode(False):  # training cannot use tensors made in inference mode
         std = torch.tensor(preprocessing.std, device=device).view(-1, 1, 1)
         mean = torch.tensor(preprocessing.mean, device=device).view(-1, 1, 1)
         return 1 / (255 * std), mean / std

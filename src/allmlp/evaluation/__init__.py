@@ -1,1 +1,1 @@
-"""How good a model is, and the page that says so."""
+"""Measures how good a model is, and reports it."""

@@ -1,7 +1,6 @@
-"""Classification of a labelled part: every image once, sums divided once."""
+"""Classification of a labelled dataset: every image once; sums are divided once, after all ranks have finished."""
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -9,28 +8,28 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from allmlp.classifier import Classifier, evaluation_mode
+from allmlp.data.dataset import Dataset
 from allmlp.data.loader import default_workers, evaluation_batches
-from allmlp.data.sources import ImageDataset
-from allmlp.data.transforms import EvaluationView, normalise
+from allmlp.data.transforms import EvaluationTransform, normalise
 from allmlp.device import autocast
 from allmlp.distributed.context import SINGLE_PROCESS, DistributedContext
 from allmlp.errors import UserError
-from allmlp.model import Mixer
 
-KEPT = 5  # best classes of each image
+TOP_CLASSES = 5  # predicted classes that are kept for each image
 
 
 @dataclass(frozen=True, kw_only=True)
 class Classification:
-    """Predictions for the N readable images of a part, in its order, and what they amount to."""
+    """The predictions for the N readable images of a dataset, in its order, with their metrics."""
 
-    part: ImageDataset
-    indices: np.ndarray  # (N,) int64, of the readable images in the part
+    dataset: Dataset
+    indices: np.ndarray  # (N,) int64, positions in the dataset
     labels: np.ndarray  # (N,) int64
-    best: np.ndarray  # (N, ≤ 5) int64, classes from the most probable down
-    probabilities: np.ndarray  # (N, ≤ 5) float32, of those
+    best: np.ndarray  # (N, ≤ 5) int64, classes in order of decreasing probability
+    probabilities: np.ndarray  # (N, ≤ 5) float32, of those classes
     loss: float  # mean cross-entropy, in nats
-    unreadable: dict[str, str]  # name → what is wrong; these count neither as right nor as wrong
+    unreadable: dict[str, str]  # name → reason, of the images that were excluded because they could not be read
 
     @property
     def top1(self) -> float:
@@ -38,24 +37,25 @@ class Classification:
 
     @property
     def top5(self) -> float | None:
-        """None where there are no more than five classes: it would be 1 for any model."""
-        if len(self.part.classes) <= KEPT:
+        """None if there are at most five classes, where it is 1 for any model."""
+        if len(self.dataset.classes) <= TOP_CLASSES:
             return None
         return float(np.mean((self.best == self.labels[:, None]).any(axis=1)))
 
     @property
     def confusion(self) -> np.ndarray:
         """(K, K) counts: rows are the true classes, columns the predicted ones."""
-        classes = len(self.part.classes)
+        classes = len(self.dataset.classes)
         pairs = self.labels * classes + self.best[:, 0]
         return np.bincount(pairs, minlength=classes * classes).reshape(classes, classes)
 
     def per_class(self) -> list["ClassScore"]:
-        """In the order of the classes; None where there is nothing to divide by."""
-        right, shown, guessed = (self.confusion.diagonal(), self.confusion.sum(axis=1), self.confusion.sum(axis=0))
+        """Scores in the order of the classes; None where the denominator is zero."""
+        confusion = self.confusion
+        correct, images, predicted = confusion.diagonal(), confusion.sum(axis=1), confusion.sum(axis=0)
         return [
-            ClassScore(name, int(n), int(r) / int(n) if n else None, int(r) / int(g) if g else None)
-            for name, n, r, g in zip(self.part.classes, shown, right, guessed, strict=True)
+            ClassScore(name, int(n), int(c) / int(n) if n else None, int(c) / int(p) if p else None)
+            for name, n, c, p in zip(self.dataset.classes, images, correct, predicted, strict=True)
         ]
 
 
@@ -67,8 +67,8 @@ class ClassScore(NamedTuple):
 
 
 def classify(
-    model: Mixer,
-    part: ImageDataset,
+    model: Classifier,
+    dataset: Dataset,
     *,
     device: torch.device,
     precision: torch.dtype,
@@ -77,45 +77,52 @@ def classify(
     on_progress: Callable[[int, int], None] = lambda done, total: None,
     context: DistributedContext = SINGLE_PROCESS,
 ) -> Classification:
-    """Classifies every image of a part whose labels are those of the model's head (``Part.relabelled``).
+    """Classifies every image of a dataset whose labels are positions in the model's logits (see ``relabelled``).
 
-    The ranks of a world share the work; each returns all of the result, to the last bit that of one process.
+    Args:
+        model: if it is an ``nn.Module``, it is moved to the device and is in evaluation mode meanwhile.
+        dataset: the labelled images.
+        device, precision: where the logits are computed, and in which precision the matrix products.
+        batch_size: number of images that are computed together.
+        workers: processes that load images; None chooses.
+        on_progress: called after each batch with the number of images done, and of all images.
+        context: the ranks share the work. Each returns the complete result, bit-identical to that of one process.
 
     Raises:
-        UserError: a model without a head, or a part of which no image can be read.
+        UserError: the model has no head, or none of the images can be read.
     """
     check_head(model)
-    found, done = [], 0
-    view = EvaluationView(image_size=model.image_size, preprocessing=model.metadata.preprocessing)
     batches = evaluation_batches(
-        part,
-        view,
+        dataset,
+        EvaluationTransform(image_size=model.image_size, preprocessing=model.metadata.preprocessing),
         batch_size=batch_size,
-        workers=default_workers(part, context.local_world_size) if workers is None else workers,
+        workers=default_workers(dataset, context.local_world_size) if workers is None else workers,
         rank=context.rank,
         world_size=context.world_size,
     )
-    with evaluating(model.to(device)), torch.inference_mode():
+    results, done = [], 0  # of each batch: its columns, and its unreadable images
+    with evaluation_mode(model, device), torch.inference_mode():
         for batch in batches:
             with autocast(device, precision):
                 logits = model(normalise(batch.images.to(device), model.metadata.preprocessing)).float()
-            losses = F.cross_entropy(logits, batch.labels.to(device), reduction="none")
-            top = logits.softmax(-1).topk(min(KEPT, logits.shape[1]))
+            losses = F.cross_entropy(logits, batch.labels.to(logits.device), reduction="none")
+            top = logits.softmax(-1).topk(min(TOP_CLASSES, logits.shape[1]))
             columns = (batch.indices, batch.labels, top.indices.cpu(), top.values.cpu(), losses.cpu())
-            problems = {part.names[index]: problem for index, problem in batch.problems}
-            found.append(([column[batch.valid].numpy() for column in columns], problems))
+            problems = {dataset.names[index]: problem for index, problem in batch.problems}
+            results.append(([column[batch.valid].numpy() for column in columns], problems))
             done += len(batch.valid) * context.world_size
-            on_progress(min(done, len(part)), len(part))
-    world_size = context.all_gather(found)
-    in_order = [world_size[i % context.world_size][i // context.world_size] for i in range(sum(map(len, world_size)))]
+            on_progress(min(done, len(dataset)), len(dataset))
+    by_rank = context.all_gather(results)
+    in_order = [by_rank[i % context.world_size][i // context.world_size] for i in range(sum(map(len, by_rank)))]
     unreadable = {name: problem for _, problems in in_order for name, problem in problems.items()}
-    if len(unreadable) == len(part):
-        raise UserError(f"none of the {len(part)} images can be read; the first: {next(iter(unreadable.values()), '')}")
+    if len(unreadable) == len(dataset):
+        first = f"; the first: {next(iter(unreadable.values()))}" if unreadable else ""
+        raise UserError(f"none of the {len(dataset)} images can be read{first}")
     indices, labels, best, probabilities, losses = (
-        np.concatenate(c) for c in zip(*(c for c, _ in in_order), strict=True)
+        np.concatenate(parts) for parts in zip(*(columns for columns, _ in in_order), strict=True)
     )
     return Classification(
-        part=part,
+        dataset=dataset,
         indices=indices,
         labels=labels,
         best=best,
@@ -125,18 +132,44 @@ def classify(
     )
 
 
-@contextlib.contextmanager
-def evaluating(model: Mixer) -> Iterator[None]:
-    """In evaluation mode for as long as it takes."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
+def check_head(model: Classifier) -> None:
+    """Raises a UserError for a model without a head."""
+    if not model.num_classes:
+        raise UserError("these weights have no head, only features: fine-tune them before you classify with them")
 
 
-def check_head(model: Mixer) -> None:
-    """A UserError for a model that cannot classify."""
-    if not model.config["num_classes"]:
-        raise UserError("these weights have no head, only features: fine-tune them before classifying with them")
+class SplitEvaluator:
+    """Evaluates models on one split, for the evaluations of a training run.
+
+    Args:
+        name: of the split, "val" or "test"; the prefix of the metrics.
+        dataset: the images.
+        device, precision, context: as for ``classify``.
+        on_batch: called after each batch with the number of images done, and of all images.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        dataset: Dataset,
+        *,
+        device: torch.device,
+        precision: torch.dtype,
+        context: DistributedContext = SINGLE_PROCESS,
+        on_batch: Callable[[int, int], None] = lambda done, total: None,
+    ) -> None:
+        self.name, self.dataset, self.device, self.precision = name, dataset, device, precision
+        self.context, self.on_batch = context, on_batch
+        self.result: Classification | None = None  # of the last evaluation
+
+    def __call__(self, model: Classifier) -> dict[str, float]:
+        """Evaluates the model; returns its accuracy and its mean cross-entropy (nats), {name}_top1 and {name}_loss."""
+        self.result = result = classify(
+            model,
+            self.dataset,
+            device=self.device,
+            precision=self.precision,
+            on_progress=self.on_batch,
+            context=self.context,
+        )
+        return {f"{self.name}_top1": result.top1, f"{self.name}_loss": result.loss}

@@ -1,7 +1,7 @@
-"""The report of a training run: one HTML file that needs no network, no script and no other file.
+"""The report of a training run: a single HTML file without scripts, which needs neither a network nor other files.
 
-Every name in it (classes, files, devices) is untrusted text: the template escapes all but the charts drawn here, and
-those hold no names.
+The names in it (classes, files, devices) are untrusted text. The template escapes everything but the charts that are
+drawn here, which contain no names.
 """
 
 import base64
@@ -18,15 +18,15 @@ import jinja2
 import numpy as np
 from PIL import Image
 
-from allmlp.evaluation.charts import curves, matrix_picture
+from allmlp.evaluation.charts import draw_confusion_image, draw_curves
 from allmlp.files import replacing
 
-TABLE_CLASSES = 30  # above this, a confusion matrix with numbers in it is no longer readable
+MAX_TABLE_CLASSES = 30  # with more classes, a confusion matrix is drawn as an image instead of a table of counts
 
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """An image with what the model said of it: top classes with probability, best first."""
+    """An image with its true class and the predicted classes with their probabilities, most probable first."""
 
     image: Image.Image
     name: str
@@ -34,7 +34,7 @@ class Example:
     predictions: tuple[tuple[str, float], ...]
 
     @property
-    def right(self) -> bool:
+    def correct(self) -> bool:
         return bool(self.predictions) and self.predictions[0][0] == self.label
 
 
@@ -48,19 +48,19 @@ def write_report(
     classes: Sequence[str],
     examples: Sequence[Example],
     mistakes: Sequence[Example],
-    part: str,
+    split: str,
 ) -> None:
-    """Writes the report of a run to ``path``, whole or not at all.
+    """Writes the report of a run to ``path``, atomically.
 
     Args:
-        path: of the HTML file; its folder exists.
-        recipe: the resolved recipe, shown as JSON.
-        summary: as in ``summary.json``; rates are fractions, anything may be missing or None.
-        metrics: the records of ``metrics.jsonl``, of training and of evaluation; None and NaN leave a gap.
-        confusion: (K, K) counts of images, rows the true class, columns the predicted; None without labels.
+        path: of the HTML file, in an existing folder.
+        recipe: the resolved recipe, which is shown as JSON.
+        summary: as in ``summary.json``; rates are fractions, and any entry may be missing or None.
+        metrics: the records of ``metrics.jsonl``, of training and evaluation; None and NaN make gaps in the curves.
+        confusion: (K, K) counts of images, with true classes as rows and predicted ones as columns; None: no labels.
         classes: K names, in the order of the logits.
-        examples, mistakes: images of ``part`` in the order to show; mistakes are the most confident wrong ones.
-        part: "test" or "val", what confusion, examples and mistakes come from.
+        examples, mistakes: images of the split in the order shown; mistakes are the most confident wrong predictions.
+        split: "test" or "val", the source of confusion, examples and mistakes.
 
     Raises:
         OSError: the file cannot be written.
@@ -69,15 +69,15 @@ def write_report(
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"percent": percent, "data_uri": data_uri}
+    environment.filters |= {"percent": format_percent, "data_uri": data_uri}
     template = environment.from_string(resources.files("allmlp.evaluation").joinpath("report.html").read_text("utf-8"))
     page = template.render(
         summary=summary,
-        part={"val": "validation"}.get(part, part),
-        tiles=tiles(summary, confusion, part),
-        details=details(summary),
-        charts=curves(metrics),
-        confusion=None if confusion is None else confusion_view(confusion, classes),
+        split={"val": "validation"}.get(split, split),
+        tiles=make_tiles(summary, confusion, split),
+        details=list_details(summary),
+        charts=draw_curves(metrics),
+        confusion=None if confusion is None else describe_confusion(confusion, classes),
         examples=examples,
         mistakes=mistakes,
         recipe=json.dumps(recipe, indent=2, ensure_ascii=False, default=str),
@@ -87,10 +87,10 @@ def write_report(
 
 
 def wilson(correct: int, total: int) -> tuple[float, float]:
-    """The 95 % score interval of a proportion, as fractions; (0, 1) when nothing was counted.
+    """The 95 % score interval of a proportion, as fractions; (0, 1) if ``total`` is 0.
 
     Source: Wilson 1927, "Probable inference, the law of succession, and statistical inference", JASA 22 (158). Unlike
-    p ± 1.96 σ it stays within [0, 1] and keeps a width when all or none are correct.
+    p ± 1.96 σ, it stays within [0, 1] and does not shrink to a point when all or none are correct.
     """
     if total == 0:
         return 0.0, 1.0
@@ -101,85 +101,86 @@ def wilson(correct: int, total: int) -> tuple[float, float]:
     return max(centre - half, 0.0), min(centre + half, 1.0)
 
 
-# Words and numbers
+# Numbers as text
 
 
-def percent(fraction: float | None, digits: int = 1) -> str:
+def format_percent(fraction: float | None, digits: int = 1) -> str:
     return "—" if fraction is None or not math.isfinite(fraction) else f"{100 * fraction:.{digits}f} %"
 
 
-def count(number: float) -> str:
+def format_count(number: float) -> str:
     return f"{number:,.0f}" if number >= 100 or number == int(number) else f"{number:.3g}"
 
 
-def short(number: int) -> str:
+def format_short(number: int) -> str:
     scale, unit = next(((s, u) for s, u in ((1e9, " G"), (1e6, " M"), (1e3, " k")) if number >= s), (1, ""))
     return f"{number / scale:.{1 if number >= 1e6 else 0}f}{unit}"
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     if seconds < 59.95:
         return f"{seconds:.1f} s"
     whole, minutes = round(seconds), round(seconds / 60)
     return f"{whole // 60} min {whole % 60} s" if whole < 3600 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def memory(size: float) -> str:
+def format_memory(size: float) -> str:
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
 
 
-def plain(value: Any) -> str:
+def format_value(value: Any) -> str:
     if isinstance(value, Mapping):
-        return " · ".join(f"{key} {plain(item)}" for key, item in value.items())
+        return " · ".join(f"{key} {format_value(item)}" for key, item in value.items())
     if isinstance(value, list | tuple):
-        return ", ".join(plain(item) for item in value)
+        return ", ".join(format_value(item) for item in value)
     return f"{value:,}" if type(value) is int else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-ROWS = {  # entries of the summary that are not shown as they are called or as they are
-    "test_top1": ("test top-1", lambda value: percent(value, 2)),
-    "val_top1": ("validation top-1", lambda value: percent(value, 2)),
-    "train_seconds": ("training time", duration),
-    "images_per_second": ("images per second", count),
-    "peak_memory_bytes": ("peak memory", memory),
+ENTRIES = {  # entries of the summary with their own label or format: key → (label, format)
+    "test_top1": ("test top-1", lambda value: format_percent(value, 2)),
+    "val_top1": ("validation top-1", lambda value: format_percent(value, 2)),
+    "train_seconds": ("training time", format_duration),
+    "images_per_second": ("images per second", format_count),
+    "peak_memory_bytes": ("peak memory", format_memory),
     "seed": ("seed", str),
 }
 
 
-def known(summary: Mapping, key: str) -> bool:
+def has_value(summary: Mapping, key: str) -> bool:
     value = summary.get(key)
     return value is not None and not (isinstance(value, float) and not math.isfinite(value))
 
 
-def write(summary: Mapping, key: str) -> str:
-    return ROWS.get(key, (key, plain))[1](summary[key]) if known(summary, key) else "—"
+def format_entry(summary: Mapping, key: str) -> str:
+    return ENTRIES.get(key, (key, format_value))[1](summary[key]) if has_value(summary, key) else "—"
 
 
-def details(summary: Mapping) -> list[tuple[str, str]]:
-    """Label and text of all that the summary knows, in its order; the template has a place for the two left out."""
-    keys = [key for key in summary if key not in ("command", "unreadable") and known(summary, key)]
-    return [(ROWS.get(key, (key.replace("_", " "),))[0], write(summary, key)) for key in keys]
+def list_details(summary: Mapping) -> list[tuple[str, str]]:
+    """Label and text of all entries that have a value, in order, but for two that the template shows elsewhere."""
+    keys = [key for key in summary if key not in ("command", "unreadable") and has_value(summary, key)]
+    return [(ENTRIES.get(key, (key.replace("_", " "),))[0], format_entry(summary, key)) for key in keys]
 
 
-def tiles(summary: Mapping, confusion: np.ndarray | None, part: str) -> list[tuple[str, str, str]]:
-    """Label, figure and small print of the headline; "—" where a number is not known."""
+def make_tiles(summary: Mapping, confusion: np.ndarray | None, split: str) -> list[tuple[str, str, str]]:
+    """Label, figure and note of each headline number; the figure is "—" where there is no value."""
 
     def note(key: str, text: str) -> str:
-        return text.format(write(summary, key)) if known(summary, key) else ""
+        return text.format(format_entry(summary, key)) if has_value(summary, key) else ""
 
-    small = {"test": "" if known(summary, "test_top1") else "no labelled test part", "val": ""}
+    notes = {"test": "" if has_value(summary, "test_top1") else "no labelled test split", "val": ""}
     if confusion is not None:
         correct, total = int(np.trace(confusion)), int(confusion.sum())
         low, high = wilson(correct, total)
-        small[part] = (
+        notes[split] = (
             f"{correct:,} of {total:,} correct, 95\u00a0%\u00a0interval {100 * low:.1f}–{100 * high:.1f}\u00a0%"
         )
+    parameters = format_short(summary["parameters"]) if has_value(summary, "parameters") else "—"
     return [
-        ("test top-1", write(summary, "test_top1"), small["test"]),
-        ("validation top-1", write(summary, "val_top1"), small["val"]),
-        ("parameters", short(summary["parameters"]) if known(summary, "parameters") else "—", note("model", "{}")),
-        ("training time", write(summary, "train_seconds"), note("steps", "{} steps")),
-        ("images per second", write(summary, "images_per_second"), note("device", "in training, on {}")),
+        ("test top-1", format_entry(summary, "test_top1"), notes["test"]),
+        ("validation top-1", format_entry(summary, "val_top1"), notes["val"]),
+        ("parameters", parameters, note("model", "{}")),
+        ("training time", format_entry(summary, "train_seconds"), note("steps", "{} steps")),
+        ("images per second", format_entry(summary, "images_per_second"), note("device", "in training, on {}")),
     ]
 
 
@@ -187,7 +188,7 @@ def tiles(summary: Mapping, confusion: np.ndarray | None, part: str) -> list[tup
 
 
 def data_uri(image: Image.Image) -> str:
-    """At most 160 px a side; an image of a few pixels is enlarged by a whole factor, so that they can be seen."""
+    """A thumbnail of at most 160 px per side; an image below 80 px is enlarged by a whole factor."""
     thumb, stream = image.convert("RGB"), io.BytesIO()
     if factor := max(thumb.size) < 80 and 128 // max(thumb.size):
         thumb = thumb.resize((thumb.width * factor, thumb.height * factor), Image.Resampling.NEAREST)
@@ -201,20 +202,20 @@ def data_uri(image: Image.Image) -> str:
 # The confusion matrix
 
 
-def confusion_view(confusion: np.ndarray, classes: Sequence[str]) -> dict:
-    """What the template shows of (K, K) counts: a table of all cells, or a picture and the most confused pairs."""
+def describe_confusion(confusion: np.ndarray, classes: Sequence[str]) -> dict:
+    """What the template shows of (K, K) counts: a table of all cells, or an image and the most confused pairs."""
     images, predicted, correct = confusion.sum(1), confusion.sum(0), np.diag(confusion)
     recall = correct / np.where(images, images, np.nan)
     precision = correct / np.where(predicted, predicted, np.nan)
-    order = np.argsort(recall, kind="stable")  # the weakest first; NaN, a class without images, last
+    order = np.argsort(recall, kind="stable")  # lowest first; NaN (a class without images) last
     per_class = [(int(k), classes[k], int(images[k]), float(recall[k]), float(precision[k])) for k in order]
-    view = {"classes": classes, "per_class": per_class, "cells": [], "picture": None, "pairs": []}
+    description = {"classes": classes, "per_class": per_class, "cells": [], "image": None, "pairs": []}
     share = confusion / np.maximum(images, 1)[:, None]
-    if len(classes) <= TABLE_CLASSES:
-        strength = np.sqrt(share)  # so that a class mistaken once in a hundred times still shows
-        rows = zip(confusion.tolist(), strength.tolist(), strict=True)
-        return view | {"cells": [list(zip(*row, strict=True)) for row in rows]}
+    if len(classes) <= MAX_TABLE_CLASSES:
+        opacity = np.sqrt(share)  # so that one mistake in a hundred is still visible
+        rows = zip(confusion.tolist(), opacity.tolist(), strict=True)
+        return description | {"cells": [list(zip(*row, strict=True)) for row in rows]}
     wrong = np.where(np.eye(len(classes), dtype=bool), 0, confusion)
     most = [divmod(int(cell), len(classes)) for cell in np.argsort(-wrong, axis=None, kind="stable")[:20]]
     pairs = [(classes[i], classes[j], int(wrong[i, j]), float(share[i, j])) for i, j in most if wrong[i, j]]
-    return view | {"picture": matrix_picture(confusion), "pairs": pairs}
+    return description | {"image": draw_confusion_image(confusion), "pairs": pairs}

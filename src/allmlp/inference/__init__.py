@@ -1,1 +1,1 @@
-"""From weights and images to labels."""
+"""From weights and images to predicted classes."""

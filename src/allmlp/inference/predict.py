@@ -1,4 +1,4 @@
-"""Labels and probabilities for any number of images, in constant memory."""
+"""Predicts classes and probabilities for any number of images, in constant memory."""
 
 import itertools
 import os
@@ -12,12 +12,12 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from allmlp.classifier import Classifier, evaluation_mode
 from allmlp.data.decode import MAX_PIXELS, UnreadableImage, is_image_name
 from allmlp.data.stores import FolderStore, Store, ZipStore
-from allmlp.data.transforms import EvaluationView, normalise
+from allmlp.data.transforms import EvaluationTransform, normalise
 from allmlp.device import Precision, autocast, select_device, select_precision
 from allmlp.errors import UserError
-from allmlp.model import Mixer
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -25,7 +25,7 @@ U = TypeVar("U")
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """Classes from the most probable down with their probabilities, or what is wrong with the image."""
+    """The most probable classes of an image with their probabilities, in decreasing order, or why it is unreadable."""
 
     image: str
     classes: tuple[tuple[str, float], ...] = ()
@@ -33,7 +33,7 @@ class Prediction:
 
 
 def predict(
-    model: Mixer,
+    model: Classifier,
     images: Iterable[str | Path],
     top: int = 5,
     *,
@@ -42,18 +42,21 @@ def predict(
     precision: Precision = "auto",
     max_pixels: int = MAX_PIXELS,
 ) -> list[Prediction]:
-    """Classifies image files, folders and zips of them; see ``predict_stream``, which does not keep them all."""
-    places = [place for image in images for place in find_images(Path(image))]
+    """Classifies image files, and all images in folders and zips.
+
+    All predictions are held in memory; see ``predict_stream`` for the arguments, and for any number of images.
+    """
+    found = [image for path in images for image in find_images(Path(path))]
     return list(
         predict_stream(
-            model, places, top, batch_size=batch_size, device=device, precision=precision, max_pixels=max_pixels
+            model, found, top, batch_size=batch_size, device=device, precision=precision, max_pixels=max_pixels
         )
     )
 
 
 def predict_stream(
-    model: Mixer,
-    places: Iterable[tuple[Store, str, str]],
+    model: Classifier,
+    images: Iterable[tuple[Store, str, str]],
     top: int = 5,
     *,
     batch_size: int = 32,
@@ -61,64 +64,66 @@ def predict_stream(
     precision: Precision = "auto",
     max_pixels: int = MAX_PIXELS,
 ) -> Iterator[Prediction]:
-    """One prediction an image, in order; an image that cannot be read is a prediction that says why.
-
-    The model is moved to the device and put in evaluation mode.
+    """Yields one prediction per image, in order; for an unreadable image, the reason instead of classes.
 
     Args:
-        model: with a head; class names come from its card, else they are the numbers of the logits.
-        places: of the images, from ``find_images``.
-        top: how many classes of each image, at most as many as there are.
-        batch_size: images that are computed together; about three times as many are held in memory.
+        model: an ``nn.Module`` is moved to the device and is in evaluation mode while predictions are made. Classes
+            without names in its metadata are named by their number.
+        images: (store, name in the store, name to display) of each image, from ``find_images``.
+        top: number of classes per image, limited to the number of classes of the model.
+        batch_size: number of images that are computed together; about three times as many are held in memory.
         device, precision: "auto" chooses.
-        max_pixels: larger images are refused.
+        max_pixels: images with more pixels count as unreadable.
 
     Raises:
-        UserError: a model that has no head, or one that is all zero; a top below 1.
+        UserError: the model has no head, or one that ignores its input; ``top`` or ``batch_size`` is below 1.
     """
-    check_classifier(model)
     if top < 1:
-        raise UserError(f"top = {top}: how many classes to show, at least 1")
+        raise UserError(f"top = {top}: show at least 1 class")
     if batch_size < 1:
-        raise UserError(f"batch size {batch_size}: at least 1 image")
-    where = select_device(device)
-    dtype = select_precision(precision, where)
-    return stream(model.eval().to(where), places, top, batch_size, where, dtype, max_pixels)
+        raise UserError(f"batch size {batch_size}: use at least 1 image")
+    chosen_device = select_device(device)
+    dtype = select_precision(precision, chosen_device)
+    check_classifier(model, chosen_device)
+    return stream(model, images, top, batch_size, chosen_device, dtype, max_pixels)
 
 
 def stream(
-    model: Mixer,
-    places: Iterable[tuple[Store, str, str]],
+    model: Classifier,
+    images: Iterable[tuple[Store, str, str]],
     top: int,
     batch_size: int,
     device: torch.device,
     precision: torch.dtype,
     max_pixels: int,
 ) -> Iterator[Prediction]:
-    names = model.metadata.classes or tuple(map(str, range(model.config["num_classes"])))
-    view = EvaluationView(image_size=model.image_size, preprocessing=model.metadata.preprocessing)
+    """The predictions of ``predict_stream``, with its arguments checked."""
+    names = model.metadata.classes or tuple(map(str, range(model.num_classes)))
+    transform = EvaluationTransform(image_size=model.image_size, preprocessing=model.metadata.preprocessing)
 
-    def read(place: tuple[Store, str, str]) -> Tensor | str:
-        store, name, _ = place
+    def read(image: tuple[Store, str, str]) -> Tensor | str:
+        store, name, _ = image
         try:
-            return view(store.open(name, max_pixels, view.min_side))
-        except UnreadableImage as problem:
-            return str(problem)
+            return transform(store.open(name, max_pixels, transform.min_side))
+        except UnreadableImage as error:
+            return str(error)
 
-    for group in batched(ahead(read, places, 2 * batch_size), batch_size):
-        pixels = [view for _, view in group if isinstance(view, Tensor)]
-        best = iter(classify_pixels(model, pixels, min(top, len(names)), device, precision) if pixels else ())
-        for (_, _, shown), seen in group:
-            if isinstance(seen, str):
-                yield Prediction(image=shown, problem=seen)
-            else:
-                yield Prediction(image=shown, classes=tuple((names[index], value) for index, value in next(best)))
+    with evaluation_mode(model, device):
+        for group in batched(read_ahead(read, images, 2 * batch_size), batch_size):
+            pixels = [outcome for _, outcome in group if isinstance(outcome, Tensor)]
+            best = iter(classify_pixels(model, pixels, min(top, len(names)), device, precision) if pixels else ())
+            for (_, _, display_name), outcome in group:
+                if isinstance(outcome, str):
+                    yield Prediction(image=display_name, problem=outcome)
+                else:
+                    classes = tuple((names[index], probability) for index, probability in next(best))
+                    yield Prediction(image=display_name, classes=classes)
 
 
 def classify_pixels(
-    model: Mixer, pixels: list[Tensor], top: int, device: torch.device, precision: torch.dtype
+    model: Classifier, pixels: list[Tensor], top: int, device: torch.device, precision: torch.dtype
 ) -> list[list[tuple[int, float]]]:
-    """For each (3, H, W) uint8 image, its best classes and their probabilities."""
+    """The ``top`` most probable classes of each (3, H, W) uint8 image, with their probabilities."""
     with torch.inference_mode():
         images = normalise(torch.stack(pixels).to(device), model.metadata.preprocessing)
         with autocast(device, precision):
@@ -128,22 +133,29 @@ def classify_pixels(
     return [list(zip(row, probabilities, strict=True)) for row, probabilities in zip(indices, values, strict=True)]
 
 
-def check_classifier(model: Mixer) -> None:
-    """A UserError for a model that cannot classify: without a head, or with one that was never trained."""
-    if not model.config["num_classes"]:
+def check_classifier(model: Classifier, device: torch.device) -> None:
+    """Raises a UserError for a model that cannot classify: it has no head, or gives all images the same logits.
+
+    The latter is how an untrained head behaves, whose weights are all zero. It is tested on two constant images.
+    """
+    if not model.num_classes:
         raise UserError("these weights have no head, only features: train one first (mixer finetune)")
-    if not torch.count_nonzero(model.get_parameter("head.weight")):
+    images = torch.zeros(2, model.in_channels, *model.image_size)
+    images[1] = 1
+    with evaluation_mode(model, device), torch.inference_mode():
+        logits = model(images.to(device))
+    if torch.equal(logits[0], logits[1]):
         raise UserError(
-            "the head of these weights is all zero, every class would be as probable: train it first (mixer finetune), "
-            "or use model.features(images)"
+            "the head of these weights ignores the image, for example because it is all zero: train it first "
+            "(mixer finetune), or use model.features(images)"
         )
 
 
 def find_images(path: Path) -> Iterator[tuple[Store, str, str]]:
-    """Where the images of a file, a folder or a .zip are: (store, name in it, name to show), one at a time.
+    """Yields (store, name in the store, name to display) of an image file, or of all images in a folder or .zip.
 
     Raises:
-        UserError: no such file or folder, or a folder or zip without images.
+        UserError: the path does not exist, or holds no images.
     """
     if path.is_dir() or (path.is_file() and path.suffix.lower() == ".zip"):
         store = FolderStore(path) if path.is_dir() else ZipStore(path)
@@ -159,8 +171,8 @@ def find_images(path: Path) -> Iterator[tuple[Store, str, str]]:
         raise UserError(f"no image at {path}: give image files, or a folder or .zip of them")
 
 
-def ahead(read: Callable[[T], U], items: Iterable[T], depth: int) -> Iterator[tuple[T, U]]:
-    """(item, read(item)) in order, read by threads, never more than ``depth`` items ahead."""
+def read_ahead(read: Callable[[T], U], items: Iterable[T], depth: int) -> Iterator[tuple[T, U]]:
+    """Yields (item, read(item)) in order. Threads read at most ``depth`` items ahead."""
     waiting: deque[tuple[T, Future[U]]] = deque()
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
         for item in items:
@@ -173,6 +185,7 @@ def ahead(read: Callable[[T], U], items: Iterable[T], depth: int) -> Iterator[tu
 
 
 def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Yields lists of ``size`` consecutive items; the last may be shorter."""
     iterator = iter(items)
     while group := list(itertools.islice(iterator, size)):
         yield group

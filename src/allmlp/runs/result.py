@@ -1,4 +1,4 @@
-"""What a finished run returns: its folder, its summary, the model, and the evaluation of each held-out split."""
+"""What a finished run leaves."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,14 +10,16 @@ from allmlp.model import Mixer
 
 
 class Result(Protocol):
-    """What a run needs to know about an evaluation."""
+    """The evaluation of a model on one split."""
 
     @property
     def top1(self) -> float: ...
     @property
     def loss(self) -> float: ...
     @property
-    def unreadable(self) -> dict[str, str]: ...
+    def unreadable(self) -> dict[str, str]:
+        """Name of each image that could not be read → the reason."""
+        ...
 
 
 R = TypeVar("R", bound=Result)
@@ -25,10 +27,12 @@ R = TypeVar("R", bound=Result)
 
 @dataclass(frozen=True, kw_only=True)
 class RunResult(Generic[R]):
+    """A finished run: its folder, its summary, the model, and the evaluation of each held-out split."""
+
     out: Path
     recipe: Recipe
-    summary: dict[str, Any]
-    metrics: list[dict[str, float]]
+    summary: dict[str, Any]  # as in summary.json
+    metrics: list[dict[str, float]]  # the records of metrics.jsonl
     model: Mixer
     data: DatasetSplits
-    results: dict[str, R]  # by split: "val", "test", as far as the data has them
+    results: dict[str, R]  # "val" and "test", where the data has such a split

@@ -12,12 +12,12 @@ import torch
 from torch.utils.data import DataLoader
 
 from allmlp.config.recipe import DataRecipe, OptimizationRecipe, Recipe, micro_batch, to_json_object
-from allmlp.data.dataset import DatasetSplits, ImageDataset
+from allmlp.data.dataset import Dataset, DatasetSplits
 from allmlp.data.loader import UnreadableImages, default_workers, training_batches
 from allmlp.data.mixup import Mixing
 from allmlp.data.randaugment import RandAugment
 from allmlp.data.sources import hold_out, load_source
-from allmlp.data.transforms import TrainingView
+from allmlp.data.transforms import TrainingTransform
 from allmlp.distributed.context import SINGLE_PROCESS, DistributedContext
 from allmlp.distributed.parallelize import is_sharded
 from allmlp.errors import UserError
@@ -174,9 +174,9 @@ def build_mixing(data: DataRecipe) -> Mixing | None:
     return Mixing(mixup=data.mixup, cutmix=data.cutmix, group=data.mix_group_size)
 
 
-def build_training_view(data: DataRecipe, model: Mixer) -> TrainingView:
+def build_training_transform(data: DataRecipe, model: Mixer) -> TrainingTransform:
     magnitude = data.randaugment
-    return TrainingView(
+    return TrainingTransform(
         image_size=model.image_size,
         preprocessing=model.metadata.preprocessing,
         crop=data.train_crop,
@@ -196,13 +196,13 @@ def build_batches(
     context: DistributedContext = SINGLE_PROCESS,
 ) -> DataLoader:
     """This process's micro-batches of the steps that remain."""
-    dataset: ImageDataset = data.splits["train"]
+    dataset: Dataset = data.splits["train"]
     micro_batch_size = micro_batch(recipe.optimization, context.world_size)
     accumulate = recipe.optimization.global_batch_size // (micro_batch_size * context.world_size)
     workers = recipe.data.workers
     return training_batches(
         dataset,
-        build_training_view(recipe.data, model),
+        build_training_transform(recipe.data, model),
         batch_size=micro_batch_size,
         steps=steps * accumulate,
         seed=recipe.run.seed,
