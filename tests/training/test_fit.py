@@ -20,7 +20,6 @@ from allmlp.config.recipe import (
     OptimizationRecipe,
     Recipe,
     RunRecipe,
-    check,
 )
 from allmlp.data.dataset import DatasetSplits, ImageDataset
 from allmlp.data.stores import ArrayStore
@@ -66,7 +65,7 @@ def recipe(**changes: Any) -> Recipe:
     for name, value in changes.items():
         (section,) = [key for key, held in sections.items() if name in {f.name for f in dataclasses.fields(held)}]
         sections[section] = dataclasses.replace(sections[section], **{name: value})
-    return check(Recipe(**sections))
+    return Recipe(**sections)
 
 
 def state(model: Mixer) -> dict[str, Tensor]:

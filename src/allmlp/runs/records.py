@@ -10,7 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from allmlp.config.recipe import Recipe, to_json_object
+from allmlp.config.recipe import Recipe
+from allmlp.config.serialize import to_json_object
 from allmlp.errors import RunError
 from allmlp.files import to_json, write_text
 

@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 
 from allmlp.checkpointing.manager import newest, set_aside, tidy
-from allmlp.config.recipe import Recipe, flag, from_json, to_json_object
+from allmlp.config.limits import flag
+from allmlp.config.recipe import Recipe
+from allmlp.config.serialize import from_json, to_json_object
 from allmlp.data.dataset import DatasetSplits
 from allmlp.errors import UserError
 from allmlp.files import to_json, write_text
@@ -67,6 +69,9 @@ def finished(recipe: Recipe, out: Path) -> dict[str, Any] | None:
         return None
     hold(recipe, out)
     return json.loads((out / "summary.json").read_text(encoding="utf-8"))
+
+
+finished_summary = finished
 
 
 def hold(recipe: Recipe, out: Path) -> None:

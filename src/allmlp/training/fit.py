@@ -12,7 +12,9 @@ from typing import Any, Generic
 import torch
 from torch.utils.data import DataLoader
 
-from allmlp.config.recipe import DataRecipe, OptimizationRecipe, Recipe, micro_batch, to_json_object
+from allmlp.config.checks import micro_batch_size
+from allmlp.config.recipe import DataRecipe, OptimizationRecipe, Recipe
+from allmlp.config.serialize import to_json_object
 from allmlp.data.dataset import DatasetSplits
 from allmlp.data.loader import default_workers, training_batches
 from allmlp.data.mixup import Mixing
@@ -95,7 +97,7 @@ def fit(
     control = control or Control.unattended(recipe, out)
     context, settings = control.context, recipe.optimization
     steps, warmup_steps = lengths(settings, len(source.splits["train"]))
-    part = micro_batch(settings, context.world_size)
+    part = micro_batch_size(settings, context.world_size)
     average = None if settings.ema_decay is None else EMA(model, settings.ema_decay)
     if settings.recompute:
         recompute_blocks(model)
@@ -218,7 +220,7 @@ def make_batches(
     context: DistributedContext = SINGLE_PROCESS,
 ) -> DataLoader:
     """This process's micro-batches of the steps that are still to be made."""
-    images, part = source.splits["train"], micro_batch(recipe.optimization, context.world_size)
+    images, part = source.splits["train"], micro_batch_size(recipe.optimization, context.world_size)
     accumulate = recipe.optimization.global_batch_size // (part * context.world_size)
     workers = recipe.data.workers
     return training_batches(

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from allmlp.config.recipe import DataRecipe, Recipe, to_json_object
+from allmlp.config.recipe import DataRecipe, Recipe
+from allmlp.config.serialize import to_json_object
 from allmlp.distributed.parallelize import copy_to_shard
 from allmlp.errors import UserError
 from allmlp.metadata import Metadata, Preprocessing

@@ -10,7 +10,8 @@ from typing import Any, Generic
 import torch
 
 from allmlp.checkpointing.manager import CheckpointManager
-from allmlp.config.recipe import Recipe, check, check_ranks
+from allmlp.config.checks import check_world_size
+from allmlp.config.recipe import Recipe
 from allmlp.data.dataset import DatasetSplits
 from allmlp.data.sources import hold_out, load_source
 from allmlp.device import select_device, select_precision
@@ -38,6 +39,16 @@ Evaluate = Callable[..., R]  # (model, part, *, device, precision, on_progress, 
 
 
 @dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """How a run is started or resumed: no part of the recipe."""
+
+    command: str = ""
+    resume: bool = False
+    trust_checkpoint: bool = False
+    resume_command: str = "the same command and --resume auto"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Run(Generic[R]):
     """What a finished run leaves: its folder, its summary, the model, and the evaluation of each held-out part."""
 
@@ -61,6 +72,7 @@ def train(
     resume: bool = False,
     trusted: bool = False,
     again: str = "the same command and --resume auto",
+    options: RunOptions | None = None,
 ) -> Run[R]:
     """Trains a model, new or from weights, and writes the run's folder, all of it but the report.
 
@@ -80,7 +92,10 @@ def train(
         RunError: a loss that is not finite, a batch that does not fit the memory, or a full disk.
         Stopped: by SIGTERM or SIGINT, after a checkpoint.
     """
-    check_ranks(check(recipe), context.world_size)
+    if options is not None:
+        command, again = options.command, options.resume_command
+        resume, trusted = options.resume, options.trust_checkpoint
+    check_world_size(recipe, context.world_size)
     if not resume and context.broadcast_from_rank0(out.exists):
         raise UserError(f"{out} exists: go on with it by --resume {out}, name another folder with --out, or remove it")
     if context.broadcast_from_rank0(lambda: out.exists() and not out.is_dir()):
