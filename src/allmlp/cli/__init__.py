@@ -49,7 +49,7 @@ exit status: 0 done, 1 the run failed, 2 a mistake in the command, 130 or 143 st
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one verb; returns the exit status: 0, 1 (the run failed), 2 (a mistake in the command), 130 or 143 (a signal)."""
+    """Runs one verb; returns 0, 1 (the run failed), 2 (a mistake in the command), 130 or 143 (a signal)."""
     args = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in args
     args = [arg for arg in args if arg != "--debug"]

@@ -17,8 +17,8 @@ DESCRIPTION = """Writes weights in another format, every tensor bit for bit.
 example: mixer convert Mixer-B_16.npz b16.safetensors
 
 Reads allmlp's .safetensors, the authors' .npz in both layouts, and state dicts of timm and lucidrains as .safetensors,
-.pt or .pth. If a file does not record its class names or how pixels were normalised, give them here; allmlp's own format
-stores both."""
+.pt or .pth. Give the class names and the normalisation of pixels here if a file does not record them; allmlp's own
+format stores both."""
 
 
 @dataclass(frozen=True, kw_only=True)

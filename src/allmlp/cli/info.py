@@ -100,9 +100,8 @@ def print_info(found: dict[str, Any], config: dict[str, Any]) -> None:
     print(f"{printable(found['model'])}{variant} at {height} × {width} px, {config['num_classes']} classes")
     print(f"  parameters         {found['parameters']:>15,}")
     print(f"  MACs per image     {found['macs']:>15,}   ({found['macs'] / 1e9:.3g} G; FLOPs are twice that)")
-    print(
-        f"  activations        {found['activation_bytes']:>15,}   bytes per image, stored for the backward pass, float32"
-    )
+    activations = f"{found['activation_bytes']:>15,}   bytes per image, stored for the backward pass, float32"
+    print(f"  activations        {activations}")
     print("  " + ", ".join(f"{key} {config[key]}" for key in config if key not in ("image_size", "num_classes")))
     if "resize" in found:
         print_comparison(found["resize"])

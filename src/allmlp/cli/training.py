@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, kw_only=True)
 class LaunchOptions:
     resume: str | None = None
-    """A run's folder: continue that run from its newest checkpoint; auto, with --out: continue the run there, if any."""
+    """The folder of a run to continue from its newest checkpoint; auto: the folder of --out, if it holds a run."""
     trust_checkpoint: bool = False
     """Accept checkpoints that were not written by your own runs on this machine; loading them can execute code."""
     processes: int = 1
