@@ -96,7 +96,7 @@ def test_a_signal_to_the_launcher_reaches_all_and_all_have_time_to_save(tmp_path
     rank = (
         "import signal, sys, time\n"
         "def heed(number, frame):\n    time.sleep(1.5); raise SystemExit(128 + number)\n"
-        "signal.signal(signal.SIGTERM, heed); print('there', flush=True); time.sleep(60)"
+        "signal.signal(signal.SIGTERM, heed); print('there\\n', end='', flush=True); time.sleep(60)"
     )
     program = (
         "import subprocess, sys\n"
