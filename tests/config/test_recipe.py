@@ -163,6 +163,29 @@ def test_a_recipe_of_the_first_version_means_what_it_meant(tmp_path: Path) -> No
     assert from_json(write(tmp_path, FIRST_VERSION)) == get_recipe("digits")
 
 
+def test_the_version_is_stored_and_read(tmp_path: Path) -> None:
+    stored = to_json_object(get_recipe("digits"))
+    assert stored["version"] == 1
+    assert from_json(write(tmp_path, stored)) == get_recipe("digits")
+    with pytest.raises(UserError, match=r"recipe\.json has version 2: this allmlp reads version 1"):
+        from_json(write(tmp_path, stored | {"version": 2}))
+
+
+def test_a_run_of_an_earlier_version_is_told_apart(tmp_path: Path) -> None:
+    """By ``polyak``, which became ``ema_decay`` when the package was renamed."""
+    earlier = to_json_object(get_recipe("digits"))
+    del earlier["version"], earlier["optimization"]["ema_decay"]
+    earlier["optimization"]["polyak"] = None
+    message = (
+        f"{tmp_path} was made by an earlier version (mlp-mixer): its weights can be used (mixer evaluate, predict, "
+        f"finetune, or mixer train --weights {tmp_path / 'model.safetensors'}), but it cannot be resumed"
+    )
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+        from_json(write(tmp_path, earlier))
+    with pytest.raises(UserError, match="optimization: unknown field 'polyak'; the nearest: "):
+        from_json(write(tmp_path, earlier | {"version": 1}))
+
+
 def test_fields_left_out_have_their_defaults(tmp_path: Path) -> None:
     assert from_json(write(tmp_path, {})) == Recipe()
     assert from_json(write(tmp_path, {"run": {"seed": 4}})) == changed("run", seed=4)

@@ -240,7 +240,7 @@ class SearchRecipe:
     """Learning rates to try, and seeds to repeat the run with."""
 
     learning_rates: Annotated[tuple[float, ...], Limits(above=0, at_most=1e30)] = ()
-    """Rates to try on held-out training images; the best one is then used on all. None given: --learning-rate."""
+    """Rates to try on held-out training images; the best one is then used on all images; none: --learning-rate."""
     search_fraction: Annotated[float, Limits(above=0, below=1)] = 0.1
     """Fraction of the training images held out while rates are tried; test images never play a part in the choice."""
     seeds: Annotated[int, Limits(at_least=1)] = 1
