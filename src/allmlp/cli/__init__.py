@@ -143,6 +143,6 @@ def set_up_logging() -> None:
     logger = logging.getLogger("allmlp")
     logger.handlers, logger.propagate = [StderrHandler()], False
     logger.setLevel(logging.INFO)
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # that there is no CUDA
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # its warning that there is no CUDA
     warnings.filterwarnings("ignore", module=r"PIL\.")  # on files that it can still read
     warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as it is, in one process

@@ -11,7 +11,7 @@ from typing import Annotated, Any, NamedTuple
 
 import tyro
 
-from allmlp.config.recipe import ModelRecipe, Recipe
+from allmlp.config.recipe import ModelRecipe, Recipe, SearchRecipe
 from allmlp.errors import UserError
 
 Overrides = dict[str, dict[str, Any]]  # section → field → value, of the options given
@@ -39,7 +39,7 @@ def option_group(title: str | None, options: dict[str, Option]) -> Any:
         name: Annotated[option.hint, tyro.conf.arg(help=option.help, help_behavior_hint=show_default(option.default))]
         for name, option in options.items()
     }
-    group = typing.TypedDict("OptionGroup", fields, total=False)  # pyright: ignore[reportArgumentType]
+    group: Any = typing.TypedDict("OptionGroup", fields, total=False)  # pyright: ignore
     group.__doc__ = title
     return group
 
@@ -103,11 +103,11 @@ def override_model(model: ModelRecipe, given: dict[str, Any]) -> ModelRecipe:
         sizes = dict.fromkeys(("patch_size", "num_blocks", "hidden_dim", "tokens_mlp_dim", "channels_mlp_dim"))
         return dataclasses.replace(model, **({"image_size": 224} | sizes | given))
     if given.get("weights"):
-        return ModelRecipe(**({"image_size": None} | given))
+        return dataclasses.replace(ModelRecipe(image_size=None), **given)
     return dataclasses.replace(model, **given)
 
 
-def override_search(search: Any, given: Overrides) -> Any:
+def override_search(search: SearchRecipe, given: Overrides) -> SearchRecipe:
     """The search with the fields given. One ``--learning-rate`` replaces the search."""
     fields = given["search"]
     if "learning_rate" in given["optimization"]:
