@@ -1,4 +1,4 @@
-"""The pre-training recipes beside Table 4 of the paper: printed from the code, every difference marked.
+"""Compares the pre-training recipes with Table 4 of the paper, and marks every difference.
 
 python benchmarks/table4.py table4.csv     # columns model, dataset, epochs, learning_rate, weight_decay, …
 """
@@ -18,7 +18,7 @@ DATA = {"imagenet": "ImNet", "imagenet21k": "ImNet-21k", "jft": "JFT-300M"}
 
 
 def cells(recipe: Recipe) -> dict[str, float | None]:
-    """The recipe in the table's terms; what JFT's rows leave open is off."""
+    """The recipe's values for the table's columns; what the rows for JFT leave open is off."""
     values = (
         recipe.optimization.epochs,
         recipe.optimization.learning_rate,
@@ -36,11 +36,11 @@ def main() -> None:
     parser.add_argument("table", type=Path)
     with parser.parse_args().table.open() as file:
         published = {(row["model"], row["dataset"]): row for row in csv.DictReader(file)}
-    rows, differences, met = [], 0, set()
+    rows, differences, compared = [], 0, set()
     for name, make in PRETRAIN.items():
         recipe = make()
         key = (f"Mixer-{(recipe.model.model or '')[0]}", DATA[recipe.data.data])
-        met.add(key)
+        compared.add(key)
         row = [name, *key]
         for column, value in cells(recipe).items():
             allowed = [float(text) for text in published[key][column].split("/") if text] or [None, 0.0]
@@ -49,7 +49,7 @@ def main() -> None:
             row.append(shown if value in allowed else f"{shown} (paper: {published[key][column]})")
         rows.append(row)
     print_table(["recipe", "model", "data", *COLUMNS], rows)
-    missing = sorted(published.keys() - met)
+    missing = sorted(published.keys() - compared)
     print(f"{differences} differences, {len(missing)} rows of the table without a recipe {missing or ''}".strip())
 
 

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 from allmlp.cli.arguments import option_names
+from allmlp.cli.overrides import recipe_groups
 from allmlp.cli.train import Arguments
+from allmlp.config.recipe import Recipe
 from allmlp.recipes.finetune import FINETUNE
 from allmlp.recipes.pretrain import PRETRAIN
 from allmlp.weights.published import CHECKPOINTS
@@ -74,5 +76,6 @@ def test_the_options_of_mixer_train_exist(file: str) -> None:
     text = re.sub(r"(mixer train [^]]*)\]", lambda found: found[1].replace(",", " ").replace("\n", " "), text)
     commands = re.findall(r"mixer train ([^\n#`]*)", text)
     used = {option for command in commands for option in re.findall(r"(--[a-z0-9-]+)", command)}
-    assert used <= {"--help", *option_names(Arguments)}
+    fields = [name for group in recipe_groups(Recipe()).values() for name in option_names(group)]
+    assert used <= {"--help", *option_names(Arguments), *fields}
     assert "--resume" in used

@@ -1,9 +1,9 @@
 #!/bin/bash
 # sbatch docs/cluster/slurm.sh: trains on two machines with eight GPUs each, for as many time slices as it takes.
 #
-# Three minutes before the time is up (and when the job is preempted) SLURM sends SIGTERM to the job's steps. mixer then
-# finishes its step, saves, and exits with 143, on all machines alike; the script puts the job into the queue again, and
-# the same command goes on. After a node failure or a preemption SLURM does that by itself, because of --requeue.
+# Three minutes before the time limit, and when the job is preempted, SLURM sends SIGTERM to the job's steps. mixer then
+# finishes its step, saves a checkpoint and exits with 143 on all machines; this script requeues the job, and the same
+# command resumes the run. After a node failure or a preemption, SLURM requeues the job itself, because of --requeue.
 #SBATCH --job-name=mixer-b16
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -18,9 +18,9 @@
 RUN=runs/b16   # on storage that all machines share
 FIRST=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 
-# SLURM_NODEID differs from machine to machine, so a shell there reads it; --kill-on-bad-exit=0 lets every rank save
+# the shell on each machine expands its own SLURM_NODEID; --kill-on-bad-exit=0 lets every rank save
 srun --kill-on-bad-exit=0 bash -c "exec mixer train imagenet-b16 --data /data/imagenet --out $RUN --resume auto \
-    --processes 8 --machines $SLURM_JOB_NUM_NODES --machine \$SLURM_NODEID --meet $FIRST:29500"
+    --processes 8 --nnodes $SLURM_JOB_NUM_NODES --node-rank \$SLURM_NODEID --rdzv-endpoint $FIRST:29500"
 STATUS=$?
 
 if [ "$STATUS" -eq 143 ]; then

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from allmlp import cli
-from allmlp.cli.train import base_recipe, dashed
+from allmlp.cli.train import base_recipe, parse_arguments
 
 
 def test_an_error_of_ours_is_one_line(monkeypatch, capsys) -> None:
@@ -57,11 +57,15 @@ def test_sigterm_ends_a_run_with_143_and_leaves_nothing_half_written(tmp_path: P
 def test_a_recipe_file_however_it_is_spelled(words: list[str], tmp_path: Path) -> None:
     path = tmp_path / "a_b.json"
     path.write_text('{"name": "mine"}')
-    assert base_recipe([dashed(word.format(path)) for word in words]).name == "mine"
+    assert base_recipe(*parse_arguments([word.format(path) for word in words])).name == "mine"
 
 
 def test_the_recipe_of_the_data() -> None:
-    assert base_recipe([]).name == "digits"
-    assert base_recipe(["--data", "cifar10"]).name == "cifar10"
-    assert base_recipe(["--data=some/folder"]).name == "photos"
-    assert base_recipe(["digits", "--data", "some/folder"]).name == "digits"
+    for words, name in (
+        ([], "digits"),
+        (["--data", "cifar10"], "cifar10"),
+        (["--data=some/folder"], "photos"),
+        (["digits", "--data", "some/folder"], "digits"),
+        (["--data", "some/folder", "digits"], "digits"),
+    ):
+        assert base_recipe(*parse_arguments(words)).name == name

@@ -58,38 +58,50 @@ def assert_mistake(answer: Any, *said: str) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--resume", "auto"], ["--resume auto without --out: name the folder"]),
-        (["--resume=auto"], ["--resume auto without --out: name the folder"]),
+        (["--resume", "auto"], ["--resume auto without --out: name the run's folder"]),
+        (["--resume=auto"], ["--resume auto without --out: name the run's folder"]),
         (["digits", "--resume", "auto"], ["--resume auto without --out"]),
         (["--resume", "gone"], ["--resume gone: there is no run", "name its folder, or auto"]),
         (["--resume", "."], ["--resume .: there is no run"]),
-        (["digits", "--resume", "gone"], ["--resume gone has a recipe of its own: leave out the other"]),
-        (["--recipe-file", "r.json", "--resume", "gone"], ["--resume gone has a recipe of its own"]),
+        (["digits", "--resume", "gone"], ["--resume gone has its own recipe: leave out the other"]),
+        (["--recipe-file", "r.json", "--resume", "gone"], ["--resume gone has its own recipe"]),
         (["--resume"], ["--resume"]),
         (["--resume", "--out", "run"], ["--resume"]),
-        (["--processes", "0"], ["--processes 0 --machines 1: at least 1"]),
+        (["--processes", "0"], ["--processes 0 --nnodes 1: must be at least 1"]),
         (["--processes", "-1"], ["--processes -1"]),
-        (["--machines", "0"], ["--processes 1 --machines 0: at least 1"]),
-        (["--machines", "2", "--machine", "2", "--meet", "a:1"], ["--machine 2 of --machines 2: from 0 to 1"]),
-        (["--machine", "1"], ["--machine 1 of --machines 1: from 0 to 0"]),
-        (["--machines", "2", "--machine", "-1", "--meet", "a:1"], ["--machine -1 of --machines 2"]),
-        (["--machines", "2"], ["--meet None: give HOST:PORT of machine 0"]),
-        (["--machines", "2", "--meet", "node1"], ["--meet node1: give HOST:PORT"]),
-        (["--machines", "2", "--meet", ":29500"], ["--meet :29500: give HOST:PORT"]),
-        (["--machines", "2", "--meet", "node1:port"], ["--meet node1:port: give HOST:PORT"]),
-        (["--machines", "2", "--meet", "127.0.0.1:99999", "--global-batch-size", "64"], ["--meet 127.0.0.1:99999"]),
-        (["--processes", "2", "--meet", "nonsense", "--global-batch-size", "64"], ["--meet nonsense"]),
+        (["--nnodes", "0"], ["--processes 1 --nnodes 0: must be at least 1"]),
         (
-            ["--processes", "3", "--global-batch-size", "64"],
-            ["--global-batch-size 64 on 3 processes: a multiple of 3 is needed, as 63"],
+            ["--nnodes", "2", "--node-rank", "2", "--rdzv-endpoint", "a:1"],
+            ["--node-rank 2 of --nnodes 2: must be from 0 to 1"],
+        ),
+        (["--node-rank", "1"], ["--node-rank 1 of --nnodes 1: must be from 0 to 0"]),
+        (["--nnodes", "2", "--node-rank", "-1", "--rdzv-endpoint", "a:1"], ["--node-rank -1 of --nnodes 2"]),
+        (["--nnodes", "2"], ["--rdzv-endpoint None: give HOST:PORT of machine 0"]),
+        (["--nnodes", "2", "--rdzv-endpoint", "node1"], ["--rdzv-endpoint node1: give HOST:PORT"]),
+        (["--nnodes", "2", "--rdzv-endpoint", ":29500"], ["--rdzv-endpoint :29500: give HOST:PORT"]),
+        (["--nnodes", "2", "--rdzv-endpoint", "node1:port"], ["--rdzv-endpoint node1:port: give HOST:PORT"]),
+        (
+            ["--nnodes", "2", "--rdzv-endpoint", "127.0.0.1:99999", "--global-batch-size", "64"],
+            ["--rdzv-endpoint 127.0.0.1:99999"],
         ),
         (
-            ["--processes", "2", "--machines", "2", "--meet", "a:1", "--global-batch-size", "2"],
-            ["--global-batch-size 2 on 4 processes: a multiple of 4 is needed, as 4"],
+            ["--processes", "2", "--rdzv-endpoint", "nonsense", "--global-batch-size", "64"],
+            ["--rdzv-endpoint nonsense"],
+        ),
+        (
+            ["--processes", "3", "--global-batch-size", "64"],
+            ["--global-batch-size 64 on 3 processes: must be a multiple of 3, such as 63"],
+        ),
+        (
+            ["--processes", "2", "--nnodes", "2", "--rdzv-endpoint", "a:1", "--global-batch-size", "2"],
+            ["--global-batch-size 2 on 4 processes: must be a multiple of 4, such as 4"],
         ),
         (
             ["--processes", "2", "--global-batch-size", "64", "--mixup", "0.5", "--mix-group-size", "12"],
-            ["--mix-group-size 12: images that mix must be on one process, and each of 2 has 32", "divisor of 32"],
+            [
+                "--mix-group-size 12: the images of a group must be on one process, and each of 2 has 32",
+                "divisor of 32",
+            ],
         ),
         (
             ["--processes", "2", "--global-batch-size", "48", "--micro-batch-size", "16"],
@@ -170,20 +182,20 @@ def test_status_as_json(mixer: Mixer, done: Path, stopped: Path) -> None:
     answer = mixer("status", done, "--verify", "--json")
     assert answer.status == 0
     assert answer.out.count("\n") == 1
-    told = json.loads(answer.out)
-    assert (told["state"], told["step"], told["steps"], told["sound"]) == ("finished", 4, 4, 4)
-    assert told["checkpoints"] == [4, 2]
-    assert told["best"] == [4, told["val_top1"]]
-    told = json.loads(mixer("status", stopped, "--json").out)
-    assert (told["run"], told["state"], told["checkpoints"]) == (str(stopped), "stopped", [2])
-    assert "sound" not in told
+    found = json.loads(answer.out)
+    assert (found["state"], found["step"], found["steps"], found["sound"]) == ("finished", 4, 4, 4)
+    assert found["checkpoints"] == [4, 2]
+    assert found["best"] == [4, found["val_top1"]]
+    found = json.loads(mixer("status", stopped, "--json").out)
+    assert (found["run"], found["state"], found["checkpoints"]) == (str(stopped), "stopped", [2])
+    assert "sound" not in found
 
 
 def test_status_in_words(mixer: Mixer, stopped: Path) -> None:
     answer = mixer("status", stopped, "--verify")
     assert answer.status == 0
     assert "step 2 is sound" in answer.out
-    assert f"go on        mixer train --resume '{stopped}'\n" in answer.out
+    assert f"resume       mixer train --resume '{stopped}'\n" in answer.out
 
 
 def test_status_mistakes(mixer: Mixer, stopped: Path, tmp_path: Path) -> None:

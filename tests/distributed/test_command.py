@@ -76,7 +76,7 @@ def test_data_that_is_not_there_is_a_mistake_of_the_call_on_all_ranks(tmp_path: 
 def test_a_step_that_cannot_be_shared_out_is_told_with_what_could(tmp_path: Path) -> None:
     left = mixer(3, *WORDS, "--out", tmp_path / "run")
     assert [one.status for one in left] == [2, 2, 2]
-    told = "--global-batch-size 32 on 3 processes: a multiple of 3 is needed, as 30"
+    told = "--global-batch-size 32 on 3 processes: must be a multiple of 3, such as 30"
     assert [re.sub(r"rank \d: ", "", line) for line in lines(left)] == [f"mixer: {told}"]
 
 

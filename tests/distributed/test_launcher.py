@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from allmlp.distributed import launcher as module
-from allmlp.distributed.launcher import Plan, launch, start, wait_for
+from allmlp.distributed.launcher import LaunchConfig, launch, start_process, wait_for
 
 LONG = "import time; time.sleep(60)"
 DEAF = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('x', flush=True); time.sleep(60)"
@@ -24,17 +24,17 @@ def launched(monkeypatch: pytest.MonkeyPatch, codes: Sequence[str]) -> tuple[int
     """The exit status for ranks that do no more than this, the seconds until then, and how each of them ended."""
     children: list[subprocess.Popen[bytes]] = []
 
-    def begin(plan: Plan, rank: int, host: str, port: int, words: Sequence[str]) -> "subprocess.Popen[bytes]":
+    def begin(config: LaunchConfig, rank: int, host: str, port: int, words: Sequence[str]) -> "subprocess.Popen[bytes]":
         assert host == "127.0.0.1"
         assert port > 0
         children.append(stand_in(codes[rank]))
         return children[-1]
 
-    monkeypatch.setattr(module, "start", begin)
+    monkeypatch.setattr(module, "start_process", begin)
     monkeypatch.setattr(module, "GRACE", 1.0)
     begun = time.monotonic()
     try:
-        status = launch(Plan(processes=len(codes)), ["train"])
+        status = launch(LaunchConfig(nproc_per_node=len(codes)), ["train"])
         return status, time.monotonic() - begun, [child.wait(10) for child in children]
     finally:
         for child in children:
@@ -96,14 +96,14 @@ def test_a_signal_to_the_launcher_reaches_all_and_all_have_time_to_save(tmp_path
     rank = (
         "import signal, sys, time\n"
         "def heed(number, frame):\n    time.sleep(1.5); raise SystemExit(128 + number)\n"
-        "signal.signal(signal.SIGTERM, heed); print('there', flush=True); time.sleep(60)"
+        "signal.signal(signal.SIGTERM, heed); print('there\\n', end='', flush=True); time.sleep(60)"
     )
     program = (
         "import subprocess, sys\n"
         "from allmlp.distributed import launcher\n"
-        "launch.GRACE = 0.5\n"
-        f"launch.start = lambda *words: subprocess.Popen([sys.executable, '-S', '-c', {rank!r}])\n"
-        "sys.exit(launch.launch(launch.Plan(processes=2), []))"
+        "launcher.GRACE = 0.5\n"
+        f"launcher.start_process = lambda *words: subprocess.Popen([sys.executable, '-S', '-c', {rank!r}])\n"
+        "sys.exit(launcher.launch(launcher.LaunchConfig(nproc_per_node=2), []))"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -123,6 +123,7 @@ def test_ranks_get_what_torchrun_gives_them(tmp_path: Path, monkeypatch: pytest.
     program.write_text(f'#!/bin/sh\nfor n in {names}; do eval echo "\\$$n"; done > "{told}"\necho "$@" >> "{told}"\n')
     program.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(program))
-    child = start(Plan(processes=4, machines=3, machine=2, meet="node1:29500"), 1, "node1", 29500, ["train", "digits"])
+    config = LaunchConfig(nproc_per_node=4, nnodes=3, node_rank=2, rdzv_endpoint="node1:29500")
+    child = start_process(config, 1, "node1", 29500, ["train", "digits"])
     assert child.wait(10) == 0
     assert told.read_text().split() == ["9", "1", "12", "4", "node1", "29500", "-m", "allmlp.cli", "train", "digits"]

@@ -18,14 +18,13 @@ from PIL import Image
 from ranks import values
 
 from allmlp.checkpointing.manager import CheckpointManager
+from allmlp.config.checks import check_world_size
 from allmlp.config.recipe import (
     DataRecipe,
     ModelRecipe,
     OptimizationRecipe,
     Recipe,
     RunRecipe,
-    check,
-    check_ranks,
 )
 from allmlp.data.dataset import DatasetSplits, ImageDataset
 from allmlp.data.decode import UnreadableImage
@@ -83,7 +82,7 @@ def recipe(**changes: Any) -> Recipe:
     for name, value in changes.items():
         (section,) = [key for key, held in sections.items() if name in {f.name for f in dataclasses.fields(held)}]
         sections[section] = dataclasses.replace(sections[section], **{name: value})
-    return check(Recipe(**sections))
+    return Recipe(**sections)
 
 
 class Silent:
@@ -96,7 +95,7 @@ def trained(
 ) -> dict[str, Any]:
     """What a run leaves, as arrays and numbers. ``kind``: float64, float32, or float16 with gradients scaled."""
     settings = recipe(**changes)
-    check_ranks(settings, context.world_size)
+    check_world_size(settings, context.world_size)
     source = DatasetSplits(splits={"train": part(24, 0, bad), "val": part(7, 1)}, classes=CLASSES, description="made")
     begin = prepare(settings)
     model = begin.build_meta(CLASSES).to(DTYPES.get(kind, torch.float32))

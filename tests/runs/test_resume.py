@@ -26,7 +26,8 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from allmlp.checkpointing.checkpoint import STATE, read, verify, write
 from allmlp.checkpointing.manager import name, steps_in
-from allmlp.config.recipe import Recipe, flag
+from allmlp.config.limits import flag
+from allmlp.config.recipe import Recipe
 from allmlp.data.dataset import DatasetSplits, ImageDataset
 from allmlp.data.decode import UnreadableImage
 from allmlp.data.loader import permutation

@@ -17,8 +17,8 @@ from test_trust import LINUX, without_privileges
 
 from allmlp.checkpointing.checkpoint import STATE, write
 from allmlp.checkpointing.manager import name
-from allmlp.cli.status import duration, lines
-from allmlp.config.recipe import to_json_object
+from allmlp.cli.status import format_duration, status_lines
+from allmlp.config.serialize import to_json_object
 from allmlp.distributed.context import SINGLE_PROCESS
 from allmlp.errors import RunError, UserError
 from allmlp.files import to_json
@@ -151,7 +151,7 @@ def test_a_run_that_has_just_begun(out: Path) -> None:
     told = status(out, verify=True)
     assert (told["step"], told["steps"], told["checkpoints"], told["sound"]) == (0, None, [], None)
     assert all(told[key] is None for key in ("epoch", "loss", "val_top1", "best", "saved_seconds_ago", "seconds"))
-    words = dict(lines(told))
+    words = dict(status_lines(told))
     assert (words["step"], words["checkpoints"], words["verified"]) == ("0", "none yet", "nothing to verify")
     (out / "checkpoints").rmdir()
     assert status(out, verify=True)["checkpoints"] == []
@@ -214,7 +214,7 @@ def test_a_loss_that_is_no_number(out: Path) -> None:
         file.write(to_json({"step": 7, "loss": float("nan")}) + "\n")
     told = status(out)
     assert told["loss"] is None
-    assert "loss" not in dict(lines(told))
+    assert "loss" not in dict(status_lines(told))
 
 
 # in words
@@ -222,21 +222,21 @@ def test_a_loss_that_is_no_number(out: Path) -> None:
 
 def test_the_words(out: Path) -> None:
     told = status(out, verify=True)
-    words = dict(lines(told))
+    words = dict(status_lines(told))
     assert words["run"] == f"{out}, recipe custom: stopped"
     assert words["step"] == "6 of 10, epoch 3"
     assert words["loss"] == "1.0000"
     assert words["validation"] == "top-1 0.7500 (best 0.7500 at step 4)"
-    assert words["speed"] == "24 images/s, 50% of the time waiting for images"
-    assert words["time"] == "1.0 min in steps, about 2 s to go"
+    assert words["speed"] == "24 images/s, 50% of the time spent waiting for images"
+    assert words["time"] == "1.0 min in steps, about 2 s left"
     assert words["checkpoints"].startswith("steps 6, 4, 2; the newest ")
     assert words["verified"] == "step 6 is sound"
 
 
 def test_the_words_to_go_on_can_be_pasted(out: Path) -> None:
-    assert dict(lines(status(out)))["go on"] == f"mixer train --resume '{out}'"
+    assert dict(status_lines(status(out)))["resume"] == f"mixer train --resume '{out}'"
     (out / "summary.json").write_text("{}")
-    assert "go on" not in dict(lines(status(out)))
+    assert "resume" not in dict(status_lines(status(out)))
 
 
 @pytest.mark.parametrize(
@@ -244,7 +244,7 @@ def test_the_words_to_go_on_can_be_pasted(out: Path) -> None:
     [(0, "0 s"), (59.4, "59 s"), (60, "1.0 min"), (3599, "60.0 min"), (3600, "1.0 h"), (86_400, "1.0 days")],
 )
 def test_durations(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
+    assert format_duration(seconds) == text
 
 
 # the lock

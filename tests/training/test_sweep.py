@@ -19,9 +19,8 @@ from allmlp.config.recipe import (
     RunRecipe,
     SearchRecipe,
     Transfer,
-    from_json,
-    to_json_object,
 )
+from allmlp.config.serialize import from_json, to_json_object
 from allmlp.data.dataset import DatasetSplits
 from allmlp.data.sources import load_source
 from allmlp.data.stores import FolderStore

@@ -16,7 +16,7 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
 import allmlp
-from allmlp.config.recipe import to_json_object
+from allmlp.config.serialize import to_json_object
 from allmlp.errors import RunError, UserError
 from allmlp.flops import cost
 from allmlp.metadata import Metadata, Preprocessing

@@ -1,4 +1,4 @@
-"""python -m allmlp.cli: the command, as torchrun and --processes start it."""
+"""``python -m allmlp.cli``: the command, as torchrun and ``--processes`` start it."""
 
 import sys
 

@@ -1,62 +1,78 @@
-"""Words of the command line to dataclasses, by tyro; its boxed errors become one line."""
+"""Parses the command line into dataclasses, with tyro; its boxed errors become one line."""
 
 import contextlib
 import dataclasses
 import difflib
 import io
+import typing
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import tyro
 
+from allmlp.config.limits import flag
 from allmlp.errors import UserError
-
-if TYPE_CHECKING:
-    from allmlp.model import Mixer
 
 T = TypeVar("T")
 
+WEIGHTS_HELP = "A file of allmlp, the authors (.npz), timm or lucidrains, or hf-hub:OWNER/NAME."
+Weights = Annotated[
+    str,
+    tyro.conf.Positional,
+    tyro.conf.arg(metavar="WEIGHTS", help=WEIGHTS_HELP, help_behavior_hint="(required)"),
+]
 
-def parse(kind: type[T], args: Sequence[str], *, verb: str, description: str, default: T | None = None) -> T:
-    """The verb's arguments; a UserError, naming the nearest options, for one that does not exist.
 
-    ``description`` is shown by --help, which ends the process, as it should.
+def parse(kind: type[T], args: Sequence[str], *, verb: str, description: str) -> T:
+    """The verb's arguments. ``--help`` prints the description and ends the process.
+
+    Raises:
+        UserError: a mistake in the arguments; for an unknown option, the message has the nearest ones.
     """
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
-            found, unknown = tyro.cli(
+            arguments, unknown = tyro.cli(
                 kind,
                 prog=f"mixer {verb}",
                 description=description,
                 args=list(args),
                 return_unknown_args=True,
-                config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
-                default=tyro.MISSING_NONPROP if default is None else default,
+                config=(tyro.conf.OmitArgPrefixes,),
             )
     except SystemExit as end:
         if end.code == 0:
             raise
         raise UserError(f"{one_line(errors.getvalue())} (mixer {verb} --help)") from None
     if unknown:
-        raise UserError(f"{explain(unknown[0], option_names(kind))} (mixer {verb} --help)")
-    return found
+        raise UserError(f"{describe_unknown(unknown[0], option_names(kind))} (mixer {verb} --help)")
+    return arguments
 
 
-def explain(word: str, options: list[str]) -> str:
+def parse_with_overrides(
+    kind: type[T], groups: dict[str, Any], args: Sequence[str], *, verb: str, description: str
+) -> tuple[T, dict[str, dict[str, Any]]]:
+    """The verb's arguments, and those options of the groups (``overrides.option_group``) that were given, by group."""
+    options = ("options", Annotated[kind, tyro.conf.arg(name="")])
+    combined = dataclasses.make_dataclass("Arguments", [options, *groups.items()], frozen=True, kw_only=True)
+    arguments: Any = parse(combined, args, verb=verb, description=description)
+    return arguments.options, {name: getattr(arguments, name) for name in groups}
+
+
+def describe_unknown(word: str, options: list[str]) -> str:
     if not word.startswith("-"):
-        return f"unexpected argument {word!r}: a recipe's or file's name comes before the options"
-    near = difflib.get_close_matches(word.split("=")[0], options, 3)
-    return f"unknown option {word.split('=')[0]}: " + (
-        f"did you mean {', '.join(near)}?" if near else "there is no such"
-    )
+        return f"unexpected argument {word!r}"
+    option = word.partition("=")[0]
+    near = difflib.get_close_matches(option, options, 3)
+    return f"unknown option {option}" + (f": did you mean {', '.join(near)}?" if near else "")
 
 
 def option_names(kind: Any) -> list[str]:
+    """The names of all arguments of a dataclass or TypedDict, with those nested in it, as options."""
     names = []
-    for field in dataclasses.fields(kind):
-        name = f"--{field.name.replace('_', '-')}"
-        names += option_names(field.type) if dataclasses.is_dataclass(field.type) else [name]
+    for name, hint in typing.get_type_hints(kind).items():
+        nested = dataclasses.is_dataclass(hint) or typing.is_typeddict(hint)
+        names += option_names(hint) if nested else [flag(name)]
     return names
 
 
@@ -72,17 +88,8 @@ def one_line(box: str) -> str:
     return " ".join(words) or " ".join(box.split())
 
 
-def pair(size: tuple[int, ...]) -> tuple[int, int]:
-    """(height, width) from one word of the command line, or two."""
+def height_and_width(size: tuple[int, ...]) -> tuple[int, int]:
+    """The value of ``--image-size``, one number or two, as (height, width)."""
     if len(size) not in (1, 2):
-        raise UserError(f"--image-size {' '.join(map(str, size))}: one number of pixels, or two, height and width")
+        raise UserError(f"--image-size {' '.join(map(str, size))}: give one number of pixels, or two, height and width")
     return size[0], size[-1]
-
-
-def load_sized(weights: str, image_size: tuple[int, ...]) -> "Mixer":
-    """The model of a WEIGHTS argument, resized where an --image-size is given."""
-    from allmlp.weights.load import load
-    from allmlp.weights.resize import resize
-
-    model = load(weights)
-    return resize(model, pair(image_size)) if image_size else model

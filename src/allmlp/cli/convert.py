@@ -8,7 +8,7 @@ from typing import Literal
 
 import tyro
 
-from allmlp.cli.arguments import pair, parse
+from allmlp.cli.arguments import Weights, height_and_width, parse
 from allmlp.errors import UserError
 from allmlp.files import to_json
 
@@ -16,57 +16,57 @@ DESCRIPTION = """Writes weights in another format, every tensor bit for bit.
 
 example: mixer convert Mixer-B_16.npz b16.safetensors
 
-Read are our safetensors, the authors' .npz in both layouts, and state dicts of timm and lucidrains as .safetensors, .pt
-or .pth. Where a file cannot tell how its pixels were normalised, say it here, and it travels with the weights."""
+Reads allmlp's .safetensors, the authors' .npz in both layouts, and state dicts of timm and lucidrains as .safetensors,
+.pt or .pth. Give the class names and the normalisation of pixels here if a file does not record them; allmlp's own
+format stores both."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    weights: tyro.conf.Positional[str]
-    """A file of ours, the authors' (.npz), timm's or lucidrains', or hf-hub:OWNER/NAME."""
+    weights: Weights
     out: tyro.conf.Positional[Path]
     """The file to write."""
     to: Literal["auto", "own", "npz", "timm"] = "auto"
-    """auto: npz (the authors' layout) for a name that ends so, else our own; timm: its names, as safetensors."""
+    """own: allmlp's .safetensors; npz: the authors' layout; timm: its names, as .safetensors; auto: by OUT's suffix."""
     image_size: tuple[int, ...] = ()
-    """That the weights were trained at, where their grid is no square: height and width in pixels, as 224 448."""
+    """Size that the weights were trained at, for a grid that is not square: height and width in pixels, as 224 448."""
     in_channels: int | None = None
-    """Of the images, where lucidrains' stem does not tell."""
+    """Number of image channels, for files of lucidrains whose stem leaves it open."""
     classes: Path | None = None
-    """A text file with the name of a class on each line, in the order of the logits."""
+    """A text file with one class name per line, in the order of the logits."""
     mean: tuple[float, ...] = ()
-    """Of pixels in [0, 1], one number or three."""
+    """Mean that normalised pixels in [0, 1], one number or three."""
     std: tuple[float, ...] = ()
-    """Of pixels in [0, 1], one number or three."""
+    """Standard deviation that normalised pixels in [0, 1], one number or three."""
     json: bool = False
     """Print one JSON object."""
 
 
 def run(args: Sequence[str]) -> None:
-    chosen = parse(Arguments, args, verb="convert", description=DESCRIPTION)
+    arguments = parse(Arguments, args, verb="convert", description=DESCRIPTION)
     from allmlp.weights.export import export
     from allmlp.weights.load import load
 
-    size = pair(chosen.image_size) if chosen.image_size else None
-    model = load(chosen.weights, image_size=size, in_channels=chosen.in_channels)
-    view = {key: channels(key, getattr(chosen, key)) for key in ("mean", "std") if getattr(chosen, key)}
-    names = read_names(chosen.classes, model.config["num_classes"]) if chosen.classes else model.metadata.classes
+    size = height_and_width(arguments.image_size) if arguments.image_size else None
+    model = load(arguments.weights, image_size=size, in_channels=arguments.in_channels)
+    statistics = {key: per_channel(key, getattr(arguments, key)) for key in ("mean", "std") if getattr(arguments, key)}
+    names = read_names(arguments.classes, model.config["num_classes"]) if arguments.classes else model.metadata.classes
     model.metadata = dataclasses.replace(
-        model.metadata, classes=names, preprocessing=dataclasses.replace(model.metadata.preprocessing, **view)
+        model.metadata, classes=names, preprocessing=dataclasses.replace(model.metadata.preprocessing, **statistics)
     )
-    to = chosen.to if chosen.to != "auto" else "npz" if chosen.out.suffix == ".npz" else "own"
-    export(model, chosen.out, to)
-    if chosen.json:
-        print(to_json({"weights": chosen.weights, "out": str(chosen.out), "to": to}))
+    to = arguments.to if arguments.to != "auto" else "npz" if arguments.out.suffix == ".npz" else "own"
+    export(model, arguments.out, to)
+    if arguments.json:
+        print(to_json({"weights": arguments.weights, "out": str(arguments.out), "to": to}))
     else:
-        print(f"weights  {chosen.out}")
+        print(f"weights  {arguments.out}")
 
 
-def channels(key: str, values: tuple[float, ...]) -> tuple[float, ...]:
+def per_channel(key: str, values: tuple[float, ...]) -> tuple[float, ...]:
+    """One number per channel; a single one counts for all three."""
     if len(values) not in (1, 3) or (key == "std" and min(values) <= 0):
-        raise UserError(
-            f"--{key} {' '.join(map(str, values))}: one number or three{', above 0' if key == 'std' else ''}"
-        )
+        above = ", above 0" if key == "std" else ""
+        raise UserError(f"--{key} {' '.join(map(str, values))}: give one number or three{above}")
     return values * 3 if len(values) == 1 else values
 
 
@@ -74,7 +74,7 @@ def read_names(path: Path, count: int) -> tuple[str, ...]:
     try:
         names = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}): give a text file with one class name on each line") from None
+        raise UserError(f"{path} cannot be read ({error}): give a text file with one class name per line") from None
     if len(names) != count:
-        raise UserError(f"{path} names {len(names)} classes, and the head has {count}: one name on each line")
+        raise UserError(f"{path} names {len(names)} classes, and the head has {count}: give one name per line")
     return names

@@ -1,4 +1,4 @@
-"""What the terminal shows while a verb works, and tables when it has: the rest of the program does not know of it."""
+"""What the terminal shows: a progress bar while a verb works, and tables of its results."""
 
 import sys
 from collections.abc import Iterator
@@ -12,14 +12,14 @@ from allmlp.errors import printable
 
 
 class Bar:
-    """A progress bar on standard error, silent where there is no terminal."""
+    """A progress bar on standard error; does nothing without a terminal."""
 
     def __init__(self, progress: Progress | None) -> None:
         self.progress = progress
         self.task: TaskID | None = None
 
     def update(self, done: int, total: int | None, text: str) -> None:
-        """``total`` None: not known."""
+        """Shows ``done`` of ``total`` (None: unknown) under the text."""
         if self.progress is None:
             return
         if self.task is None:
@@ -29,6 +29,7 @@ class Bar:
 
 @contextmanager
 def progress_bar(wanted: bool = True) -> Iterator[Bar]:
+    """A bar to update within the block; without a terminal, or if not wanted, it shows nothing."""
     console = Console(stderr=True)
     if not (wanted and console.is_terminal):
         yield Bar(None)
@@ -39,23 +40,23 @@ def progress_bar(wanted: bool = True) -> Iterator[Bar]:
         TextColumn("{task.percentage:3.0f} %"),
         TimeRemainingColumn(),
     )
-    # standard output is the result, perhaps a file: rich must not draw it above the bar
+    # standard output holds the result and may be a file: rich must not redirect it above the bar
     with Progress(*columns, console=console, transient=True, redirect_stdout=False) as progress:
         yield Bar(progress)
 
 
-def show_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    """A table on standard output; the first column is text, the others are numbers."""
+def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    """Prints a table; the first column is text, the others are numbers."""
     table = Table(title=title, title_justify="left")
     for i, column in enumerate(columns):
         table.add_column(printable(column), justify="left" if i == 0 else "right")
     for row in rows:
         table.add_row(*map(printable, row))
-    wide = None if sys.stdout.isatty() else 200
-    Console(width=wide, markup=False, highlight=False).print(table)
+    width = None if sys.stdout.isatty() else 200
+    Console(width=width, markup=False, highlight=False).print(table)
 
 
-def list_unreadable(names: list[str], shown: int = 20) -> str:
-    """For the last line of a verb: how many images could not be read, and which."""
+def describe_unreadable(names: list[str], shown: int = 20) -> str:
+    """How many images could not be read, and which, in one line."""
     more = f" and {len(names) - shown} more" if len(names) > shown else ""
     return f"{len(names)} unreadable image(s): {', '.join(map(printable, names[:shown]))}{more}"

@@ -5,151 +5,135 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from allmlp.cli.arguments import pair, parse
-from allmlp.cli.train import (
-    Launch,
+from allmlp.cli.arguments import Weights, height_and_width, parse_with_overrides
+from allmlp.cli.overrides import (
+    Option,
+    Overrides,
+    option_group,
+    options_of,
+    override,
+    override_search,
+    recipe_groups,
+    section_group,
+)
+from allmlp.cli.training import (
+    LaunchOptions,
     announce,
-    carry_out,
-    dashed,
-    folder,
-    new_folder,
-    option,
-    prefer,
-    speak_for,
-    start_all,
-    starts_others,
+    distributed_run,
+    launch_processes,
+    must_launch,
+    new_run_folder,
+    run_folder,
     train_and_report,
 )
-from allmlp.config.recipe import (
-    DataRecipe,
-    OptimizationRecipe,
-    Recipe,
-    RunRecipe,
-    SearchRecipe,
-    Transfer,
-    check_transfer,
-)
+from allmlp.config.recipe import ModelRecipe, Recipe, Transfer
 from allmlp.errors import UserError
-from allmlp.recipes import TRANSFERS, get_transfer, listed
+from allmlp.recipes import TRANSFERS, get_transfer, list_names
 
-DESCRIPTION = """Trains weights further on your own classes: the head starts at zero, the rest as it was.
+if TYPE_CHECKING:
+    from allmlp.distributed.context import DistributedContext
+
+DESCRIPTION = """Trains weights further on your own classes: the head starts at zero, the rest from the weights.
 
 usage: mixer finetune WEIGHTS [RECIPE] [OPTIONS], where RECIPE is one of {recipes}; without one, photos, for a small
-machine. Each has a reduced twin, RECIPE-small.
+machine. Each has a reduced version, RECIPE-small.
 
 examples: mixer finetune Mixer-B_16.npz --data photos/ --image-size 448
           mixer finetune Mixer-B_16.npz pets --micro-batch-size 32
 
-The learning rate is chosen among --learning-rates on held-out training images, never on test; then all are trained on,
-once for each of --seeds. One --learning-rate, and it is not searched. The same command with the same --out goes on
-where it was stopped. At another image size token mixing is first resized (mixer resize --help says how).
+The learning rate is chosen among --learning-rates on held-out training images, never on test images; then all training
+images are used, in one run for each of --seeds. With one --learning-rate, there is no search. The same command with the
+same --out resumes what was stopped. At another image size, token mixing is resized first (see mixer resize --help).
 
 The defaults below are those of the recipe {name}."""
+MODEL_FIELDS = ("frozen", "dropout", "stochastic_depth", "rescale")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    weights: tyro.conf.Positional[str]
-    """A file of ours, the authors' (.npz), timm's or lucidrains', or hf-hub:OWNER/NAME."""
+    weights: Weights = ""
+    recipe: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[RECIPE]", help_behavior_hint="")] = "photos"
+    """How to fine-tune, by name; mixer finetune WEIGHTS RECIPE --help shows its defaults."""
     out: Path | None = None
-    """Folder of the run; by default runs/RECIPE-DATE-TIME. One that was not finished is gone on with."""
+    """The run's folder; by default runs/RECIPE-DATE-TIME. If it holds an unfinished run, that is resumed."""
     json: bool = False
     """Print the summary as one JSON object."""
-    launch: Launch = field(default_factory=Launch)
-    image_size: tuple[int, ...] = ()
-    """In pixels, one number, or height and width; multiples of the patch size; by default that of the weights."""
-    frozen: bool = False
-    """Only the new head is trained."""
-    dropout: float = 0.0
-    """After each dense layer of an MLP block."""
-    stochastic_depth: float = 0.0
-    """Probability to drop the last block's branches; rises linearly from 0 at the first."""
-    rescale: bool = False
-    """Divide surviving branches by 1 − p (timm does, the authors' code does not)."""
-    search: SearchRecipe
-    data: DataRecipe
-    optimization: OptimizationRecipe
-    run: RunRecipe
+    launch: LaunchOptions = field(default_factory=LaunchOptions)
 
 
 def run(args: Sequence[str]) -> int:
-    args = [dashed(arg) for arg in args]
-    plan, words = base_transfer(args)
-    recipe, size = prefer(plan.recipe, args), plan.recipe.model.image_size
-    if option(args, "--learning-rate"):
-        if option(args, "--learning-rates"):
-            raise UserError("both --learning-rate and --learning-rates: one rate, or several to choose from")
-        plan = dataclasses.replace(plan, search=dataclasses.replace(plan.search, learning_rates=()))
-    chosen = parse(
-        Arguments,
-        words,
-        verb="finetune",
-        description=DESCRIPTION.format(recipes=listed(TRANSFERS), name=recipe.name),
-        default=Arguments(
-            weights="",
-            image_size=() if size is None else (size,),
-            search=plan.search,
-            data=recipe.data,
-            optimization=recipe.optimization,
-            run=recipe.run,
-        ),
-    )
-    if not chosen.weights:
+    arguments, given = parse_arguments(args)
+    if not arguments.weights:
         raise UserError("no weights: name a file, or hf-hub:OWNER/NAME (mixer finetune --help)")
-    if not chosen.data.data:
+    plan = override_transfer(get_transfer(arguments.recipe), arguments.weights, given)
+    recipe, search = plan.recipe, plan.search
+    if not recipe.data.data:
         raise UserError("no --data: name the images to fine-tune on (cifar10, pets, …, a folder, or a .zip of one)")
-    settings = ("dropout", "stochastic_depth", "rescale", "frozen")
-    height, width = pair(chosen.image_size) if chosen.image_size else (None, None)
-    recipe = dataclasses.replace(
-        recipe,
-        model=dataclasses.replace(
-            recipe.model,
-            weights=chosen.weights,
-            image_size=height,
-            image_width=None if width == height else width,
-            **{name: getattr(chosen, name) for name in settings},
-        ),
-        **{name: getattr(chosen, name) for name in ("data", "optimization", "run")},
-    )
-    plan = check_transfer(Transfer(recipe=recipe, search=chosen.search))
-    launch = dataclasses.replace(chosen.launch, resume=chosen.launch.resume or ("auto" if chosen.out else None))
-    out, command = folder(chosen.out, launch), ["finetune", *args]
-    if not (plan.search.learning_rates or plan.search.seeds > 1):
-        return carry_out(recipe, out, chosen.json, command, launch)
-    return search_and_train(plan, out, chosen.json, command, launch)
+    searches = bool(search.learning_rates) or search.seeds > 1
+    launch = arguments.launch
+    launch = dataclasses.replace(launch, resume=launch.resume or ("auto" if arguments.out else None))
+    out = run_folder(arguments.out, launch)
+    if must_launch(recipe, launch):
+        return launch_processes(launch, ["finetune", *args])
+    command = shlex.join(["mixer", "finetune", *args])
+    with distributed_run(recipe) as context:
+        folder = context.broadcast_from_rank0(lambda: out or new_run_folder(recipe))
+        if searches:
+            resume_command = command if out else f"{command} --out {shlex.quote(str(folder))}"
+            summary = search_and_train(plan, folder, command, launch, context, resume_command)
+        else:
+            summary = train_and_report(recipe, folder, command, launch, context)
+        if context.is_rank0:
+            announce(summary, folder, arguments.json)
+    return 0
 
 
-def base_transfer(args: Sequence[str]) -> tuple[Transfer, Sequence[str]]:
-    """The recipe named by the second word, else photos, and the words without its name."""
-    if len(args) > 1 and not args[0].startswith("-") and not args[1].startswith("-"):
-        return get_transfer(args[1]), [args[0], *args[2:]]
-    return get_transfer("photos"), args
-
-
-def search_and_train(plan: Transfer, out: Path | None, as_json: bool, words: Sequence[str], launch: Launch) -> int:
-    """As ``carry_out``, for many runs; those that are complete are not made again."""
-    if starts_others(plan.recipe, launch):
-        return start_all(launch, words)
-    from allmlp.distributed.context import init_distributed
-    from allmlp.training.run import check_validation
-    from allmlp.training.sweep import transfer
+def search_and_train(
+    plan: Transfer,
+    out: Path,
+    command: str,
+    launch: LaunchOptions,
+    context: "DistributedContext",
+    resume_command: str,
+) -> dict[str, Any]:
+    """Tries the learning rates and trains once per seed; runs that are complete are not repeated."""
+    from allmlp.training.build import check_validation
+    from allmlp.training.sweep import sweep
 
     launch = dataclasses.replace(launch, resume="auto")
-    command = f"mixer {shlex.join(words)}"
-    with init_distributed(plan.recipe.run.timeout_seconds, plan.recipe.run.device) as context:
-        speak_for(context)
-        context.local_rank0_first(lambda: check_validation(plan.recipe))  # before hours of searching
-        chosen = context.broadcast_from_rank0(lambda: out or new_folder(plan.recipe))
-        again = command if out else f"{command} --out {shlex.quote(str(chosen))}"
 
-        def run_one(recipe: Recipe, folder: Path) -> dict[str, Any]:
-            return train_and_report(recipe, folder, command, context, launch, again)
+    def run_one(recipe: Recipe, folder: Path) -> dict[str, Any]:
+        return train_and_report(recipe, folder, command, launch, context, resume_command)
 
-        summary = transfer(plan, chosen, run_one, context)
-        if context.is_rank0:
-            announce(summary, chosen, as_json)
-    return 0
+    context.local_rank0_first(lambda: check_validation(plan.recipe))  # before hours of searching
+    return sweep(plan, out, run_one, context)
+
+
+def parse_arguments(args: Sequence[str]) -> tuple[Arguments, Overrides]:
+    """The arguments, and the fields of the recipe and of the search that were given as options."""
+    plan = get_transfer(args[1] if len(args) > 1 and args[1] in TRANSFERS else "photos")
+    size = plan.recipe.model.image_size
+    size_help = "In pixels, one number, or height and width: multiples of the patch size; none: that of the weights."
+    model = {"image_size": Option(tuple[int, ...], size_help, () if size is None else (size,))}
+    model |= {name: option for name, option in options_of(plan.recipe.model).items() if name in MODEL_FIELDS}
+    groups = {"search": section_group(plan.search), **recipe_groups(plan.recipe)}
+    groups["model"] = option_group("The model made from the weights.", model)
+    description = DESCRIPTION.format(recipes=list_names(TRANSFERS), name=plan.recipe.name)
+    return parse_with_overrides(Arguments, groups, args, verb="finetune", description=description)
+
+
+def override_transfer(plan: Transfer, weights: str, given: Overrides) -> Transfer:
+    """The transfer of these weights, with the fields given."""
+    model = override_transfer_model(plan.recipe.model, weights, given["model"])
+    return Transfer(recipe=override(plan.recipe, model, given), search=override_search(plan.search, given))
+
+
+def override_transfer_model(model: ModelRecipe, weights: str, given: dict[str, Any]) -> ModelRecipe:
+    if "image_size" in given:
+        height, width = height_and_width(given["image_size"]) if given["image_size"] else (None, None)
+        given = given | {"image_size": height, "image_width": None if width == height else width}
+    return dataclasses.replace(model, weights=weights, **given)

@@ -9,95 +9,95 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-from allmlp.cli.arguments import parse
+from allmlp.cli.arguments import Weights, parse
 from allmlp.errors import UserError, printable
 from allmlp.files import to_json
 
 if TYPE_CHECKING:
     from allmlp.inference.predict import Prediction
 
-DESCRIPTION = """Labels and probabilities for images, in the order given, in constant memory.
+DESCRIPTION = """Prints labels and probabilities for images, in the order given, in constant memory.
 
 example: mixer predict runs/photos/model.safetensors a.jpg holiday/ more.zip --format csv"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    weights: tyro.conf.Positional[str]
-    """A file of ours, the authors' (.npz), timm's or lucidrains', or hf-hub:OWNER/NAME."""
+    weights: Weights
     images: tyro.conf.Positional[tuple[Path, ...]]
-    """Image files, folders of images, zips of images."""
+    """Image files, folders of images, .zip files of images."""
     top: int = 5
-    """Classes of each image, the most probable first."""
+    """Number of classes to print per image, the most probable first."""
     format: Literal["table", "jsonl", "csv"] = "table"
-    """A line an image: for reading, as JSON lines, or as CSV."""
+    """Output: one line per image, one JSON object per image, or CSV with one row per class."""
     json: bool = False
-    """Print one JSON object instead."""
+    """Print one JSON object for all images, in place of --format."""
     batch_size: int = 32
-    """Images that are computed together."""
+    """Images per forward pass."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of matrix products; auto: bfloat16 where the hardware has it."""
+    """Precision of matrix products; auto: bfloat16 if the hardware supports it."""
     max_pixels: int = 64_000_000
-    """Larger images are refused."""
+    """Largest image that is read, in pixels; larger ones count as unreadable."""
 
 
 def run(args: Sequence[str]) -> None:
-    chosen = parse(Arguments, args, verb="predict", description=DESCRIPTION)
-    if not chosen.images:
-        raise UserError("no image is named: mixer predict WEIGHTS a.jpg photos/ more.zip")
-    from allmlp.cli.display import list_unreadable, progress_bar
+    arguments = parse(Arguments, args, verb="predict", description=DESCRIPTION)
+    if not arguments.images:
+        raise UserError("no images: name files, folders or zips, as in mixer predict WEIGHTS a.jpg photos/ more.zip")
+    from allmlp.cli.display import describe_unreadable, progress_bar
     from allmlp.inference.predict import find_images, predict_stream
     from allmlp.weights.load import load
 
-    for path in chosen.images:  # before the first row is printed
+    for path in arguments.images:  # so that a mistake is reported before the first row is printed
         next(find_images(path))
-    places = (place for path in chosen.images for place in find_images(path))
+    images = (image for path in arguments.images for image in find_images(path))
     predictions = predict_stream(
-        load(chosen.weights),
-        places,
-        chosen.top,
-        batch_size=chosen.batch_size,
-        device=chosen.device,
-        precision=chosen.precision,
-        max_pixels=chosen.max_pixels,
+        load(arguments.weights),
+        images,
+        arguments.top,
+        batch_size=arguments.batch_size,
+        device=arguments.device,
+        precision=arguments.precision,
+        max_pixels=arguments.max_pixels,
     )
     problems: dict[str, str] = {}
-    read = 0
+    count = 0
 
     def rows() -> Iterator["Prediction"]:
-        nonlocal read
+        nonlocal count
         for prediction in predictions:
             if prediction.problem is None:
-                read += 1
+                count += 1
             else:
                 problems[prediction.image] = prediction.problem
-            bar.update(read + len(problems), None, f"{read + len(problems):,} images")
+            bar.update(count + len(problems), None, f"{count + len(problems):,} images")
             yield prediction
 
-    write = as_object if chosen.json else {"table": as_table, "jsonl": as_lines, "csv": as_csv}[chosen.format]
-    with progress_bar(wanted=not sys.stdout.isatty()) as bar:  # on a terminal, the rows show how far it is
+    formats = {"table": print_table, "jsonl": print_json_lines, "csv": print_csv}
+    write = print_json if arguments.json else formats[arguments.format]
+    with progress_bar(wanted=not sys.stdout.isatty()) as bar:  # on a terminal, the rows themselves show the progress
         write(rows())
-    if problems and not read:
-        raise UserError(next(iter(problems.values())) if len(problems) == 1 else list_unreadable(list(problems)))
+    if problems and not count:
+        raise UserError(next(iter(problems.values())) if len(problems) == 1 else describe_unreadable(list(problems)))
     if problems:
-        print(list_unreadable(list(problems)), file=sys.stderr)
+        print(describe_unreadable(list(problems)), file=sys.stderr)
 
 
-def as_table(rows: Iterator["Prediction"]) -> None:
+def print_table(rows: Iterator["Prediction"]) -> None:
     for row in rows:
         shown = "  ".join(f"{name} {probability:.4f}" for name, probability in row.classes)
         print(f"{printable(row.image)}\t{printable(shown or row.problem or '')}", flush=True)
 
 
-def as_lines(rows: Iterator["Prediction"]) -> None:
+def print_json_lines(rows: Iterator["Prediction"]) -> None:
     for row in rows:
-        print(to_json(fields(row)), flush=True)
+        print(to_json(to_dict(row)), flush=True)
 
 
-def as_csv(rows: Iterator["Prediction"]) -> None:
-    """One row a class: image, rank, class, probability, problem."""
+def print_csv(rows: Iterator["Prediction"]) -> None:
+    """One row per class: image, rank, class, probability, problem."""
     writer = csv.writer(sys.stdout, lineterminator="\n")
     writer.writerow(["image", "rank", "class", "probability", "problem"])
     for row in rows:
@@ -107,15 +107,15 @@ def as_csv(rows: Iterator["Prediction"]) -> None:
             writer.writerow([row.image, "", "", "", row.problem])
 
 
-def as_object(rows: Iterator["Prediction"]) -> None:
-    """One JSON object, written as it comes, so that its length does not matter."""
+def print_json(rows: Iterator["Prediction"]) -> None:
+    """One JSON object, written row by row, so that memory stays constant."""
     print('{"predictions": [', end="")
     for i, row in enumerate(rows):
-        print(", " if i else "", to_json(fields(row)), sep="", end="")
+        print(", " if i else "", to_json(to_dict(row)), sep="", end="")
     print("]}")
 
 
-def fields(row: "Prediction") -> dict:
+def to_dict(row: "Prediction") -> dict:
     if row.problem is not None:
         return {"image": row.image, "problem": row.problem}
     best = [{"class": name, "probability": probability} for name, probability in row.classes]

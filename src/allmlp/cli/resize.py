@@ -6,42 +6,42 @@ from pathlib import Path
 
 import tyro
 
-from allmlp.cli.arguments import pair, parse
+from allmlp.cli.arguments import Weights, height_and_width, parse
+from allmlp.cli.costs import compare_costs, print_comparison
 from allmlp.files import to_json
 
-DESCRIPTION = """Writes weights for another image size, ready to be fine-tuned at it.
+DESCRIPTION = """Writes weights for another image size, ready to be fine-tuned at that size.
 
 example: mixer resize Mixer-B_16.npz b16-448.safetensors --image-size 448
 
-An integer factor is Supplement C of the paper: each part of the image is processed as a whole one was, and D_S grows by
-the number of parts. At any other size token mixing is resampled over the grid of patches, and D_S stays."""
+An integer factor follows Supplement C of the paper: each part of the image is processed as the whole image was before,
+and D_S grows by the number of parts. At other sizes, token mixing is resampled over the grid of patches, and D_S stays
+the same."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    weights: tyro.conf.Positional[str]
-    """A file of ours, the authors' (.npz), timm's or lucidrains', or hf-hub:OWNER/NAME."""
+    weights: Weights
     out: tyro.conf.Positional[Path]
     """The file to write, .safetensors."""
     image_size: tuple[int, ...]
-    """In pixels, one number, or height and width as 448 320; multiples of the patch size."""
+    """In pixels, one number, or height and width, such as 448 320; multiples of the patch size."""
     json: bool = False
     """Print one JSON object."""
 
 
 def run(args: Sequence[str]) -> None:
-    chosen = parse(Arguments, args, verb="resize", description=DESCRIPTION)
-    from allmlp.cli.info import compare_costs, show_resize
+    arguments = parse(Arguments, args, verb="resize", description=DESCRIPTION)
     from allmlp.weights.load import load
     from allmlp.weights.native import save
     from allmlp.weights.resize import resize
 
-    model = load(chosen.weights)
-    resized = resize(model, pair(chosen.image_size))
-    save(resized, chosen.out)
+    model = load(arguments.weights)
+    resized = resize(model, height_and_width(arguments.image_size))
+    save(resized, arguments.out)
     costs = compare_costs(model.config, resized.config)
-    if chosen.json:
-        print(to_json({"weights": chosen.weights, "out": str(chosen.out), **costs}))
+    if arguments.json:
+        print(to_json({"weights": arguments.weights, "out": str(arguments.out), **costs}))
     else:
-        show_resize(costs)
-        print(f"weights  {chosen.out}")
+        print_comparison(costs)
+        print(f"weights  {arguments.out}")

@@ -11,7 +11,7 @@ import tyro
 from allmlp.cli.arguments import parse
 from allmlp.files import to_json
 
-DESCRIPTION = """Prints where a run is: how far, how well, how fast, its checkpoints, and how to go on with it.
+DESCRIPTION = """Prints the progress of a run: step, accuracy, speed, checkpoints, and how to resume it.
 
 example: mixer status runs/digits-20260501-120000"""
 
@@ -21,54 +21,55 @@ class Arguments:
     run: tyro.conf.Positional[Path]
     """The run's folder."""
     verify: bool = False
-    """Read the newest checkpoint in full, and hold every file to its SHA-256."""
+    """Read the newest checkpoint in full and check each file's SHA-256."""
     json: bool = False
     """Print one JSON object."""
 
 
 def run(args: Sequence[str]) -> None:
-    chosen = parse(Arguments, args, verb="status", description=DESCRIPTION)
+    arguments = parse(Arguments, args, verb="status", description=DESCRIPTION)
     from allmlp.runs.status import status
 
-    told = status(chosen.run, chosen.verify)
-    if chosen.json:
-        print(to_json(told))
+    found = status(arguments.run, arguments.verify)
+    if arguments.json:
+        print(to_json(found))
         return
-    for name, text in lines(told):
+    for name, text in status_lines(found):
         print(f"{name:12} {text}")
 
 
-def lines(told: dict[str, Any]) -> list[tuple[str, str]]:
-    """What is known, in words."""
-    shown = [("run", f"{told['run']}, recipe {told['recipe']}: {told['state']}")]
-    of = f" of {told['steps']:,}" if told["steps"] else ""
-    epoch = "" if told["epoch"] is None else f", epoch {told['epoch']:.4g}"
-    shown.append(("step", f"{told['step']:,}{of}{epoch}"))
-    if told["loss"] is not None:
-        shown.append(("loss", f"{told['loss']:.4f}"))
-    if told["val_top1"] is not None:
-        best = f" (best {told['best'][1]:.4f} at step {told['best'][0]:,})" if told["best"] else ""
-        shown.append(("validation", f"top-1 {told['val_top1']:.4f}{best}"))
-    if told["images_per_second"] is not None:
-        wait = f", {told['data_wait']:.0%} of the time waiting for images"
-        shown.append(("speed", f"{told['images_per_second']:,.0f} images/s{wait}"))
-    if told["seconds"] is not None:
-        left = "" if told["left_seconds"] is None else f", about {duration(told['left_seconds'])} to go"
-        shown.append(("time", f"{duration(told['seconds'])} in steps{left}"))
-    if told["checkpoints"]:
-        steps = ", ".join(f"{step:,}" for step in told["checkpoints"])
-        shown.append(("checkpoints", f"steps {steps}; the newest {duration(told['saved_seconds_ago'])} ago"))
+def status_lines(status: dict[str, Any]) -> list[tuple[str, str]]:
+    """(name, text) of each line to print."""
+    shown = [("run", f"{status['run']}, recipe {status['recipe']}: {status['state']}")]
+    of = f" of {status['steps']:,}" if status["steps"] else ""
+    epoch = "" if status["epoch"] is None else f", epoch {status['epoch']:.4g}"
+    shown.append(("step", f"{status['step']:,}{of}{epoch}"))
+    if status["loss"] is not None:
+        shown.append(("loss", f"{status['loss']:.4f}"))
+    if status["val_top1"] is not None:
+        best = f" (best {status['best'][1]:.4f} at step {status['best'][0]:,})" if status["best"] else ""
+        shown.append(("validation", f"top-1 {status['val_top1']:.4f}{best}"))
+    if status["images_per_second"] is not None:
+        wait = f", {status['data_wait']:.0%} of the time spent waiting for images"
+        shown.append(("speed", f"{status['images_per_second']:,.0f} images/s{wait}"))
+    if status["seconds"] is not None:
+        left = "" if status["left_seconds"] is None else f", about {format_duration(status['left_seconds'])} left"
+        shown.append(("time", f"{format_duration(status['seconds'])} in steps{left}"))
+    if status["checkpoints"]:
+        steps = ", ".join(f"{step:,}" for step in status["checkpoints"])
+        shown.append(("checkpoints", f"steps {steps}; the newest {format_duration(status['saved_seconds_ago'])} ago"))
     else:
         shown.append(("checkpoints", "none yet"))
-    if "sound" in told:
-        shown.append(("verified", "nothing to verify" if told["sound"] is None else f"step {told['sound']:,} is sound"))
-    if told["state"] == "stopped":
-        shown.append(("go on", f"mixer train --resume {shlex.quote(told['run'])}"))
+    if "sound" in status:
+        sound = "nothing to verify" if status["sound"] is None else f"step {status['sound']:,} is sound"
+        shown.append(("verified", sound))
+    if status["state"] == "stopped":
+        shown.append(("resume", f"mixer train --resume {shlex.quote(status['run'])}"))
     return shown
 
 
-def duration(seconds: float) -> str:
-    """In the largest unit that is not below one."""
+def format_duration(seconds: float) -> str:
+    """A duration in its largest unit of at least one."""
     for unit, size in (("days", 86_400), ("h", 3_600), ("min", 60)):
         if seconds >= size:
             return f"{seconds / size:.1f} {unit}"

@@ -1,1 +1,1 @@
-"""What to train and how: recipes, typed, and to and from JSON."""
+"""Recipes: what to train and how, with limits, and their JSON."""

@@ -1,98 +1,116 @@
-"""What to train and how, typed, frozen, reloadable. No torch here: the command line's help is made from this."""
+"""What to train and how: typed, frozen, each limit beside its field. An invalid recipe cannot be made.
 
-import dataclasses
-import difflib
-import json
+The docstrings of the fields are the command line's help, which is made without importing torch.
+"""
+
 import re
-import types
-import typing
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Literal
 
+from allmlp.config.limits import Limits, check_limits, flag
 from allmlp.errors import UserError
+
+MODEL_SIZES = ("model", "patch_size", "num_blocks", "hidden_dim", "tokens_mlp_dim", "channels_mlp_dim", "gelu")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelRecipe:
-    """The Mixer: a variant of Table 1, or sizes of one's own (which override the variant's), or trained weights."""
+    """The Mixer: a variant of Table 1, custom sizes (which override the variant's), or trained weights."""
 
     model: str | None = None
     """A variant of Table 1: S/32, S/16, B/32, B/16, L/32, L/16, H/14."""
     weights: str | None = None
-    """Weights to start from, a file or hf-hub:OWNER/NAME: the sizes are theirs, the head starts at zero."""
-    image_size: int | None = 224
+    """Trained weights to start from, a file or hf-hub:OWNER/NAME. They set the sizes; the head starts at zero."""
+    image_size: Annotated[int | None, Limits(above=0)] = 224
     """Height and width of the input in pixels, a multiple of the patch size; None: that of --weights."""
-    image_width: int | None = None
-    """Width in pixels, where it is not the height."""
+    image_width: Annotated[int | None, Limits(above=0)] = None
+    """Width of the input in pixels, if it differs from the height."""
     patch_size: int | None = None
     """Height and width of a patch in pixels."""
     num_blocks: int | None = None
-    """Layers, each one token-mixing and one channel-mixing MLP."""
+    """Number of layers, each one token-mixing and one channel-mixing MLP."""
     hidden_dim: int | None = None
-    """C, the width of a token."""
+    """C, the number of channels of a token."""
     tokens_mlp_dim: int | None = None
-    """D_S, hidden width of the token-mixing MLPs."""
+    """D_S, the hidden width of the token-mixing MLPs."""
     channels_mlp_dim: int | None = None
-    """D_C, hidden width of the channel-mixing MLPs."""
+    """D_C, the hidden width of the channel-mixing MLPs."""
     gelu: Literal["tanh", "erf"] | None = None
-    """The GELU: the authors' tanh approximation, or the exact form; None: tanh, or that of --weights."""
-    dropout: float = 0.0
-    """After each dense layer of an MLP block."""
-    stochastic_depth: float = 0.0
-    """Probability to drop the last block's branches; rises linearly from 0 at the first."""
-    head_bias: float = 0.0
-    """Of every class at the start; with --loss sigmoid, -6.9 for ImageNet, -10 for ImageNet-21k."""
+    """GELU by the authors' tanh approximation, or exact (erf); None: tanh, or that of --weights."""
+    dropout: Annotated[float, Limits(at_least=0, below=1)] = 0.0
+    """Dropout rate after each dense layer of an MLP block."""
+    stochastic_depth: Annotated[float, Limits(at_least=0, below=1)] = 0.0
+    """Probability of dropping the last block's branches; rises linearly from 0 at the first block."""
+    head_bias: Annotated[float, Limits()] = 0.0
+    """Initial bias of every class; with --loss sigmoid, -6.9 for ImageNet and -10 for ImageNet-21k."""
     frozen: bool = False
-    """With --weights: only the new head is trained."""
+    """With --weights: train only the new head."""
     rescale: bool = False
-    """Divide surviving branches by 1 − p (timm does, the authors' code does not)."""
+    """Stochastic depth divides the branches it keeps by 1 − p (timm does, the authors' code does not)."""
+
+    def __post_init__(self) -> None:
+        check_limits(self)
+        if self.frozen and self.weights is None:
+            raise UserError("--frozen without --weights: a new network has nothing worth freezing")
+        sizes = [name for name in MODEL_SIZES if getattr(self, name) is not None]
+        if self.weights is not None and sizes:
+            raise UserError(f"{flag(sizes[0])} and --weights: the weights set the sizes, so leave it out")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataRecipe:
-    """The images, and how they are seen."""
+    """The images, their splits and their augmentation."""
 
     data: str = "digits"
     """SOURCE: digits, cifar10, cifar100, pets, flowers102, a folder of images, or a .zip of one."""
-    val_fraction: float = 0.1
-    """Of the training images, cut off for validation where there is no val/ part."""
-    test_fraction: float = 0.2
-    """Of all images, cut off for test where there are no parts."""
+    val_fraction: Annotated[float, Limits(at_least=0, below=1)] = 0.1
+    """Fraction of the training images to use for validation, if the source has no validation split."""
+    test_fraction: Annotated[float, Limits(at_least=0, below=1)] = 0.2
+    """Fraction of all images to use for testing, if the source has no splits."""
     split_seed: int = 0
-    """Another one gives another split."""
+    """Seed of the random splits."""
     crop: Literal["resmall", "resize"] | None = "resmall"
-    """Evaluation: resize the shorter side, or both sides, then cut out the centre; None: as --weights had it."""
-    crop_ratio: float | None = 224 / 256
-    """Evaluation: side that is kept of the resized image; None: as --weights had it."""
+    """Evaluation: resize the shorter side, or both sides, then crop the centre; None: as recorded with --weights."""
+    crop_ratio: Annotated[float | None, Limits(above=0, at_most=1)] = 224 / 256
+    """Evaluation: side of the crop relative to the resized image; None: as recorded with --weights."""
     interpolation: Literal["nearest", "bilinear", "bicubic"] | None = "bilinear"
-    """How images are resized; None: as --weights had it."""
+    """Interpolation when images are resized; None: as recorded with --weights."""
     train_crop: Literal["none", "pad", "inception"] = "inception"
-    """Training: the evaluation's view, that view shifted within a reflected border, or 5-100 % of the area."""
-    crop_padding: int = 4
-    """Pixels of the border for --train-crop pad."""
+    """Training: the evaluation crop, that crop shifted within a reflected border, or 5-100 % of the area."""
+    crop_padding: Annotated[int, Limits(at_least=0)] = 4
+    """Width of the border for --train-crop pad, in pixels."""
     flip: bool = True
-    """Training: mirror every second image."""
-    randaugment: float | None = None
-    """Training: magnitude of RandAugment, where 10 is strong; the paper's are 10, 15 and 20."""
-    randaugment_layers: int = 2
-    """Operations of RandAugment for each image."""
-    color_jitter: float = 0.0
-    """Training: brightness, contrast and saturation times a factor of 1 ± this."""
-    mixup: float | None = None
-    """Training: p of mixup's Beta(p, p); the paper's are 0.2 and 0.5."""
-    cutmix: float | None = None
-    """Training: p of CutMix's Beta(p, p), usually 1; with mixup too, each step does one of them."""
-    mix_group_size: int = 8
-    """Images, one after the other in a batch, that are mixed with each other."""
-    holdout: float = 0.0
-    """Of the training images, cut off in place of any val/ part, and no test: for choosing settings."""
-    max_pixels: int = 64_000_000
-    """Larger images are refused."""
-    max_unreadable_fraction: float = 0.01
-    """The run stops when more of the training images than this cannot be read."""
-    workers: int | None = None
-    """Processes that load images; None: chosen by the number of images and cores."""
+    """Training: mirror images with probability 1/2."""
+    randaugment: Annotated[float | None, Limits(at_least=0, at_most=100, hint="10 is strong")] = None
+    """Training: magnitude of RandAugment, where 10 is strong; the paper uses 10, 15 and 20."""
+    randaugment_layers: Annotated[int, Limits(above=0)] = 2
+    """RandAugment operations per image."""
+    color_jitter: Annotated[float, Limits(at_least=0)] = 0.0
+    """Training: multiply brightness, contrast and saturation by a factor within 1 ± this."""
+    mixup: Annotated[float | None, Limits(above=0)] = None
+    """Training: p of mixup's Beta(p, p); the paper uses 0.2 and 0.5."""
+    cutmix: Annotated[float | None, Limits(above=0)] = None
+    """Training: p of CutMix's Beta(p, p), usually 1; combined with mixup, each step uses one of the two."""
+    mix_group_size: Annotated[int, Limits(above=0)] = 8
+    """Consecutive images of a batch that mixup and CutMix mix with one another."""
+    holdout: Annotated[float, Limits(at_least=0, below=1)] = 0.0
+    """Fraction of the training images to validate on, in place of any validation and test splits: for tuning."""
+    max_pixels: Annotated[int, Limits(above=0)] = 64_000_000
+    """Largest image that is read, in pixels; larger ones count as unreadable."""
+    max_unreadable_fraction: Annotated[float, Limits(at_least=0)] = 0.01
+    """The run stops if a larger fraction of the training images cannot be read."""
+    workers: Annotated[int | None, Limits(at_least=0)] = None
+    """Processes that load images; None: chosen from the number of images and CPU cores."""
+
+    def __post_init__(self) -> None:
+        check_limits(self)
+        if self.mixes and self.mix_group_size < 2:
+            raise UserError(f"--mix-group-size {self.mix_group_size}: must be at least 2 to mix images")
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images are mixed with one another."""
+        return self.mixup is not None or self.cutmix is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,82 +118,88 @@ class OptimizationRecipe:
     """AdamW or SGD, linear warm-up, decay to zero, gradients clipped at a global norm."""
 
     optimizer: Literal["adamw", "sgd"] = "adamw"
-    """AdamW for training from scratch; SGD with momentum, without weight decay, for fine-tuning."""
-    epochs: float = 300
+    """AdamW for training from scratch; SGD with momentum and no weight decay for fine-tuning."""
+    epochs: Annotated[float, Limits(above=0)] = 300
     """Passes over the training images."""
-    steps: int | None = None
-    """Steps, instead of --epochs."""
-    global_batch_size: int = 4096
-    """Images per step."""
-    micro_batch_size: int | None = None
-    """Images at a time, whose gradients add up to a step's: less memory, the same result; None: all of a step."""
+    steps: Annotated[int | None, Limits(above=0)] = None
+    """Number of steps, in place of --epochs."""
+    global_batch_size: Annotated[int, Limits(above=0)] = 4096
+    """Images per step, over all processes."""
+    micro_batch_size: Annotated[int | None, Limits(above=0)] = None
+    """Images per forward and backward pass; gradients accumulate over a step: less memory, same result; None: all."""
     recompute: bool = False
-    """Compute each block again in the backward pass instead of keeping its activations: less memory, more time."""
+    """Recompute activations in the backward pass instead of storing them: less memory, more time."""
     loss: Literal["softmax", "sigmoid"] = "softmax"
-    """Cross-entropy over exclusive classes, or the authors' for pre-training: one for each class, summed."""
-    learning_rate: float = 1e-3
-    """At the end of the warm-up."""
-    momentum: float = 0.9
-    """Of SGD."""
-    weight_decay: float = 0.1
-    """Of Adam: decoupled, times the learning rate, on kernels only."""
-    beta1: float = 0.9
-    """Of Adam."""
-    beta2: float = 0.999
-    """Of Adam."""
-    warmup_steps: int = 10_000
+    """Cross-entropy over exclusive classes, or one binary cross-entropy per class, summed, as the authors pre-train."""
+    learning_rate: Annotated[float, Limits(above=0, at_most=1e30, hint="1e-3 is usual")] = 1e-3
+    """Peak learning rate, at the end of the warm-up."""
+    momentum: Annotated[float, Limits(at_least=0, below=1)] = 0.9
+    """Momentum of SGD."""
+    weight_decay: Annotated[float, Limits(at_least=0)] = 0.1
+    """AdamW's decoupled weight decay: multiplied by the learning rate, applied to kernels only."""
+    beta1: Annotated[float, Limits(at_least=0, below=1)] = 0.9
+    """AdamW's decay rate of the first moment."""
+    beta2: Annotated[float, Limits(at_least=0, below=1)] = 0.999
+    """AdamW's decay rate of the second moment."""
+    warmup_steps: Annotated[int, Limits(at_least=0)] = 10_000
     """Steps of linear warm-up."""
     decay: Literal["linear", "cosine"] = "linear"
-    """After the warm-up."""
-    clip_norm: float | None = 1.0
-    """Global norm of the gradient, None: not clipped."""
-    label_smoothing: float = 0.0
-    """Share of the target that is spread over all classes."""
-    ema_decay: float | None = None
-    """Polyak averaging: what is evaluated and saved is avg = polyak · avg + (1 − polyak) · weights, as of each step."""
+    """Shape of the learning rate's decay after the warm-up."""
+    clip_norm: Annotated[float | None, Limits(above=0)] = 1.0
+    """Global norm at which gradients are clipped; None: no clipping."""
+    label_smoothing: Annotated[float, Limits(at_least=0, below=1)] = 0.0
+    """Share of the target that is spread evenly over all classes."""
+    ema_decay: Annotated[float | None, Limits(at_least=0, below=1)] = None
+    """Evaluate and save an exponential moving average of the weights with this decay per step; None: no averaging."""
+
+    def __post_init__(self) -> None:
+        check_limits(self)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecipe:
-    """The run: randomness, hardware, cadences."""
+    """The run: seed, hardware, evaluation, checkpoints."""
 
-    seed: int = 0
-    """Of weights, order and augmentation."""
+    seed: Annotated[int, Limits(at_least=0, below=2**31)] = 0
+    """Seed of initial weights, image order and augmentation."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of matrix products; auto: bfloat16 where the hardware has it; float16: with gradients scaled."""
+    """Precision of matrix products; auto: bfloat16 if the hardware supports it; float16 scales the gradients."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile for the training step; auto: where the run is long enough to win back the compiler's time."""
-    evaluate_every_epochs: float = 1.0
-    """Epochs between evaluations on the validation part (and saved checkpoints)."""
-    evaluate_every_steps: int | None = None
-    """Steps between them, instead of epochs."""
+    """torch.compile for the training step; auto: if the run is long enough to repay the compilation time."""
+    evaluate_every_epochs: Annotated[float, Limits(above=0)] = 1.0
+    """Epochs between evaluations on the validation split, each with a checkpoint."""
+    evaluate_every_steps: Annotated[int | None, Limits(above=0)] = None
+    """Steps between evaluations, in place of --evaluate-every-epochs."""
     keep: Literal["last", "best"] = "last"
-    """Which weights are the result: those at the end, or those with the best validation accuracy (early stopping)."""
-    patience: int | None = None
-    """Evaluations without a better validation accuracy after which the run ends; None: it goes on to the end."""
-    log_every_steps: int = 10
+    """Which weights to keep: the last, or those with the best validation accuracy (early stopping)."""
+    patience: Annotated[int | None, Limits(above=0)] = None
+    """Stop after this many evaluations without a better validation accuracy; None: train to the end."""
+    log_every_steps: Annotated[int, Limits(above=0)] = 10
     """Steps between lines of metrics.jsonl."""
-    save_every_steps: int | None = None
-    """Steps between checkpoints, beside those at each evaluation, at a signal and by the clock."""
-    save_every_minutes: float = 10.0
-    """Time after which a checkpoint is due in any case."""
+    save_every_steps: Annotated[int | None, Limits(above=0)] = None
+    """Steps between checkpoints, in addition to those at evaluations, at signals and by --save-every-minutes."""
+    save_every_minutes: Annotated[float, Limits(above=0)] = 10.0
+    """Longest time between checkpoints, in minutes."""
     save_in_background: bool = True
-    """Write checkpoints while the training goes on: it takes memory for one more copy of weights and moments."""
-    keep_checkpoints: int = 2
-    """How many of the newest checkpoints stay, beside the one with the best validation accuracy."""
+    """Write checkpoints while training continues: needs memory for another copy of weights and optimizer state."""
+    keep_checkpoints: Annotated[int, Limits(above=0)] = 2
+    """How many of the newest checkpoints to keep, in addition to the one with the best validation accuracy."""
     shard: bool = False
-    """On several processes: each holds a share of the weights and moments (FSDP2), not a copy of all (DDP)."""
-    timeout_seconds: float = 600.0
-    """On several processes: without any progress for so long, the run ends and names the stuck rank."""
+    """With several processes: each stores a shard of weights and optimizer state (FSDP2), not a full copy (DDP)."""
+    timeout_seconds: Annotated[float, Limits(above=0)] = 600.0
+    """With several processes: the run ends after this long without progress and names the stuck rank."""
     wandb: str | None = None
-    """A project of Weights & Biases that the metrics are also sent to (pip install wandb)."""
+    """Weights & Biases project that also receives the metrics (pip install wandb)."""
+
+    def __post_init__(self) -> None:
+        check_limits(self)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """All that decides a run. ``recipe.json`` in the run's folder holds it; ``from_json`` reads it again."""
+    """Everything that determines a run. The run's folder stores it as ``recipe.json``."""
 
     name: str = "custom"
     model: ModelRecipe = field(default_factory=ModelRecipe)
@@ -183,209 +207,59 @@ class Recipe:
     optimization: OptimizationRecipe = field(default_factory=OptimizationRecipe)
     run: RunRecipe = field(default_factory=RunRecipe)
 
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[\w-][\w. -]*", self.name):
+            raise UserError(
+                f"recipe name {self.name!r}: use only letters, digits, '-', '_' and '.', as it names a folder"
+            )
+        check_micro_batch_size(self)
+
+
+def check_micro_batch_size(recipe: Recipe) -> None:
+    """Checks that micro-batches divide the batch and hold complete groups of images to mix.
+
+    Raises:
+        UserError: names the nearest sizes that work.
+    """
+    batch, micro_batch = recipe.optimization.global_batch_size, recipe.optimization.micro_batch_size
+    if micro_batch is None or micro_batch == batch:
+        return
+    group = recipe.data.mix_group_size if recipe.data.mixes else 1
+    valid = [size for size in range(1, batch + 1) if batch % size == 0 and size % group == 0]
+    if micro_batch not in valid:
+        nearest = sorted(sorted(valid, key=lambda size: abs(size - micro_batch))[:3]) or [batch]
+        groups = f" and hold whole groups of {group} that mix (--mix-group-size)" if recipe.data.mixes else ""
+        raise UserError(
+            f"--micro-batch-size {micro_batch}: must divide --global-batch-size {batch}{groups}; the nearest: "
+            + ", ".join(map(str, nearest))
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class SearchRecipe:
-    """How a transfer finds its learning rate, and how often it is repeated."""
+    """Learning rates to try, and seeds to repeat the run with."""
 
-    learning_rates: tuple[float, ...] = ()
-    """Each is tried on held-out training images, and the best then used on all; none: --learning-rate is used."""
-    search_fraction: float = 0.1
-    """Of the training images, held out while the rates are tried; the test images are never looked at for it."""
-    seeds: int = 1
-    """Runs with the chosen rate, from --seed on, of which mean and standard deviation are told."""
+    learning_rates: Annotated[tuple[float, ...], Limits(above=0, at_most=1e30)] = ()
+    """Rates to try on held-out training images; the best one is then used on all images; none: --learning-rate."""
+    search_fraction: Annotated[float, Limits(above=0, below=1)] = 0.1
+    """Fraction of the training images held out while rates are tried; test images never play a part in the choice."""
+    seeds: Annotated[int, Limits(at_least=1)] = 1
+    """Runs with the chosen rate, with seeds from --seed on; their mean and standard deviation are reported."""
+
+    def __post_init__(self) -> None:
+        check_limits(self)
+        if len(set(self.learning_rates)) < len(self.learning_rates):
+            raise UserError(f"--learning-rates {' '.join(map(str, self.learning_rates))}: one rate is given twice")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Transfer:
-    """Weights moved to a data set: the recipe of each run, and the search around it."""
+    """Fine-tuning of trained weights on a data set: the recipe of each run, and the search around it."""
 
     recipe: Recipe
     search: SearchRecipe = field(default_factory=SearchRecipe)
 
-
-def check_transfer(transfer: Transfer) -> Transfer:
-    """The transfer itself; a UserError that names a field out of range, its value and its limits."""
-    check(transfer.recipe)
-    rates, fraction, seeds = (
-        transfer.search.learning_rates,
-        transfer.search.search_fraction,
-        transfer.search.seeds,
-    )
-    for rate in rates:
-        if not 0 < rate <= 1e30:
-            raise UserError(f"--learning-rates {' '.join(map(str, rates))}: each must be above 0, and at most 1e30")
-    if len(set(rates)) < len(rates):
-        raise UserError(f"--learning-rates {' '.join(map(str, rates))}: one of them is there twice")
-    if not 0 < fraction < 1:
-        raise UserError(f"--search-fraction {fraction}: must be above 0 and below 1")
-    if seeds < 1 or transfer.recipe.run.seed + seeds > 2**31:
-        raise UserError(f"--seeds {seeds}: at least 1, and --seed {transfer.recipe.run.seed} plus it at most {2**31}")
-    return transfer
-
-
-def check(recipe: Recipe) -> Recipe:
-    """The recipe itself; a UserError that names a field out of range, its value and its limits."""
-    fractions = {
-        "val_fraction": recipe.data.val_fraction,
-        "test_fraction": recipe.data.test_fraction,
-        "dropout": recipe.model.dropout,
-        "stochastic_depth": recipe.model.stochastic_depth,
-        "label_smoothing": recipe.optimization.label_smoothing,
-        "beta1": recipe.optimization.beta1,
-        "beta2": recipe.optimization.beta2,
-        "momentum": recipe.optimization.momentum,
-        "ema_decay": recipe.optimization.ema_decay,
-        "holdout": recipe.data.holdout,
-    }
-    for name, value in fractions.items():
-        if value is not None and not 0 <= value < 1:
-            raise UserError(f"{flag(name)} {value}: must be at least 0 and below 1")
-    above = {
-        "image_size": recipe.model.image_size,
-        "image_width": recipe.model.image_width,
-        "epochs": recipe.optimization.epochs,
-        "steps": recipe.optimization.steps,
-        "micro_batch_size": recipe.optimization.micro_batch_size,
-        "mixup": recipe.data.mixup,
-        "cutmix": recipe.data.cutmix,
-        "mix_group_size": recipe.data.mix_group_size,
-        "randaugment_layers": recipe.data.randaugment_layers,
-        "patience": recipe.run.patience,
-        "global_batch_size": recipe.optimization.global_batch_size,
-        "learning_rate": recipe.optimization.learning_rate,
-        "clip_norm": recipe.optimization.clip_norm,
-        "max_pixels": recipe.data.max_pixels,
-        "evaluate_every_epochs": recipe.run.evaluate_every_epochs,
-        "evaluate_every_steps": recipe.run.evaluate_every_steps,
-        "log_every_steps": recipe.run.log_every_steps,
-        "save_every_steps": recipe.run.save_every_steps,
-        "save_every_minutes": recipe.run.save_every_minutes,
-        "keep_checkpoints": recipe.run.keep_checkpoints,
-        "timeout_seconds": recipe.run.timeout_seconds,
-    }
-    for name, value in above.items():
-        if value is not None and not 0 < value < float("inf"):
-            raise UserError(f"{flag(name)} {value}: must be above 0")
-    least = {
-        "weight_decay": recipe.optimization.weight_decay,
-        "warmup_steps": recipe.optimization.warmup_steps,
-        "crop_padding": recipe.data.crop_padding,
-        "workers": recipe.data.workers,
-        "seed": recipe.run.seed,
-        "max_unreadable_fraction": recipe.data.max_unreadable_fraction,
-        "color_jitter": recipe.data.color_jitter,
-    }
-    for name, value in least.items():
-        if value is not None and not 0 <= value < float("inf"):
-            raise UserError(f"{flag(name)} {value}: must be at least 0")
-    if not re.fullmatch(r"[\w-][\w. -]*", recipe.name):
-        raise UserError(f"recipe name {recipe.name!r}: letters, digits, '-', '_' and '.' alone, for it names a folder")
-    if recipe.run.seed >= 2**31:
-        raise UserError(f"--seed {recipe.run.seed}: must be below {2**31}")
-    if not abs(recipe.model.head_bias) < float("inf"):
-        raise UserError(f"--head-bias {recipe.model.head_bias}: must be a finite number")
-    if recipe.model.frozen and recipe.model.weights is None:
-        raise UserError("--frozen without --weights: a new network has nothing worth freezing")
-    if recipe.optimization.learning_rate > 1e30:
-        raise UserError(f"--learning-rate {recipe.optimization.learning_rate}: at most 1e30 (1e-3 is usual)")
-    if recipe.data.randaugment is not None and not 0 <= recipe.data.randaugment <= 100:
-        raise UserError(f"--randaugment {recipe.data.randaugment}: must be at least 0 and at most 100; 10 is strong")
-    check_micro_batches(recipe)
-    own_sizes = ("model", "patch_size", "num_blocks", "hidden_dim", "tokens_mlp_dim", "channels_mlp_dim", "gelu")
-    given = [name for name in own_sizes if getattr(recipe.model, name) is not None]
-    if recipe.model.weights is not None and given:
-        raise UserError(f"{flag(given[0])} and --weights: the sizes are those of the weights, so leave it out")
-    if recipe.data.crop_ratio is not None and not 0 < recipe.data.crop_ratio <= 1:
-        raise UserError(f"{flag('crop_ratio')} {recipe.data.crop_ratio}: must be above 0 and at most 1")
-    return recipe
-
-
-def check_micro_batches(recipe: Recipe) -> None:
-    whole, part, group = (
-        recipe.optimization.global_batch_size,
-        recipe.optimization.micro_batch_size,
-        recipe.data.mix_group_size,
-    )
-    mixes = recipe.data.mixup is not None or recipe.data.cutmix is not None
-    if mixes and group < 2:
-        raise UserError(f"--mix-group-size {group}: an image that is to be mixed needs another; at least 2")
-    if part is None or part == whole:
-        return
-    fit = [size for size in range(1, whole + 1) if whole % size == 0 and (size % group == 0 or not mixes)]
-    if part not in fit:
-        near = ", ".join(map(str, sorted(sorted(fit, key=lambda size: abs(size - part))[:3]))) or str(whole)
-        groups = f" and hold whole groups of {group} that mix (--mix-group-size)" if mixes else ""
-        limits = f"must divide --global-batch-size {whole}{groups}"
-        raise UserError(f"--micro-batch-size {part}: {limits}; the nearest: {near}")
-
-
-def check_ranks(recipe: Recipe, world_size: int) -> None:
-    """A UserError where a step's images cannot be shared out among so many processes."""
-    whole, group = recipe.optimization.global_batch_size, recipe.data.mix_group_size
-    if whole % world_size:
-        near = max(whole // world_size, 1) * world_size
-        raise UserError(
-            f"--global-batch-size {whole} on {world_size} processes: a multiple of {world_size} is needed, as {near}"
-        )
-    part, share = recipe.optimization.micro_batch_size, whole // world_size
-    if part is not None and share % min(part, share):
-        raise UserError(f"--micro-batch-size {part}: must divide the {share} images of each of {world_size} processes")
-    if (recipe.data.mixup is not None or recipe.data.cutmix is not None) and share % group and world_size > 1:
-        raise UserError(
-            f"--mix-group-size {group}: images that mix must be on one process, and each of {world_size} has {share}: "
-            f"a divisor of {share} is needed"
-        )
-
-
-def micro_batch(settings: OptimizationRecipe, world_size: int) -> int:
-    """Images that one process computes at a time."""
-    share = settings.global_batch_size // world_size
-    return min(settings.micro_batch_size or share, share)
-
-
-def flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
-
-
-def to_json_object(recipe: Recipe) -> dict[str, Any]:
-    return dataclasses.asdict(recipe)
-
-
-def from_json(path: Path) -> Recipe:
-    """Reads a saved recipe; a UserError for an unknown field (with the nearest), a wrong type, a broken file."""
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not a recipe ({error}): give the recipe.json of a run's folder") from None
-    return check(build(Recipe, stored, str(path)))
-
-
-def build(kind: type, stored: Any, where: str) -> Any:
-    """A dataclass from parsed JSON, each field's type checked."""
-    if not isinstance(stored, dict):
-        names = ", ".join(field.name for field in dataclasses.fields(kind))
-        raise UserError(f"{where}: {stored!r} should be an object with the fields {names}")
-    hints = typing.get_type_hints(kind)
-    for key in stored:
-        if key not in hints:
-            near = difflib.get_close_matches(key, hints, 3) or list(hints)
-            raise UserError(f"{where}: unknown field {key!r}; the nearest: {', '.join(near)}")
-    return kind(**{key: convert(hints[key], value, f"{where}: {key}") for key, value in stored.items()})
-
-
-def convert(hint: Any, value: Any, where: str) -> Any:
-    if dataclasses.is_dataclass(hint):
-        return build(typing.cast(type, hint), value, where)
-    kinds = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
-    choices = [choice for kind in kinds if typing.get_origin(kind) is Literal for choice in typing.get_args(kind)]
-    if choices:
-        choices += [None] * (type(None) in kinds)
-        if value not in choices:
-            raise UserError(f"{where} = {value!r}: use one of {', '.join(map(repr, choices))}")
-        return value
-    if float in kinds and type(value) is int and abs(value) < 10**300:
-        return float(value)
-    if type(value) not in kinds:
-        raise UserError(f"{where} = {value!r}: should be {' or '.join(kind.__name__ for kind in kinds)}")
-    return value
+    def __post_init__(self) -> None:
+        seed, seeds = self.recipe.run.seed, self.search.seeds
+        if seed + seeds > 2**31:
+            raise UserError(f"--seeds {seeds}: added to --seed {seed}, must be at most {2**31}")

@@ -1,7 +1,7 @@
 """Starts the processes of a run on this machine, and ends them together.
 
-It gives them the environment variables that torchrun gives. What torchrun does not do: the exit status is the run's
-own, 143 or 130 after a signal, so that a scheduler knows that it can be gone on with.
+They get the same environment variables as from torchrun. Unlike with torchrun, the exit status is that of the run: 143
+or 130 after a signal, which tells a scheduler that the run can be resumed.
 """
 
 import ctypes
@@ -19,32 +19,32 @@ from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsa
 
 LINUX = sys.platform == "linux"
 PR_SET_PDEATHSIG = 1  # of Linux's sys/prctl.h: the signal that a process gets when the one that started it is killed
-GRACE = 15.0  # seconds that the others have to end by themselves after one has failed
-LAST_SAVE = 3600.0  # seconds that they have after one was stopped by a signal: they all save, and end at the same step
-MEETING = timedelta(minutes=10)  # that machines wait for each other
+GRACE = 15.0  # seconds that the others have to exit after one has failed
+LAST_SAVE = 3600.0  # seconds that they have after a signal stopped one: they all save, and exit at the same step
+RENDEZVOUS_TIMEOUT = timedelta(minutes=10)  # how long machines wait for one another
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 STOPPED = tuple(128 + number for number in SIGNALS)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
-    """``processes`` on each of ``machines``, of which this is number ``machine``; they meet at ``meet``.
+class LaunchConfig:
+    """``nproc_per_node`` processes on each of ``nnodes`` machines, of which this one is ``node_rank``, as in torchrun.
 
-    ``meet`` is HOST:PORT of machine 0; None, on one machine, takes a free port.
+    They meet at ``rdzv_endpoint``, HOST:PORT of machine 0; None, allowed on one machine, chooses a free port.
     """
 
-    processes: int
-    machines: int = 1
-    machine: int = 0
-    meet: str | None = None
+    nproc_per_node: int
+    nnodes: int = 1
+    node_rank: int = 0
+    rdzv_endpoint: str | None = None
 
 
-def launch(plan: Plan, words: Sequence[str]) -> int:
-    """Runs ``mixer WORDS`` in each process; the exit status is that of the first that ended otherwise than well."""
-    host, _, port = (plan.meet or "127.0.0.1:0").rpartition(":")
+def launch(config: LaunchConfig, words: Sequence[str]) -> int:
+    """Runs ``mixer WORDS`` in each process; returns the exit status of the first that failed, or 0."""
+    host, _, port = (config.rdzv_endpoint or "127.0.0.1:0").rpartition(":")
     store = None
-    if plan.machine == 0:  # which holds it outside the ranks, so that it outlives any of them
-        store = TCPStore(host, int(port), is_master=True, wait_for_workers=False, timeout=MEETING)
+    if config.node_rank == 0:  # outside the ranks, so that the store outlives them
+        store = TCPStore(host, int(port), is_master=True, wait_for_workers=False, timeout=RENDEZVOUS_TIMEOUT)
         port = store.port
     children: list[subprocess.Popen[bytes]] = []
 
@@ -55,9 +55,9 @@ def launch(plan: Plan, words: Sequence[str]) -> int:
 
     before = {number: signal.signal(number, forward) for number in SIGNALS}
     try:
-        for local_rank in range(plan.processes):
-            children.append(start(plan, local_rank, host, int(port), words))
-        return wait_for(children, plan.machine * plan.processes)
+        for local_rank in range(config.nproc_per_node):
+            children.append(start_process(config, local_rank, host, int(port), words))
+        return wait_for(children, config.node_rank * config.nproc_per_node)
     finally:
         for child in children:
             if child.poll() is None:
@@ -67,26 +67,32 @@ def launch(plan: Plan, words: Sequence[str]) -> int:
         del store
 
 
-def start(plan: Plan, local_rank: int, host: str, port: int, words: Sequence[str]) -> subprocess.Popen[bytes]:
-    place = {
-        "RANK": plan.machine * plan.processes + local_rank,
+def start_process(
+    config: LaunchConfig, local_rank: int, host: str, port: int, words: Sequence[str]
+) -> subprocess.Popen[bytes]:
+    variables = {
+        "RANK": config.node_rank * config.nproc_per_node + local_rank,
         "LOCAL_RANK": local_rank,
-        "WORLD_SIZE": plan.machines * plan.processes,
-        "LOCAL_WORLD_SIZE": plan.processes,
+        "WORLD_SIZE": config.nnodes * config.nproc_per_node,
+        "LOCAL_WORLD_SIZE": config.nproc_per_node,
         "MASTER_ADDR": host,
         "MASTER_PORT": port,
-        "TORCHELASTIC_USE_AGENT_STORE": True,  # the store is there: no rank is to make one
+        "TORCHELASTIC_USE_AGENT_STORE": True,  # the store exists: no rank creates one
     }
-    threads = {"OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // plan.processes, 1))}
-    environment = threads | os.environ | {key: str(value) for key, value in place.items()}
+    threads = {"OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // config.nproc_per_node, 1))}
+    environment = threads | os.environ | {key: str(value) for key, value in variables.items()}
     command = [sys.executable, "-m", "allmlp.cli", *words]
-    die_too = functools.partial(ctypes.CDLL(None).prctl, PR_SET_PDEATHSIG, signal.SIGTERM) if LINUX else None
-    return subprocess.Popen(  # in a session of its own: a terminal's Ctrl-C comes to us alone
-        command, env=environment, start_new_session=True, preexec_fn=die_too
+    die_with_parent = functools.partial(ctypes.CDLL(None).prctl, PR_SET_PDEATHSIG, signal.SIGTERM) if LINUX else None
+    return subprocess.Popen(  # in a separate session, so that Ctrl-C in a terminal reaches only this process
+        command, env=environment, start_new_session=True, preexec_fn=die_with_parent
     )
 
 
 def wait_for(children: Sequence[subprocess.Popen[bytes]], first_rank: int = 0) -> int:
+    """Waits until all have ended; returns the exit status of the first that failed, or 0.
+
+    The others have a limited time to exit after that.
+    """
     status, deadline = 0, float("inf")
     running = dict(enumerate(children, start=first_rank))
     while running and time.monotonic() < deadline:
@@ -97,14 +103,14 @@ def wait_for(children: Sequence[subprocess.Popen[bytes]], first_rank: int = 0) -
                 continue
             del running[rank]
             if code < 0 and -code not in SIGNALS:
-                tell(f"rank {rank} was ended by signal {-code} ({signal.Signals(-code).name})")
+                report(f"rank {rank} was ended by signal {-code} ({signal.Signals(-code).name})")
             if code and not status:
                 status = code if code > 0 else 128 - code if -code in SIGNALS else 1
                 deadline = time.monotonic() + (LAST_SAVE if status in STOPPED else GRACE)
     for rank in running:
-        tell(f"rank {rank} did not end with the others: killed")
+        report(f"rank {rank} did not end with the others: killed")
     return status
 
 
-def tell(what: str) -> None:
-    print(f"mixer: {what}", file=sys.stderr, flush=True)
+def report(message: str) -> None:
+    print(f"mixer: {message}", file=sys.stderr, flush=True)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from allmlp.config.recipe import to_json_object
+from allmlp.config.serialize import to_json_object
 from allmlp.evaluation.classification import Classification
 from allmlp.evaluation.report import Example, write_report
 from allmlp.runs.folder import disk_error

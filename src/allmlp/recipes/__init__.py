@@ -1,4 +1,4 @@
-"""What to train: one function a recipe, by name; each of the paper's has a reduced twin, NAME-small."""
+"""Recipes by name, each made by a function; the paper's have reduced versions, NAME-small."""
 
 import difflib
 from collections.abc import Callable, Mapping
@@ -29,23 +29,23 @@ TRANSFERS: dict[str, Callable[[], Transfer]] = {
 
 
 def get_recipe(name: str) -> Recipe:
-    """The recipe of that name; a UserError, with the nearest, for one that does not exist."""
-    return pick(RECIPES, name)()
+    """The training recipe with this name; for an unknown one, a UserError that names the nearest."""
+    return find(RECIPES, name)()
 
 
 def get_transfer(name: str) -> Transfer:
-    """The fine-tuning recipe of that name; a UserError, with the nearest, for one that does not exist."""
-    return pick(TRANSFERS, name)()
+    """The fine-tuning recipe with this name; for an unknown one, a UserError that names the nearest."""
+    return find(TRANSFERS, name)()
 
 
-def pick(recipes: Mapping[str, T], name: str) -> T:
+def find(recipes: Mapping[str, T], name: str) -> T:
     if name not in recipes:
         near = difflib.get_close_matches(name, recipes, 2)
         hint = f"did you mean {' or '.join(near)}? " if near else ""
-        raise UserError(f"unknown recipe {name!r}: {hint}there are {listed(recipes)}")
+        raise UserError(f"unknown recipe {name!r}: {hint}there are {list_names(recipes)}")
     return recipes[name]
 
 
-def listed(recipes: Mapping[str, object]) -> str:
-    """The names for a line of text; the twins are implied."""
+def list_names(recipes: Mapping[str, object]) -> str:
+    """The recipes' names in one line; those of reduced versions are left out."""
     return ", ".join(name for name in recipes if not name.endswith("-small"))

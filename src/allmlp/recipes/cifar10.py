@@ -1,10 +1,10 @@
-"""A Mixer of 1.2 M parameters on CIFAR-10, from scratch, on a laptop."""
+"""A Mixer with 1.2 M parameters on CIFAR-10, from scratch, on a laptop."""
 
 from allmlp.config.recipe import DataRecipe, ModelRecipe, OptimizationRecipe, Recipe
 
 
 def cifar10() -> Recipe:
-    """``mixer train cifar10``, or on a copy as image files: ``--data cifar10.zip``; 25 minutes on two CPU cores.
+    """``mixer train cifar10``, or, with a copy as image files, ``--data cifar10.zip``: 25 minutes on two CPU cores.
 
     Expected test top-1: 0.73 to 0.74. Measured (JPEG copy, seed 0, bfloat16, compiled, AMD EPYC with AVX512-BF16):
     0.7361 after 3,829 steps and 1,494 s of training, on an earlier commit; the recipe now rounds down, to 3,828 steps.

@@ -1,4 +1,4 @@
-"""A small Mixer on the handwritten digits inside scikit-learn: the first run, in seconds, with no network."""
+"""A small Mixer on scikit-learn's handwritten digits: a first run that takes seconds and no download."""
 
 from allmlp.config.recipe import DataRecipe, ModelRecipe, OptimizationRecipe, Recipe, RunRecipe
 

@@ -1,7 +1,8 @@
-"""Trained weights to other classes: the paper's fine-tuning (Section 3), and one for a folder of one's own.
+"""Fine-tuning of trained weights on other classes: as in the paper (Section 3), and for a folder of photographs.
 
-Momentum SGD, gradients clipped at global norm 1, a cosine after a linear warm-up, no weight decay, the head from zero.
-The rate is chosen on a held-out part of the training images, then all of them are used; the paper reports three runs.
+SGD with momentum, gradients clipped at global norm 1, linear warm-up, cosine decay, no weight decay, a head that starts
+at zero. The learning rate is chosen on held-out training images, then all of them are used; the paper reports three
+runs.
 """
 
 from collections.abc import Callable
@@ -22,9 +23,9 @@ RATES = (0.003, 0.01, 0.03, 0.06)
 
 
 def photos() -> Transfer:
-    """``mixer finetune WEIGHTS --data photos/``: ten passes over one's own images, with a batch for a small machine.
+    """``mixer finetune WEIGHTS --data photos/``: ten epochs on your own images, with a batch size for a small machine.
 
-    Five runs, four of them to choose the rate; with one --learning-rate, one. Expected: not yet measured.
+    Five runs, of which four choose the learning rate; a single run with --learning-rate. Expected: not yet measured.
     """
     return Transfer(
         recipe=Recipe(
@@ -38,12 +39,12 @@ def photos() -> Transfer:
 
 
 def published(data: str, steps: int, search_fraction: float) -> Transfer:
-    """``mixer finetune WEIGHTS pets``: batch 512 at 224 pixels, three runs; Table 2 has --image-size 448.
+    """``mixer finetune WEIGHTS pets``: batch size 512 at 224 pixels, three runs; --image-size 448 as in Table 2.
 
-    Training images as in the authors' code, the Inception crop and a flip; Supplement A.2 found the crop of no use in
-    fine-tuning: --train-crop none. Expected: not yet measured; published, B/16 of ImageNet-21k: see Table 3.
+    Augmentation as in the authors' code: Inception crop and flip. Supplement A.2 found that the crop does not help in
+    fine-tuning: --train-crop none. Expected: not yet measured; published for B/16 of ImageNet-21k: see Table 3.
     """
-    source = "" if data == "imagenet" else data  # of those that have names
+    source = "" if data == "imagenet" else data  # ImageNet has no built-in name
     return Transfer(
         recipe=Recipe(
             name=f"finetune-{data}",
@@ -59,7 +60,7 @@ def published(data: str, steps: int, search_fraction: float) -> Transfer:
 
 
 class Task(NamedTuple):
-    """A task of VTAB: its group, and the size of most of its images, (height, width) in pixels."""
+    """A VTAB task: its group, and the usual size of its images, (height, width) in pixels."""
 
     group: Literal["natural", "specialised", "structured"]
     size: tuple[int, int]
@@ -89,14 +90,13 @@ TASKS = {
 
 
 def vtab(task: str, steps: int = 2500) -> Transfer:
-    """``mixer finetune WEIGHTS vtab-svhn --data svhn/``: VTAB-1k: 1,000 training images, 800 + 200 while rates are
-    tried.
+    """``mixer finetune WEIGHTS vtab-svhn --data svhn/``: VTAB-1k, with 1,000 training images.
 
-    2,500 steps as ViT's authors, 500 as BiT's: the paper leaves it open. 448 pixels, or 224 for small images, as the
-    BiT-HyperRule tells them apart. Images are resized whole; those of structured tasks are not mirrored, for their
-    labels are about places. --data is a folder with the task's 1,000 images in train/, one folder a class, and test/.
-    Held out is a fifth of each class, rounded up: somewhat more than 200 where the classes are many. Expected: not yet
-    measured.
+    800 of them are trained on and 200 held out while rates are tried: a fifth of each class, rounded up, so somewhat
+    more than 200 if there are many classes. The paper does not give the number of steps: 2,500 as ViT's authors, or 500
+    as BiT's. 448 pixels, or 224 for small images, by the BiT-HyperRule. Images are resized without a crop; those of
+    structured tasks are not mirrored, as their labels describe positions. --data is a folder with the task's 1,000
+    images in train/, one folder per class, and test/. Expected: not yet measured.
     """
     group, size = TASKS[task]
     return Transfer(

@@ -1,8 +1,9 @@
 """The paper's pre-training, Table 4 and Section 3: one recipe for each model and data set of Table 3.
 
-All: resolution 224, batch 4,096, Adam with β 0.9 and 0.999 after clipping at global norm 1, 10,000 steps of warm-up and
-a linear decay to zero, the Inception crop and a flip. The authors' code trains with a sigmoid for each class, summed,
-from a head bias that makes every class as improbable as it is rare. Not yet measured: ImageNet takes a cluster a day.
+All use resolution 224, batch size 4,096, Adam with β 0.9 and 0.999 after clipping at global norm 1, 10,000 warm-up
+steps, linear decay to zero, Inception crop and flip. As in the authors' code, the loss is a sigmoid cross-entropy,
+summed over classes, and the head's initial bias matches the low frequency of each class. Not yet measured: ImageNet
+takes a cluster a day.
 """
 
 from collections.abc import Callable
@@ -15,13 +16,13 @@ def imagenet(model: str) -> Recipe:
     """``mixer train imagenet-b16 --data imagenet/``: 300 epochs from scratch; published top-1 76.4 (B/16), 71.8 (L/16).
 
     Hardware: 93,835 steps of 4,096 images, 29 (B/16) or 103 (L/16) exaFLOP: 10 or 40 days of a TPU-v3 core in Table 3.
-    Where the batch does not fit, --micro-batch-size. Expected here: not yet measured.
+    If the batch does not fit in memory, give --micro-batch-size. Expected here: not yet measured.
     """
     return regularised(f"imagenet-{short(model)}", model, data="imagenet", magnitude=15, mixup=0.5, head_bias=-6.9)
 
 
 def imagenet21k(model: str) -> Recipe:
-    """``mixer train imagenet21k-l16 --data imagenet21k/``: 300 epochs, 1,040,039 steps; then fine-tuned.
+    """``mixer train imagenet21k-l16 --data imagenet21k/``: 300 epochs, 1,040,039 steps; for fine-tuning.
 
     B is regularised less than L (RandAugment 10 and 20, mixup 0.2 and 0.5). Expected here: not yet measured.
     """
@@ -31,10 +32,10 @@ def imagenet21k(model: str) -> Recipe:
 
 
 def jft(model: str, epochs: int, name: str | None = None) -> Recipe:
-    """``mixer train jft-h14 --data images/``: hundreds of millions of images, seen a few times, without augmentation
-    beyond crop and flip. Early stopping keeps the weights that are best on held-out images (Section 3.3).
+    """``mixer train jft-h14 --data images/``: a few epochs on hundreds of millions of images.
 
-    JFT-300M is Google's own; this is for data of that size. Expected here: not yet measured.
+    No augmentation beyond crop and flip. Early stopping keeps the weights with the best accuracy on held-out images
+    (Section 3.3). JFT-300M is not public; this is for data of that size. Expected here: not yet measured.
     """
     rate = 3e-3 if model[0] in "SB" else 1e-3
     return Recipe(

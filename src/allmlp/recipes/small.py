@@ -1,4 +1,4 @@
-"""Reduced twins: a recipe's every method, at a size that runs on a laptop in a minute."""
+"""Reduced versions of recipes: the same methods, at sizes that train on a laptop in a minute."""
 
 from dataclasses import replace
 
@@ -8,8 +8,8 @@ from allmlp.config.recipe import Recipe, Transfer
 def small(recipe: Recipe) -> Recipe:
     """``mixer train imagenet-b16-small``: the same augmentation, loss, optimiser and schedule on the embedded digits.
 
-    For trying what a recipe does before it is given a cluster, not for accuracy: 16 × 16 pixels, 2 blocks of 32
-    channels, batches of 64, 40 epochs. The head's bias is what 10 classes ask for. --data takes other images.
+    To try a recipe before it runs on a cluster, not for accuracy: 16 × 16 pixels, 2 blocks of 32 channels, batches of
+    64, 40 epochs, and a head bias for 10 classes. --data uses other images.
     """
     model = replace(
         recipe.model, model=None, image_size=16, patch_size=4, num_blocks=2, hidden_dim=32, tokens_mlp_dim=16,
@@ -26,7 +26,7 @@ def small(recipe: Recipe) -> Recipe:
 
 
 def small_transfer(transfer: Transfer) -> Transfer:
-    """``mixer finetune WEIGHTS pets-small --data photos/``: the same, 20 steps of 16 images."""
+    """``mixer finetune WEIGHTS pets-small --data photos/``: the same methods, in 20 steps of 16 images."""
     recipe = transfer.recipe
     reduced = replace(
         recipe,

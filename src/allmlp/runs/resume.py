@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from allmlp.checkpointing.manager import clean_up, newest_sound, set_aside_damaged
-from allmlp.config.recipe import Recipe, flag, from_json, to_json_object
+from allmlp.config.limits import flag
+from allmlp.config.recipe import Recipe
+from allmlp.config.serialize import from_json, to_json_object
 from allmlp.data.dataset import DatasetSplits
 from allmlp.errors import UserError
 from allmlp.files import to_json, write_text

@@ -8,7 +8,7 @@ from typing import Any
 
 from allmlp.checkpointing.checkpoint import STATE
 from allmlp.checkpointing.manager import newest_sound, steps_in
-from allmlp.config.recipe import from_json
+from allmlp.config.serialize import from_json
 from allmlp.errors import UserError
 from allmlp.runs.folder import is_locked
 from allmlp.runs.records import METRICS, read_lines

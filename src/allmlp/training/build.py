@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import DataLoader
 
-from allmlp.config.recipe import DataRecipe, OptimizationRecipe, Recipe, micro_batch, to_json_object
+from allmlp.config.checks import micro_batch_size
+from allmlp.config.recipe import DataRecipe, OptimizationRecipe, Recipe
+from allmlp.config.serialize import to_json_object
 from allmlp.data.dataset import Dataset, DatasetSplits
 from allmlp.data.loader import UnreadableImages, default_workers, training_batches
 from allmlp.data.mixup import Mixing
@@ -81,17 +83,17 @@ def build(
     """
     context, settings, images = preemption.context, recipe.optimization, len(data.splits["train"])
     steps, warmup_steps = run_lengths(settings, images)
-    micro_batch_size = micro_batch(settings, context.world_size)
+    images_at_once = micro_batch_size(settings, context.world_size)
     ema = None if settings.ema_decay is None else EMA(model, settings.ema_decay)
     if settings.recompute:
         recompute_blocks(model)
     start = time.perf_counter()
-    with memory_errors(micro_batch_size):
+    with memory_errors(images_at_once):
         context.heartbeat("compiling", slow=True)
         forward, compiled = compile_model(
             model,
             recipe.run.compile,
-            batch_size=micro_batch_size,
+            batch_size=images_at_once,
             training_flop=3.0 * cost(build_meta(model.config)).flops * steps * settings.global_batch_size,
             device=device,
             precision=precision,
@@ -115,14 +117,14 @@ def build(
         optimizer_step,
         schedule,
         precision,
-        accumulate=settings.global_batch_size // (micro_batch_size * context.world_size),
+        accumulate=settings.global_batch_size // (images_at_once * context.world_size),
         context=context,
     )
     batches = TrainingBatches(
         lambda steps_done: build_batches(recipe, data, model, steps, steps_done, context),
         images,
         settings.global_batch_size,
-        micro_batch_size,
+        images_at_once,
         UnreadableImages(data.splits["train"], recipe.data.max_unreadable_fraction),
         context,
     )
@@ -197,13 +199,13 @@ def build_batches(
 ) -> DataLoader:
     """This process's micro-batches of the steps that remain."""
     dataset: Dataset = data.splits["train"]
-    micro_batch_size = micro_batch(recipe.optimization, context.world_size)
-    accumulate = recipe.optimization.global_batch_size // (micro_batch_size * context.world_size)
+    images_at_once = micro_batch_size(recipe.optimization, context.world_size)
+    accumulate = recipe.optimization.global_batch_size // (images_at_once * context.world_size)
     workers = recipe.data.workers
     return training_batches(
         dataset,
         build_training_transform(recipe.data, model),
-        batch_size=micro_batch_size,
+        batch_size=images_at_once,
         steps=steps * accumulate,
         seed=recipe.run.seed,
         workers=default_workers(dataset, context.local_world_size) if workers is None else workers,

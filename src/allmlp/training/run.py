@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from allmlp.checkpointing.manager import CheckpointManager
-from allmlp.config.recipe import Recipe, check, check_ranks
+from allmlp.config.checks import check_world_size
+from allmlp.config.recipe import Recipe
 from allmlp.data.dataset import DatasetSplits
 from allmlp.device import select_device, select_precision
 from allmlp.distributed.context import SINGLE_PROCESS, DistributedContext
@@ -66,7 +67,7 @@ def train(
         RunError: a loss that is not finite, a batch that does not fit into memory, or a full disk.
         Stopped: by SIGTERM or SIGINT, after a checkpoint.
     """
-    check_ranks(check(recipe), context.world_size)
+    check_world_size(recipe, context.world_size)
     if not options.resume and context.broadcast_from_rank0(out.exists):
         raise UserError(f"{out} exists: resume it with --resume {out}, name another folder with --out, or remove it")
     if context.broadcast_from_rank0(lambda: out.exists() and not out.is_dir()):

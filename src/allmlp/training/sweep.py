@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from allmlp.config.recipe import Recipe, Transfer, check_transfer
+from allmlp.config.recipe import Recipe, Transfer
 from allmlp.distributed.context import SINGLE_PROCESS, DistributedContext
 from allmlp.errors import RunError, UserError
 from allmlp.files import to_json, write_text
@@ -45,7 +45,6 @@ def sweep(
         UserError: a mistake in the recipe, or a folder that holds something else.
         RunError: every rate diverged, or a run failed.
     """
-    check_transfer(plan)
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file: name a folder with --out")
     with run_folder(out, context.is_rank0, worth_keeping="**/checkpoints/*"):

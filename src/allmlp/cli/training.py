@@ -1,0 +1,190 @@
+"""What train and finetune share: the processes of a run, one training with its report, and the announced result."""
+
+import contextlib
+import datetime
+import logging
+import os
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from allmlp.config.checks import check_world_size
+from allmlp.config.recipe import Recipe
+from allmlp.errors import UserError
+from allmlp.files import to_json
+
+if TYPE_CHECKING:
+    from allmlp.distributed.context import DistributedContext
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchOptions:
+    resume: str | None = None
+    """The folder of a run to continue from its newest checkpoint; auto: the folder of --out, if it holds a run."""
+    trust_checkpoint: bool = False
+    """Accept checkpoints that were not written by your own runs on this machine; loading them can execute code."""
+    processes: int = 1
+    """Number of processes on this machine, one per GPU. Starting the run with torchrun works too."""
+    nnodes: int = 1
+    """Number of machines; run the command on each of them, with the same --processes."""
+    node_rank: int = 0
+    """Which of the machines this is, from 0."""
+    rdzv_endpoint: str | None = None
+    """HOST:PORT of machine 0, where the machines meet."""
+
+    @property
+    def world_size(self) -> int:
+        return self.processes * self.nnodes
+
+
+def run_folder(out: Path | None, launch: LaunchOptions) -> Path | None:
+    """The run's folder as --out or --resume name it; None: a new one, named by recipe and time."""
+    if launch.resume in (None, "auto"):
+        if launch.resume and out is None:
+            raise UserError("--resume auto without --out: name the run's folder with --out")
+        return out
+    if out is not None and out != Path(launch.resume):
+        raise UserError(f"--resume {launch.resume} and --out {out}: a run stays in its folder, so leave out --out")
+    return Path(launch.resume)
+
+
+def must_launch(recipe: Recipe, launch: LaunchOptions) -> bool:
+    """Whether this process has to launch those of the run, rather than being one of them.
+
+    Raises:
+        UserError: a mistake in the launch options, or a recipe that does not suit so many processes.
+    """
+    check_launch_options(launch)
+    started = os.environ.get("WORLD_SIZE", "1") if "RANK" in os.environ else None
+    if started is not None and launch.world_size not in (1, int(started) if started.isdecimal() else 0):
+        raise UserError(
+            f"--processes {launch.processes}, but this process was started as one of {started} (RANK and WORLD_SIZE "
+            "are set): leave out --processes, or unset them"
+        )
+    if launch.world_size == 1 or started is not None:
+        return False
+    check_world_size(recipe, launch.world_size)  # here, so that one process reports it and not each of them
+    return True
+
+
+def check_launch_options(launch: LaunchOptions) -> None:
+    if launch.processes < 1 or launch.nnodes < 1:
+        raise UserError(f"--processes {launch.processes} --nnodes {launch.nnodes}: must be at least 1")
+    if not 0 <= launch.node_rank < launch.nnodes:
+        raise UserError(
+            f"--node-rank {launch.node_rank} of --nnodes {launch.nnodes}: must be from 0 to {launch.nnodes - 1}"
+        )
+    host, _, port = (launch.rdzv_endpoint or "").rpartition(":")
+    valid = host and port.isdecimal() and 0 < int(port) < 65536
+    if (launch.nnodes > 1 or launch.rdzv_endpoint) and not valid:
+        raise UserError(
+            f"--rdzv-endpoint {launch.rdzv_endpoint}: give HOST:PORT of machine 0, such as --rdzv-endpoint node1:29500"
+        )
+
+
+def launch_processes(launch: LaunchOptions, words: Sequence[str]) -> int:
+    """Runs ``mixer WORDS`` in each of the run's processes on this machine; the exit status."""
+    from allmlp.distributed.launcher import LaunchConfig
+    from allmlp.distributed.launcher import launch as launch_all
+
+    config = LaunchConfig(
+        nproc_per_node=launch.processes,
+        nnodes=launch.nnodes,
+        node_rank=launch.node_rank,
+        rdzv_endpoint=launch.rdzv_endpoint,
+    )
+    return launch_all(config, words)
+
+
+@contextlib.contextmanager
+def distributed_run(recipe: Recipe) -> Iterator["DistributedContext"]:
+    """The processes of the run. Only rank 0 logs more than errors."""
+    from allmlp.distributed.context import init_distributed
+
+    with init_distributed(recipe.run.timeout_seconds, recipe.run.device) as context:
+        if not context.is_rank0:
+            logging.getLogger("allmlp").setLevel(logging.ERROR)
+        yield context
+
+
+def new_run_folder(recipe: Recipe) -> Path:
+    return Path("runs") / f"{recipe.name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+
+
+def train_and_report(
+    recipe: Recipe,
+    out: Path,
+    command: str,
+    launch: LaunchOptions,
+    context: "DistributedContext",
+    resume_command: str | None = None,
+) -> dict[str, Any]:
+    """Trains with a progress bar, writes the run's folder with its report, and returns the summary.
+
+    A run to resume that is already complete is left as it is.
+
+    Args:
+        recipe: what to train, and how.
+        out: the run's folder.
+        command: the command line, for the summary.
+        launch: whether to resume, and how the processes were started.
+        context: the processes that train together; each calls this.
+        resume_command: resumes the run, for the message when a signal ends it; by default ``mixer train --resume OUT``.
+    """
+    from allmlp.cli.display import progress_bar
+    from allmlp.evaluation.classification import SplitEvaluator
+    from allmlp.evaluation.run_report import write_run_report
+    from allmlp.runs.resume import finished_summary
+    from allmlp.training.run import RunOptions, train
+
+    resumes = launch.resume is not None
+    summary = context.broadcast_from_rank0(lambda: finished_summary(recipe, out)) if resumes else None
+    if summary is not None:
+        if context.is_rank0:
+            print(f"{out} is complete: nothing is left to do", file=sys.stderr)
+        return summary
+    options = RunOptions(
+        command=command,
+        resume=resumes,
+        trust_checkpoint=launch.trust_checkpoint,
+        resume_command=resume_command or f"mixer train --resume {shlex.quote(str(out))}{launch_words(launch, context)}",
+    )
+    with progress_bar(context.is_rank0) as bar:
+        result = train(recipe, out, SplitEvaluator, bar, options=options, context=context)
+    context.broadcast_from_rank0(lambda: write_run_report(result))
+    return result.summary
+
+
+def launch_words(launch: LaunchOptions, context: "DistributedContext") -> str:
+    """The options that start as many processes again."""
+    words = f" --processes {context.local_world_size}" if context.world_size > 1 else ""
+    if launch.nnodes > 1:
+        words += f" --nnodes {launch.nnodes} --node-rank {launch.node_rank} --rdzv-endpoint {launch.rdzv_endpoint}"
+    return words
+
+
+def announce(summary: dict[str, Any], out: Path, as_json: bool) -> None:
+    """Prints the scores and what to do next, or, as JSON, the whole summary."""
+    from allmlp.cli.display import describe_unreadable
+
+    if as_json:
+        print(to_json({"out": str(out), **summary}))
+    else:
+        scores = {"validation": summary["val_top1"], "test": summary["test_top1"]}
+        shown = ", ".join(f"{name} top-1 {score:.4f}" for name, score in scores.items() if score is not None)
+        print(f"{shown or 'no held-out images'} after {summary['train_seconds']:.1f} s of training")
+        for rate, score in summary.get("search", {}).items():
+            mark = " (chosen)" if float(rate) == summary["learning_rate"] else ""
+            print(f"rate     {rate}: " + ("diverged" if score is None else f"held-out top-1 {score:.4f}{mark}"))
+        if summary.get("test_top1_std") is not None:
+            mean, deviation = summary["test_top1_mean"], summary["test_top1_std"]
+            print(f"test     top-1 {mean:.4f} ± {deviation:.4f} over {len(summary['seeds'])} seeds")
+        print(f"weights  {out}/model.safetensors")
+        print(f"report   {out}/report.html")
+        if (out / "examples").is_dir():
+            print(f"try      mixer predict {out}/model.safetensors {out}/examples")
+    if summary["unreadable"]:
+        print(describe_unreadable(summary["unreadable"]), file=sys.stderr)

@@ -1,0 +1,129 @@
+"""Options that override a recipe's fields: only those given count, and some replace others."""
+
+import dataclasses
+import typing
+from typing import Any
+
+import pytest
+
+from allmlp.cli import finetune, train
+from allmlp.cli.arguments import option_names
+from allmlp.cli.overrides import override, override_model, recipe_groups
+from allmlp.config.recipe import ModelRecipe, Recipe
+from allmlp.errors import UserError
+from allmlp.recipes import get_recipe, get_transfer
+
+SECTIONS = ("model", "data", "optimization", "run")
+
+
+def trained(*words: str) -> Recipe:
+    """The recipe of ``mixer train WORDS``."""
+    arguments, given = train.parse_arguments(words)
+    recipe = train.base_recipe(arguments, given)
+    return override(recipe, override_model(recipe.model, given["model"]), given)
+
+
+def transferred(*words: str) -> Any:
+    """The transfer of ``mixer finetune w.npz WORDS``."""
+    arguments, given = finetune.parse_arguments(["w.npz", *words])
+    return finetune.override_transfer(get_transfer(arguments.recipe), arguments.weights, given)
+
+
+def given(*words: str) -> dict[str, dict[str, Any]]:
+    return {section: fields for section, fields in train.parse_arguments(words)[1].items() if fields}
+
+
+def test_only_what_was_given_is_returned() -> None:
+    assert given() == {}
+    assert given("imagenet-b16", "--out", "x", "--json") == {}
+    assert given("--epochs", "60") == {"optimization": {"epochs": 60}}  # though it is the default
+    assert given("--no-flip") == {"data": {"flip": False}}
+    assert given("--flip", "--loss", "sigmoid", "--keep=best") == {
+        "data": {"flip": True},
+        "optimization": {"loss": "sigmoid"},
+        "run": {"keep": "best"},
+    }
+    assert given("--steps", "None", "--clip-norm", "2") == {"optimization": {"steps": None, "clip_norm": 2.0}}
+    assert given("--global_batch_size", "8", "--ema_decay=0.9") == {
+        "optimization": {"global_batch_size": 8, "ema_decay": 0.9}
+    }
+
+
+def test_every_field_is_an_option_with_its_docstring_as_help(mixer) -> None:
+    groups = recipe_groups(Recipe())
+    text = " ".join(mixer("train", "--help").out.replace("│", " ").split())
+    for section in SECTIONS:
+        names = [field.name for field in dataclasses.fields(getattr(Recipe(), section))]
+        assert option_names(groups[section]) == [f"--{name.replace('_', '-')}" for name in names]
+        for name, hint in typing.get_type_hints(groups[section], include_extras=True).items():
+            (option,) = hint.__metadata__
+            assert len(option.help) > 10, name
+            assert option.help.split(";")[0] in text
+
+
+@pytest.mark.parametrize("name", ["digits", "photos", "imagenet-b16", "jft-h14", "imagenet-b16-small"])
+def test_without_options_a_recipe_is_itself(name: str) -> None:
+    assert trained(name) == get_recipe(name)
+
+
+def test_a_field_given_replaces_that_field_alone() -> None:
+    recipe = get_recipe("digits")
+    assert trained("digits", "--seed", "3") == dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, seed=3))
+
+
+def test_a_variant_replaces_the_recipes_sizes() -> None:
+    model = trained("digits", "--model", "B/16", "--dropout", "0.5").model
+    assert model == ModelRecipe(model="B/16", image_size=224, dropout=0.5)
+    assert trained("digits", "--model", "B/16", "--image-size", "32").model.image_size == 32
+    assert trained("digits", "--model", "B/16", "--num-blocks", "2").model.num_blocks == 2
+
+
+def test_weights_replace_the_model_section() -> None:
+    assert trained("imagenet-b16", "--weights", "w.npz").model == ModelRecipe(weights="w.npz", image_size=None)
+    model = trained("imagenet-b16", "--weights", "w.npz", "--image-size", "448", "--frozen").model
+    assert model == ModelRecipe(weights="w.npz", image_size=448, frozen=True)
+    with pytest.raises(UserError, match="--model and --weights: "):
+        trained("--weights", "w.npz", "--model", "B/16")
+
+
+def test_epochs_alone_replace_steps() -> None:
+    assert transferred("pets").recipe.optimization.steps == 500
+    assert transferred("pets", "--epochs", "3").recipe.optimization.steps is None
+    assert transferred("pets", "--epochs", "3", "--steps", "7").recipe.optimization.steps == 7
+
+
+def test_evaluations_by_epochs_alone_replace_those_by_steps() -> None:
+    assert transferred("pets").recipe.run.evaluate_every_steps == 100
+    run = transferred("pets", "--evaluate-every-epochs", "2").recipe.run
+    assert (run.evaluate_every_epochs, run.evaluate_every_steps) == (2, None)
+    run = transferred("pets", "--evaluate-every-epochs", "2", "--evaluate-every-steps", "5").recipe.run
+    assert run.evaluate_every_steps == 5
+
+
+def test_one_learning_rate_replaces_the_search() -> None:
+    assert transferred().search.learning_rates == (0.003, 0.01, 0.03, 0.06)
+    plan = transferred("--learning-rate", "0.2")
+    assert (plan.recipe.optimization.learning_rate, plan.search.learning_rates) == (0.2, ())
+    assert transferred("--learning-rates", "0.2", "0.1").search.learning_rates == (0.2, 0.1)
+    with pytest.raises(UserError, match="both --learning-rate and --learning-rates"):
+        transferred("--learning-rate", "0.2", "--learning-rates", "0.1")
+
+
+@pytest.mark.parametrize(
+    ("words", "size"),
+    [
+        ((), (224, None)),
+        (("--image-size", "448"), (448, None)),
+        (("--image-size", "224", "448"), (224, 448)),
+        (("--image-size",), (None, None)),
+    ],
+    ids=str,
+)
+def test_the_size_of_a_transfer(words: tuple[str, ...], size: tuple[int | None, int | None]) -> None:
+    model = transferred("pets", *words).recipe.model
+    assert (model.image_size, model.image_width, model.weights) == (*size, "w.npz")
+
+
+def test_the_recipe_may_follow_options() -> None:
+    assert trained("--seed", "1", "cifar10").name == "cifar10"
+    assert transferred("--seed", "1", "pets").recipe.name == "finetune-pets"
