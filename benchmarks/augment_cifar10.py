@@ -107,7 +107,7 @@ def timms(name: str, seed: int, data: str, epochs: int, choose: bool) -> dict[st
     import torch
     from timm.data import Mixup, create_dataset, create_loader
     from timm.loss import SoftTargetCrossEntropy
-    from timm.models.allmlp import MlpMixer
+    from timm.models.mlp_mixer import MlpMixer
     from timm.optim import create_optimizer_v2
     from timm.scheduler import create_scheduler_v2
     from timm.utils import random_seed

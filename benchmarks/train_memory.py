@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import torch
 from common import machine, print_table, write_results
-from timm.models.allmlp import MlpMixer
+from timm.models.mlp_mixer import MlpMixer
 from torch import Tensor, nn
 
 import allmlp

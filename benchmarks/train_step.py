@@ -22,7 +22,7 @@ from multiprocessing.connection import Connection
 import torch
 import torch.nn.functional as F
 from common import machine, print_table, write_results
-from timm.models.allmlp import MlpMixer
+from timm.models.mlp_mixer import MlpMixer
 from torch import nn
 
 import allmlp

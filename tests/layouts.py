@@ -117,7 +117,7 @@ def bfloat16(array: Array) -> tuple[Array, Array]:
 
 
 def timm(weights: Mapping[str, Array]) -> dict[str, Array]:
-    """timm's names (allmlp.py); the arrays as they are here."""
+    """timm's names (timm/models/mlp_mixer.py); the arrays as they are here."""
     found = {"stem.proj.weight": weights["stem.weight"], "stem.proj.bias": weights["stem.bias"]}
     for i in blocks_of(weights):
         for kind in ("weight", "bias"):

@@ -575,7 +575,7 @@ def classes_of_bytes(data: bytes) -> dict[str, range]:
 
 @pytest.mark.parametrize("to", ["own", "timm"])
 def test_a_flipped_byte_in_what_we_saved_is_found(tmp_path: Path, to: str) -> None:
-    for classes in range(2, 6):  # some lengths of the header need padding
+    for classes in range(2, 14):  # some lengths of the header need padding
         weights = random_weights(classes=classes, blocks=1)
         save_file({k: torch.tensor(v) for k, v in timm(weights).items()}, tmp_path / "w.safetensors")
         export(load(tmp_path / "w.safetensors"), tmp_path / "sound.safetensors", to)  # type: ignore[arg-type]

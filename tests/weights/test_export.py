@@ -181,7 +181,7 @@ def test_npz_holds_arrays_alone(tmp_path: Path) -> None:
 
 
 def test_timm_takes_its_own_and_computes_the_same(tmp_path: Path) -> None:
-    timm = pytest.importorskip("timm.models.allmlp")
+    timm = pytest.importorskip("timm.models.mlp_mixer")
     model = make(gelu="erf")
     export(model, tmp_path / "m.safetensors", "timm")
     theirs = timm.MlpMixer(
@@ -196,7 +196,7 @@ def test_timm_takes_its_own_and_computes_the_same(tmp_path: Path) -> None:
 
 
 def test_timm_without_a_head(tmp_path: Path) -> None:
-    timm = pytest.importorskip("timm.models.allmlp")
+    timm = pytest.importorskip("timm.models.mlp_mixer")
     model = make(gelu="erf", num_classes=0)
     export(model, tmp_path / "m.safetensors", "timm")
     theirs = timm.MlpMixer(

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import allmlp.model
-import allmlp.weights.native as own
+import allmlp.weights.native as native
 from allmlp.errors import RunError, UserError
 from allmlp.metadata import Metadata, Preprocessing
 from allmlp.model import Mixer
@@ -137,7 +137,7 @@ def test_loading_draws_no_weights_and_no_random_numbers(saved: Path, monkeypatch
     def never(*_args, **_options) -> None:
         raise AssertionError("initial weights were drawn")
 
-    monkeypatch.setattr(allmlp.model, "initialise", never)
+    monkeypatch.setattr(allmlp.model, "init_weights", never)
     monkeypatch.setattr(torch.nn.init, "trunc_normal_", never)
     model = load(saved)
     assert all(torch.equal(a, b) for a, b in zip(make_state(), model.state_dict().values(), strict=True))
@@ -263,7 +263,7 @@ def test_a_failing_write_leaves_the_file_as_it_was(saved: Path, monkeypatch: pyt
         Path(path).write_bytes(b"half a file")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(own, "save_file", fill_disk)
+    monkeypatch.setattr(native, "save_file", fill_disk)
     with pytest.raises(OSError, match="No space left"):
         save(make(seed=1), saved)
     with pytest.raises(OSError, match="No space left"):

@@ -171,7 +171,7 @@ def test_wrong_names_are_noted_and_their_figures_are_those_from_scratch() -> Non
 
 
 def test_timms_lines_agree_with_timm() -> None:
-    timm = pytest.importorskip("timm.models.allmlp")
+    timm = pytest.importorskip("timm.models.mlp_mixer")
     theirs = {
         f"timm/{name}.{tag}": config
         for name, configs in timm.default_cfgs.items()
