@@ -18,10 +18,10 @@ import torch
 from common import machine, print_table, write_results
 
 from allmlp.variants import create
-from allmlp.weights.export import export
+from allmlp.weights.convert import save_as
 
 CONTESTANTS = {  # what is shown → (who loads, which file)
-    "allmlp.load, our safetensors": ("ours", "own.safetensors"),
+    "allmlp.load, our safetensors": ("ours", "native.safetensors"),
     "allmlp.load, the authors' .npz": ("ours", "authors.npz"),
     "allmlp.load, timm's safetensors": ("ours", "timm.safetensors"),
     "allmlp.load, timm's .pth": ("ours", "timm.pth"),
@@ -92,9 +92,9 @@ def main() -> None:
 def write_files(folder: Path) -> None:
     model = create("B/16", num_classes=1000, gelu="erf", seed=0)
     torch.nn.init.normal_(model.get_parameter("head.weight"), std=0.02)
-    export(model, folder / "own.safetensors", "own")
-    export(model, folder / "authors.npz", "npz")
-    export(model, folder / "timm.safetensors", "timm")
+    save_as(model, folder / "native.safetensors", "native")
+    save_as(model, folder / "authors.npz", "npz")
+    save_as(model, folder / "timm.safetensors", "timm")
     from safetensors.torch import load_file
 
     torch.save(load_file(folder / "timm.safetensors"), folder / "timm.pth")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from allmlp.files import replacing, write_text
+from allmlp.files import atomic_write, write_text
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def umask() -> Iterator[None]:
 def test_what_is_written_takes_the_place(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("old")
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         assert temporary.parent == tmp_path  # the same file system, so that the last step is one
         assert temporary != path
         temporary.write_text("new")
@@ -39,7 +39,7 @@ def test_any_exception_leaves_everything_as_it_was(tmp_path: Path, error: type[B
         path.write_text("old")
 
     def fail() -> None:
-        with replacing(path) as temporary:
+        with atomic_write(path) as temporary:
             temporary.write_text("half")
             raise error("stop")
 

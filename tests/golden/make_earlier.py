@@ -58,7 +58,7 @@ def weights() -> dict[str, np.ndarray]:
 
 
 def run() -> dict[str, np.ndarray]:
-    """Trains a run and keeps its folder, without large files and the checkpoint's signature; returns expected logits."""
+    """Keeps the folder of a run, without its large files and the checkpoint's signature; returns expected logits."""
     with tempfile.TemporaryDirectory() as folder:
         environment = {**os.environ, "XDG_STATE_HOME": folder}  # checkpoints are not signed with the user's key
         subprocess.run(TRAIN.split(), cwd=folder, env=environment, check=True)

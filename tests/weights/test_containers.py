@@ -25,7 +25,7 @@ import allmlp
 from allmlp.errors import UserError
 from allmlp.model import Mixer
 from allmlp.weights import containers
-from allmlp.weights.export import export
+from allmlp.weights.convert import save_as
 from allmlp.weights.load import load
 
 SECONDS, BYTES = 1.0, 200e6  # issue 3, row 5: at most, to refuse a file
@@ -199,7 +199,7 @@ def test_pickles_in_an_npz(tmp_path: Path, canary: Canary, beside: bool) -> None
 
 def test_a_bare_pickle_inside_a_zip(tmp_path: Path, canary: Canary) -> None:
     write_npz(tmp_path / "w.npz", {}, {"head/bias.npy": pickle.dumps(canary)})
-    refused(tmp_path / "w.npz", "no sound header")
+    refused(tmp_path / "w.npz", "no valid header")
     write_npz(tmp_path / "w.npz", {}, {"archive/data.pkl": pickle.dumps(canary), "archive/version": b"3\n"})
     refused(tmp_path / "w.npz")
 
@@ -311,17 +311,17 @@ def test_the_limits_are_where_they_are_said_to_be(tmp_path: Path, monkeypatch: p
     np.savez_compressed(path, **current(random_weights()))
     with zipfile.ZipFile(path) as archive:
         total = sum(member.file_size for member in archive.infolist())
-    monkeypatch.setattr(containers, "MAX_INFLATION", 0)
-    monkeypatch.setattr(containers, "UNSUSPICIOUS", total)
+    monkeypatch.setattr(containers, "MAX_EXPANSION", 0)
+    monkeypatch.setattr(containers, "ALWAYS_ALLOWED_SIZE", total)
     load(path)
-    monkeypatch.setattr(containers, "UNSUSPICIOUS", total - 1)
+    monkeypatch.setattr(containers, "ALWAYS_ALLOWED_SIZE", total - 1)
     refused(path, f"inflate to {total:,}")
-    monkeypatch.setattr(containers, "MAX_INFLATION", total // path.stat().st_size + 1)
+    monkeypatch.setattr(containers, "MAX_EXPANSION", total // path.stat().st_size + 1)
     load(path)
     torch.save(state(), path)  # torch's zips too
     load(path)
-    monkeypatch.setattr(containers, "MAX_INFLATION", 0)
-    monkeypatch.setattr(containers, "UNSUSPICIOUS", 0)
+    monkeypatch.setattr(containers, "MAX_EXPANSION", 0)
+    monkeypatch.setattr(containers, "ALWAYS_ALLOWED_SIZE", 0)
     refused(path, "inflate")
 
 
@@ -487,7 +487,7 @@ def test_a_safetensors_header_up_to_the_limit(tmp_path: Path, monkeypatch: pytes
 
 
 def test_a_safetensors_header_length_beyond_the_file(tmp_path: Path) -> None:
-    refused(write_safetensors(tmp_path / "w", b"{}" + bytes(50), length=1_000_000), "is not a sound safetensors file")
+    refused(write_safetensors(tmp_path / "w", b"{}" + bytes(50), length=1_000_000), "not a valid safetensors file")
 
 
 # Broken files
@@ -504,9 +504,9 @@ def sound_files(folder: Path) -> dict[str, Path]:
     torch.save(arrays, folder / "legacy.pt", _use_new_zipfile_serialization=False)
     save_file(arrays, folder / "plain.safetensors")
     model = load(folder / "plain.safetensors")
-    allmlp.save(model, folder / "own.safetensors", classes=["a", "é"])
-    export(model, folder / "timm.safetensors", "timm")
-    names = ("zip.pt", "legacy.pt", "plain.safetensors", "own.safetensors", "timm.safetensors")
+    allmlp.save(model, folder / "native.safetensors", classes=["a", "é"])
+    save_as(model, folder / "timm.safetensors", "timm")
+    names = ("zip.pt", "legacy.pt", "plain.safetensors", "native.safetensors", "timm.safetensors")
     return found | {name: folder / name for name in names}
 
 
@@ -516,7 +516,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 KINDS = (
-    "stored.npz", "deflated.npz", "lzma.npz", "zip.pt", "legacy.pt", "plain.safetensors", "own.safetensors",
+    "stored.npz", "deflated.npz", "lzma.npz", "zip.pt", "legacy.pt", "plain.safetensors", "native.safetensors",
     "timm.safetensors",
 )  # fmt: skip
 
@@ -573,12 +573,12 @@ def classes_of_bytes(data: bytes) -> dict[str, range]:
     return found
 
 
-@pytest.mark.parametrize("to", ["own", "timm"])
+@pytest.mark.parametrize("to", ["native", "timm"])
 def test_a_flipped_byte_in_what_we_saved_is_found(tmp_path: Path, to: str) -> None:
     for classes in range(2, 14):  # some lengths of the header need padding
         weights = random_weights(classes=classes, blocks=1)
         save_file({k: torch.tensor(v) for k, v in timm(weights).items()}, tmp_path / "w.safetensors")
-        export(load(tmp_path / "w.safetensors"), tmp_path / "sound.safetensors", to)  # type: ignore[arg-type]
+        save_as(load(tmp_path / "w.safetensors"), tmp_path / "sound.safetensors", to)  # type: ignore[arg-type]
         data = (tmp_path / "sound.safetensors").read_bytes()
         kinds = classes_of_bytes(data)
         if "padding" in kinds:
@@ -608,7 +608,7 @@ def test_a_flipped_byte_in_what_we_saved_is_found(tmp_path: Path, to: str) -> No
 def test_what_was_put_into_padding_or_beside_is_found_too(tmp_path: Path) -> None:
     """The seal is of the tensors and the canonical header: another entry beside, another order, are changes."""
     save_file(state(), tmp_path / "w.safetensors")
-    export(load(tmp_path / "w.safetensors"), tmp_path / "sound.safetensors", "own")
+    save_as(load(tmp_path / "w.safetensors"), tmp_path / "sound.safetensors", "native")
     data = (tmp_path / "sound.safetensors").read_bytes()
     start = 8 + int.from_bytes(data[:8], "little")
     rows = json.loads(data[8:start])
@@ -746,12 +746,12 @@ def test_nothing_a_folder_and_an_empty_file(tmp_path: Path) -> None:
 def test_files_that_hold_no_weights(tmp_path: Path, data: bytes) -> None:
     for name in ("w.npz", "w.safetensors", "w.pth"):
         (tmp_path / name).write_bytes(data)
-        refused(tmp_path / name, "is no weights file that is known here", "safetensors, .npz")
+        refused(tmp_path / name, "is not a weights file", "safetensors, .npz")
 
 
 def test_a_zip_of_photographs(tmp_path: Path) -> None:
     write_npz(tmp_path / "w.npz", {}, {"train/cat/1.jpg": b"\xff\xd8\xff"})
-    refused(tmp_path / "w.npz", "is a zip with 'train/cat/1.jpg' in it")
+    refused(tmp_path / "w.npz", "is a zip that contains 'train/cat/1.jpg'")
     write_npz(tmp_path / "w.npz", {}, {})
     refused(tmp_path / "w.npz")
 

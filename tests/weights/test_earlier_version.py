@@ -134,7 +134,9 @@ def test_saving_again_writes_the_current_format(tmp_path: Path, name: str) -> No
 
 
 def test_evaluate_splits_as_the_stored_recipe_says(mixer: Callable) -> None:
-    answer = mixer("evaluate", EARLIER / "run/model.safetensors", "--data", "digits", "--precision", "float32", "--json")
+    answer = mixer(
+        "evaluate", EARLIER / "run/model.safetensors", "--data", "digits", "--precision", "float32", "--json"
+    )
     assert answer.status == 0, answer.err
     found, summary = json.loads(answer.out), json.loads((EARLIER / "run/summary.json").read_text())
     assert found["images"] == summary["images"]["test"]

@@ -21,7 +21,7 @@ import allmlp
 from allmlp.errors import RunError, UserError
 from allmlp.metadata import Metadata, Preprocessing
 from allmlp.model import Mixer
-from allmlp.weights.export import export
+from allmlp.weights.convert import save_as
 from allmlp.weights.load import load
 from allmlp.weights.native import save
 from allmlp.weights.published import class_names
@@ -45,7 +45,7 @@ def make(seed: int = 0, **options: Any) -> Mixer:
 def in_timms_layout(folder: Path, model: Mixer) -> bytes:
     """As timm pushes it: its names, and nothing of ours beside them."""
     path = folder / "timm.safetensors"
-    export(model, path, "timm")
+    save_as(model, path, "timm")
     save_file(load_file(path), path, {"format": "pt"})
     return path.read_bytes()
 
@@ -157,7 +157,7 @@ def test_a_source_that_is_text_is_no_hindrance(cache: Callable, tmp_path: Path) 
 
 def test_the_older_file_of_torch(cache: Callable, tmp_path: Path) -> None:
     model = make()
-    export(model, tmp_path / "m.safetensors", "timm")
+    save_as(model, tmp_path / "m.safetensors", "timm")
     torch.save(load_file(tmp_path / "m.safetensors"), tmp_path / "m.bin")
     files = {"pytorch_model.bin": (tmp_path / "m.bin").read_bytes()}
     cache(REPO, files, absent=("model.safetensors", "config.json"))
@@ -225,7 +225,7 @@ def test_the_revision_travels_with_what_is_saved(cache: Callable, tmp_path: Path
     cache(REPO, {"model.safetensors": write(tmp_path, make()), "config.json": b"{}"})
     model = load(ADDRESS)
     save(model, tmp_path / "m.safetensors")
-    export(allmlp.resize(model, 16), tmp_path / "n.safetensors", "timm")
+    save_as(allmlp.resize(model, 16), tmp_path / "n.safetensors", "timm")
     for path in (tmp_path / "m.safetensors", tmp_path / "n.safetensors"):
         source = load(path).metadata.provenance["source"]
         assert (source["hub"], source["revision"]) == (REPO, COMMIT)
@@ -349,7 +349,7 @@ def test_names_that_are_numbers_become_text(cache: Callable, tmp_path: Path) -> 
 )
 def test_a_broken_config_is_one_line(cache: Callable, tmp_path: Path, config: bytes) -> None:
     cache(REPO, {"model.safetensors": in_timms_layout(tmp_path, make()), "config.json": config})
-    with pytest.raises(UserError, match=r"^hf-hub:owner/name: its config\.json is not sound \(.*\): ") as caught:
+    with pytest.raises(UserError, match=r"^hf-hub:owner/name: its config\.json is not valid JSON \(.*\): ") as caught:
         load(ADDRESS)
     assert "\n" not in str(caught.value)
 
@@ -468,7 +468,7 @@ def test_another_revision_than_the_cached(cache: Callable, tmp_path: Path) -> No
 
 def test_a_repository_without_weights(cache: Callable) -> None:
     cache(REPO, {"config.json": b"{}"}, absent=("model.safetensors", "pytorch_model.bin"))
-    with pytest.raises(UserError, match=r"^hf-hub:owner/name has none of model\.safetensors, pytorch_model\.bin: "):
+    with pytest.raises(UserError, match=r"^hf-hub:owner/name has neither model\.safetensors nor pytorch_model\.bin: "):
         load(ADDRESS)
 
 
@@ -566,7 +566,7 @@ def test_losing_the_connection_after_the_weights_is_no_hindrance(
 
 def test_without_the_library_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(UserError, match=r"the Hugging Face hub needs its library: pip install 'allmlp\[hub\]'"):
+    with pytest.raises(UserError, match=r"the package huggingface_hub is not installed: pip install 'allmlp\[hub\]'"):
         load(ADDRESS)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import allmlp
 from allmlp.errors import UserError
 from allmlp.model import Mixer
-from allmlp.weights.export import export
+from allmlp.weights.convert import save_as
 from allmlp.weights.load import load
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}  # relative
@@ -133,7 +133,7 @@ def test_what_a_checkpoint_holds_beside_the_weights_is_left_out_and_said(
     np.savez(tmp_path / "w.npz", **wrapped(current(random_weights()), "opt/target/"))
     with caplog.at_level(logging.INFO, "allmlp"):
         load(tmp_path / "w.npz")
-    (said,) = (record.getMessage() for record in caplog.records if "left out" in record.getMessage())
+    (said,) = (record.getMessage() for record in caplog.records if "ignored" in record.getMessage())
     assert str(tmp_path / "w.npz") in said
     assert "opt/state/param_states/" in said
     assert "opt/target" not in said
@@ -165,9 +165,9 @@ def test_content_tells_not_the_name(tmp_path: Path) -> None:
             torch.save(exact, tmp_path / name, _use_new_zipfile_serialization=zipped)
             agrees(load(tmp_path / name), weights, "erf", torch.float64)
     model = load(tmp_path / "none")
-    allmlp.save(model, tmp_path / "own.safetensors")
-    (tmp_path / "own.safetensors").rename(tmp_path / "own.npz")
-    agrees(load(tmp_path / "own.npz"), weights, "erf", torch.float64)
+    allmlp.save(model, tmp_path / "native.safetensors")
+    (tmp_path / "native.safetensors").rename(tmp_path / "native.npz")
+    agrees(load(tmp_path / "native.npz"), weights, "erf", torch.float64)
 
 
 def test_an_npz_comes_out_as_it_went_in(tmp_path: Path) -> None:
@@ -179,7 +179,7 @@ def test_an_npz_comes_out_as_it_went_in(tmp_path: Path) -> None:
         for i, arrays in enumerate((expected, wrapped(older(weights, numbers=(3, 10)), "opt/target/params/"))):
             np.savez(tmp_path / f"{i}.npz", **arrays)
             allmlp.save(load(tmp_path / f"{i}.npz"), tmp_path / f"{i}.safetensors")
-            export(load(tmp_path / f"{i}.safetensors"), tmp_path / f"{i}-again.npz", "npz")
+            save_as(load(tmp_path / f"{i}.safetensors"), tmp_path / f"{i}-again.npz", "npz")
             with np.load(tmp_path / f"{i}-again.npz") as again:
                 assert set(again) == set(expected)
                 for name, array in expected.items():
@@ -238,7 +238,7 @@ def test_timms_models_in_and_out(tmp_path: Path, name: str) -> None:
     model = load(path)
     assert (model.config["gelu"], model.config["norm_eps"]) == ("erf", 1e-6)
     agrees_with(model, peer, peer.norm)
-    export(model, tmp_path / "out.safetensors", "timm")
+    save_as(model, tmp_path / "out.safetensors", "timm")
     path.unlink()
     del model
     out = load_file(tmp_path / "out.safetensors")
@@ -278,7 +278,7 @@ def test_state_dicts_in_their_wrappings(tmp_path: Path, wrap, left_out: str, cap
         with caplog.at_level(logging.INFO, "allmlp"):
             model = load(tmp_path / "w.pth")
         agrees(model, weights, "erf", torch.float32)
-        said = [r.getMessage() for r in caplog.records if "left out" in r.getMessage()]
+        said = [r.getMessage() for r in caplog.records if "ignored" in r.getMessage()]
         assert len(said) == bool(left_out)
         assert all(left_out in line for line in said)
 
@@ -335,8 +335,8 @@ def test_lucidrains_models(tmp_path: Path, options: dict, given: dict, as_torch:
     assert (model.config["gelu"], model.config["norm_eps"]) == ("erf", 1e-5)
     depth = options.get("depth", 2)
     agrees_with(model, peer, peer[depth + 2])
-    allmlp.save(model, tmp_path / "own.safetensors")
-    agrees_with(load(tmp_path / "own.safetensors"), peer, peer[depth + 2])
+    allmlp.save(model, tmp_path / "native.safetensors")
+    agrees_with(load(tmp_path / "native.safetensors"), peer, peer[depth + 2])
 
 
 def test_the_epsilon_of_lucidrains_matters(tmp_path: Path) -> None:
@@ -403,7 +403,7 @@ def test_a_rectangular_grid_asks_for_the_image_size(tmp_path: Path) -> None:
     weights = random_weights(11, grid=(2, 3), patch=(4, 2))
     np.savez(tmp_path / "w.npz", **current(weights))
     said = message(tmp_path / "w.npz")
-    assert "6 patches of 4×2 px are no square" in said
+    assert "6 patches of 4×2 px do not form a square" in said
     assert "give image_size=(height, width)" in said
     agrees(load(tmp_path / "w.npz", image_size=(8, 6)), weights, "tanh", torch.float64)
     wide = load(tmp_path / "w.npz", image_size=(12, 4))  # 3×2: only the caller can know
@@ -427,14 +427,14 @@ def test_an_image_size_that_is_not_the_files(tmp_path: Path, size: int | tuple[i
 
 def test_what_is_given_must_agree_with_a_file_of_ours_too(tmp_path: Path) -> None:
     np.savez(tmp_path / "w.npz", **current(random_weights(12)))
-    allmlp.save(load(tmp_path / "w.npz"), tmp_path / "own.safetensors")
-    for name in ("w.npz", "own.safetensors"):
+    allmlp.save(load(tmp_path / "w.npz"), tmp_path / "native.safetensors")
+    for name in ("w.npz", "native.safetensors"):
         said = message(tmp_path / name, in_channels=1)
         assert "in_channels=1, but its stem takes 3: leave it out" in said
-    said = message(tmp_path / "own.safetensors", image_size=24)
+    said = message(tmp_path / "native.safetensors", image_size=24)
     assert "trained at 12×12 px" in said
     assert "mixer resize" in said
-    assert load(tmp_path / "own.safetensors", image_size=(12, 12), in_channels=3).image_size == (12, 12)
+    assert load(tmp_path / "native.safetensors", image_size=(12, 12), in_channels=3).image_size == (12, 12)
 
 
 # Every tensor is accounted for
@@ -552,7 +552,7 @@ def test_a_head_of_another_data_set_is_told(tmp_path: Path) -> None:
 # Heads that cannot classify
 
 
-@pytest.mark.parametrize("layout", ["npz", "own", "timm"])
+@pytest.mark.parametrize("layout", ["npz", "native", "timm"])
 def test_a_head_of_zeros_gives_features_and_refuses_to_predict(
     tmp_path: Path, layout: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -561,7 +561,7 @@ def test_a_head_of_zeros_gives_features_and_refuses_to_predict(
     np.savez(tmp_path / "w.npz", **current(weights))
     path = tmp_path / "w.npz"
     if layout != "npz":
-        export(load(path), tmp_path / "w.safetensors", layout)  # type: ignore[arg-type]
+        save_as(load(path), tmp_path / "w.safetensors", layout)  # type: ignore[arg-type]
         path = tmp_path / "w.safetensors"
     caplog.clear()
     model = load(path)

@@ -93,7 +93,9 @@ def test_weights_of_a_diverged_run_are_refused(tmp_path: Path, value: float) -> 
     with torch.no_grad():
         model.blocks[1].norm2.bias[3] = value
     save(model, tmp_path / "m.safetensors")
-    refused(tmp_path / "m.safetensors", r"blocks\.1\.norm2\.bias holds numbers that are not finite.*earlier checkpoint")
+    refused(
+        tmp_path / "m.safetensors", r"blocks\.1\.norm2\.bias contains numbers that are not finite.*earlier checkpoint"
+    )
 
 
 def test_the_card_travels_with_the_weights(tmp_path: Path) -> None:
@@ -176,8 +178,8 @@ def test_a_flipped_byte_anywhere_is_found(saved: Path, part: str) -> None:
 @pytest.mark.parametrize("kept", [1, 7, 8, 9, 500, -1000, -1])
 def test_a_truncated_file_is_found(saved: Path, kept: int) -> None:
     saved.write_bytes(saved.read_bytes()[:kept])
-    shorter_than_any_header = "(is no weights file that is known here|is not a sound)"  # one byte may be anything's
-    refused(saved, shorter_than_any_header if 0 < kept <= 8 else "is not a sound safetensors file")
+    shorter_than_any_header = "(is not a weights file|is damaged, not a valid)"  # one byte may be anything's
+    refused(saved, shorter_than_any_header if 0 < kept <= 8 else "is damaged, not a valid safetensors file")
 
 
 def test_an_empty_file_is_found(saved: Path) -> None:
@@ -187,13 +189,15 @@ def test_an_empty_file_is_found(saved: Path) -> None:
 
 def test_bytes_at_the_end_are_found(saved: Path) -> None:
     saved.write_bytes(saved.read_bytes() + b"\0")
-    refused(saved, "is not a sound safetensors file")
+    refused(saved, "is damaged, not a valid safetensors file")
 
 
 @pytest.mark.parametrize("data", [b"these are words, and not a few of them", b"\x89PNG\r\n\x1a\n" + bytes(100), b"{}"])
 def test_another_kind_of_file(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "a.safetensors").write_bytes(data)
-    refused(tmp_path / "a.safetensors", r"is no weights file that is known here: safetensors, \.npz and torch's")
+    refused(
+        tmp_path / "a.safetensors", r"is not a weights file: it begins with '.*', unlike safetensors, \.npz and torch's"
+    )
 
 
 def test_a_folder_and_nothing_at_all(tmp_path: Path) -> None:
@@ -216,7 +220,7 @@ def rewrite(path: Path, tensors: dict | None = None, **metadata: str) -> None:
 
 def test_a_version_to_come_is_told_to_update(saved: Path) -> None:
     rewrite(saved, version="2")
-    refused(saved, "has format version 2, this is 1: update allmlp")
+    refused(saved, "has format version 2, this version reads 1: update allmlp")
 
 
 @pytest.mark.parametrize(
@@ -246,13 +250,15 @@ def test_a_wrong_number_of_classes(tmp_path: Path, classes: list[str]) -> None:
 
 @pytest.mark.parametrize("name", ["m.npz", "m", "m.safetensors.bak", "safetensors"])
 def test_another_ending(tmp_path: Path, name: str) -> None:
-    with pytest.raises(UserError, match=rf"{name}: weights are saved as \.safetensors; name the file so"):
+    with pytest.raises(
+        UserError, match=rf"{name}: weights are saved as \.safetensors: give a file name with that ending"
+    ):
         save(make(), tmp_path / name)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no/where is no folder: make it first"):
+    with pytest.raises(UserError, match="no/where is not a folder: create it first"):
         save(make(), tmp_path / "no" / "where" / "m.safetensors")
 
 

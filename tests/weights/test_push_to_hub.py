@@ -23,7 +23,7 @@ from allmlp.metadata import Metadata, Preprocessing
 from allmlp.model import Mixer
 from allmlp.recipes.digits import digits
 from allmlp.weights.load import load
-from allmlp.weights.push_to_hub import UNKNOWN, model_card, push_to_hub
+from allmlp.weights.push_to_hub import NOT_RECORDED, model_card, push_to_hub
 
 REPO = "owner/name"
 E = huggingface_hub.errors
@@ -82,7 +82,7 @@ def test_the_card_of_a_trained_run_says_it_all() -> None:
     text = model_card(model, REPO, "cc-by-4.0")
     found = sections(text)
     assert list(found) == ["How to load", "Model", "Data", "Results", "Recipe"]
-    assert UNKNOWN not in text
+    assert NOT_RECORDED not in text
     assert "Licence of the weights: cc-by-4.0" in text
     assert 'allmlp.load("hf-hub:owner/name")' in found["How to load"]
     assert "mixer predict hf-hub:owner/name" in found["How to load"]
@@ -106,7 +106,7 @@ def test_its_metadata_is_what_the_hub_reads() -> None:
     assert metadata.data.license == "apache-2.0"
     assert metadata.data.library_name == "allmlp"
     assert metadata.data.pipeline_tag == "image-classification"
-    assert {"allmlp", "image-classification"} <= set(metadata.data.tags)
+    assert {"mlp-mixer", "image-classification"} == set(metadata.data.tags)
     results = {result.dataset_split: result for result in metadata.data.eval_results}
     assert {split: result.metric_value for split, result in results.items()} == {"validation": 0.9876, "test": 0.9812}
     for result in results.values():
@@ -137,9 +137,9 @@ def test_what_is_not_recorded_is_said() -> None:
     """An untrained model, or anybody's."""
     text = model_card(make(), REPO, "other")
     found = sections(text)
-    assert f"Trained on: {UNKNOWN}" in found["Data"]
-    assert f"Accuracy: {UNKNOWN}" in found["Results"]
-    assert UNKNOWN in found["Recipe"].lower()
+    assert f"Trained on: {NOT_RECORDED}" in found["Data"]
+    assert f"Accuracy: {NOT_RECORDED}" in found["Results"]
+    assert NOT_RECORDED in found["Recipe"].lower()
     assert "None" not in text
     metadata = parsed(text)
     assert not metadata.data.eval_results
@@ -318,8 +318,8 @@ def connection_error() -> Exception:
 
 
 ERRORS = {
-    "401": (of_status(401), UserError, r"owner/name may not be written \(401.*\): `hf auth login`"),
-    "403": (of_status(403), UserError, r"owner/name may not be written \(403.*\): `hf auth login`"),
+    "401": (of_status(401), UserError, r"no permission to write to owner/name \(401.*\): log in with `hf auth login`"),
+    "403": (of_status(403), UserError, r"no permission to write to owner/name \(403.*\): log in with `hf auth login`"),
     "404": (lambda: E.RepositoryNotFoundError("404 none", response=response(404)), UserError, "owner/name"),
     "500": (of_status(500), RunError, r"owner/name could not be uploaded \(500.*\): try again later"),
     "503": (of_status(503), RunError, r"owner/name could not be uploaded \(503.*\): try again later"),

@@ -20,7 +20,7 @@ from allmlp.model import Mixer
 from allmlp.variants import VARIANTS
 from allmlp.weights.load import load
 from allmlp.weights.native import save
-from allmlp.weights.resize import axis_parts, resampling, resize, resized_config
+from allmlp.weights.resize import axis_parts, resampling_matrix, resize, resized_config
 
 Pair = tuple[int, int]
 SQUARE, OBLONG, TALL_PATCHES = ((12, 12), (4, 4)), ((8, 12), (4, 4)), ((8, 9), (4, 3))  # image, patch
@@ -202,7 +202,10 @@ def triangle(before: int, after: int) -> np.ndarray:
 
 def test_resampling_is_a_triangle_as_wide_as_the_coarser_patches() -> None:
     for before, after in itertools.product(range(1, 15), repeat=2):
-        assert np.abs(resampling(before, after).numpy() - triangle(before, after)).max() <= 1e-12, (before, after)
+        assert np.abs(resampling_matrix(before, after).numpy() - triangle(before, after)).max() <= 1e-12, (
+            before,
+            after,
+        )
 
 
 @pytest.mark.parametrize("new", BEYOND, ids=str)

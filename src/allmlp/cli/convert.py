@@ -26,8 +26,8 @@ class Arguments:
     """A file of ours, the authors' (.npz), timm's or lucidrains', or hf-hub:OWNER/NAME."""
     out: tyro.conf.Positional[Path]
     """The file to write."""
-    to: Literal["auto", "own", "npz", "timm"] = "auto"
-    """auto: npz (the authors' layout) for a name that ends so, else our own; timm: its names, as safetensors."""
+    to: Literal["auto", "native", "npz", "timm"] = "auto"
+    """auto: npz (the authors' layout) for a name that ends so, else native; timm: its names, as safetensors."""
     image_size: tuple[int, ...] = ()
     """That the weights were trained at, where their grid is no square: height and width in pixels, as 224 448."""
     in_channels: int | None = None
@@ -44,7 +44,7 @@ class Arguments:
 
 def run(args: Sequence[str]) -> None:
     chosen = parse(Arguments, args, verb="convert", description=DESCRIPTION)
-    from allmlp.weights.export import export
+    from allmlp.weights.convert import save_as
     from allmlp.weights.load import load
 
     size = pair(chosen.image_size) if chosen.image_size else None
@@ -54,8 +54,8 @@ def run(args: Sequence[str]) -> None:
     model.metadata = dataclasses.replace(
         model.metadata, classes=names, preprocessing=dataclasses.replace(model.metadata.preprocessing, **view)
     )
-    to = chosen.to if chosen.to != "auto" else "npz" if chosen.out.suffix == ".npz" else "own"
-    export(model, chosen.out, to)
+    to = chosen.to if chosen.to != "auto" else "npz" if chosen.out.suffix == ".npz" else "native"
+    save_as(model, chosen.out, to)
     if chosen.json:
         print(to_json({"weights": chosen.weights, "out": str(chosen.out), "to": to}))
     else:
