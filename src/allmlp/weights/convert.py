@@ -1,6 +1,7 @@
 """Writes a model in a chosen format: native, the authors' current ``.npz`` layout, or timm's names in safetensors."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -59,7 +60,7 @@ def write_npz(model: Mixer, path: Path) -> None:
 
 
 def write_timm(model: Mixer, path: Path) -> None:
-    """timm reads only the tensors; config and metadata in the header let ``load`` restore the model exactly."""
+    """Writes timm's layout; timm ignores the header's config and metadata, by which ``load`` restores the model."""
     warn_of_loss(model, TIMM, path)
     tensors = tensors_in_layout(model, TIMM)
     header = make_header(model.config, model.metadata, tensors)
@@ -80,7 +81,7 @@ def as_array(tensor: Tensor) -> np.ndarray:
 
 
 def warn_of_loss(model: Mixer, layout: Layout, path: Path) -> None:
-    """Logs what a reader of this layout must know and the file does not say."""
+    """Logs a warning that lists what this layout does not store, and the remedy."""
     config, lost = model.config, []
     if config["gelu"] != layout.gelu:
         remedy = "act_layer=timm.layers.GELUTanh" if layout is TIMM else "jax.nn.gelu(approximate=False)"
@@ -95,11 +96,7 @@ def warn_of_loss(model: Mixer, layout: Layout, path: Path) -> None:
         used, default = model.metadata.preprocessing, layout.preprocessing
         if (used.mean, used.std) != (default.mean, default.std):
             lost.append(f"the normalisation with mean {used.mean} and std {used.std}")
-        if (used.crop, used.crop_ratio, used.interpolation) != (
-            default.crop,
-            default.crop_ratio,
-            default.interpolation,
-        ):
+        if replace(used, mean=default.mean, std=default.std) != default:
             lost.append(f"the evaluation crop ({used.crop}, ratio {used.crop_ratio:g}, {used.interpolation})")
     if lost:
         problem = "timm does not read" if layout is TIMM else "the file does not contain"
