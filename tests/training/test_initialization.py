@@ -93,7 +93,7 @@ def test_the_head_is_zero_and_the_rest_is_bit_for_bit_the_same(weights: str, cla
 
 
 @pytest.mark.parametrize("num_classes", [0, 3, 10])
-@pytest.mark.parametrize("to", ["own", "npz", "timm"])
+@pytest.mark.parametrize("to", ["native", "npz", "timm"])
 def test_from_every_layout_with_and_without_a_head(tmp_path: Path, to: Any, num_classes: int) -> None:
     trained, path = make(num_classes=num_classes), tmp_path / ("w.npz" if to == "npz" else "w.safetensors")
     save_as(trained, path, to)
