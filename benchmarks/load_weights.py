@@ -1,7 +1,7 @@
 """Loading Mixer-B/16: time and peak memory of allmlp.load, against timm.create_model and load_state_dict.
 
-Each load has a process of its own, after the imports; the contestants alternate, and medians are shown. The files hold
-the same random weights: our safetensors, the authors' .npz, timm's names as .safetensors and .pth.
+Each load runs in a new process and is measured after the imports; the loaders alternate, and medians are printed. All
+files contain the same random weights: native safetensors, the authors' .npz, timm's names as .safetensors and .pth.
 
 python benchmarks/load_weights.py                     # about three minutes on two cores; reads /proc (Linux)
 """
@@ -18,21 +18,21 @@ import torch
 from common import machine, print_table, write_results
 
 from allmlp.factory import create
-from allmlp.weights.export import export
+from allmlp.weights.convert import save_as
 
-CONTESTANTS = {  # what is shown → (who loads, which file)
-    "allmlp.load, our safetensors": ("ours", "own.safetensors"),
-    "allmlp.load, the authors' .npz": ("ours", "authors.npz"),
-    "allmlp.load, timm's safetensors": ("ours", "timm.safetensors"),
-    "allmlp.load, timm's .pth": ("ours", "timm.pth"),
+CONTESTANTS = {  # label → (loader, file)
+    "allmlp.load, native safetensors": ("allmlp", "native.safetensors"),
+    "allmlp.load, the authors' .npz": ("allmlp", "authors.npz"),
+    "allmlp.load, timm's safetensors": ("allmlp", "timm.safetensors"),
+    "allmlp.load, timm's .pth": ("allmlp", "timm.pth"),
     "timm, its safetensors": ("timm", "timm.safetensors"),
     "timm, its .pth": ("timm", "timm.pth"),
 }
 CHILD = """
 import json, pathlib, sys, time
-who, path = sys.argv[1:]
+loader, path = sys.argv[1:]
 import torch
-if who == "ours":
+if loader == "allmlp":
     from allmlp.weights.load import load
 else:
     import timm
@@ -40,9 +40,9 @@ else:
 def memory(kind):
     lines = pathlib.Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(kind))
-pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+pathlib.Path("/proc/self/clear_refs").write_text("5")  # resets the peak
 before, begin = memory("VmRSS"), time.perf_counter()
-if who == "ours":
+if loader == "allmlp":
     model = load(path)
 else:
     model = timm.create_model("mixer_b16_224")
@@ -63,15 +63,17 @@ def main() -> None:
         write_files(folder)
         runs: dict[str, list[dict]] = {contestant: [] for contestant in CONTESTANTS}
         for number in range(options.rounds + 1):
-            for contestant, (who, file) in CONTESTANTS.items():
-                run = load_once(who, folder / file)
-                if number:  # the first round brings files and libraries into memory
+            for contestant, (loader, file) in CONTESTANTS.items():
+                run = load_once(loader, folder / file)
+                if number:  # the first round fills the caches
                     runs[contestant].append(run)
         sizes = {file: (folder / file).stat().st_size for _, file in CONTESTANTS.values()}
-    assert len({round(run["total"], 1) for some in runs.values() for run in some}) == 1, "they loaded different weights"
+    assert len({round(run["total"], 1) for measured in runs.values() for run in measured}) == 1, (
+        "they loaded different weights"
+    )
     median = {
-        contestant: {key: statistics.median(run[key] for run in some) for key in ("seconds", "peak_bytes")}
-        for contestant, some in runs.items()
+        contestant: {key: statistics.median(run[key] for run in measured) for key in ("seconds", "peak_bytes")}
+        for contestant, measured in runs.items()
     }
     results = {"machine": machine(torch.device("cpu")), "file_bytes": sizes, "median": median, "runs": runs}
     write_results("load_weights_cpu", results)
@@ -92,17 +94,19 @@ def main() -> None:
 def write_files(folder: Path) -> None:
     model = create("B/16", num_classes=1000, gelu="erf", seed=0)
     torch.nn.init.normal_(model.get_parameter("head.weight"), std=0.02)
-    export(model, folder / "own.safetensors", "own")
-    export(model, folder / "authors.npz", "npz")
-    export(model, folder / "timm.safetensors", "timm")
+    save_as(model, folder / "native.safetensors", "native")
+    save_as(model, folder / "authors.npz", "npz")
+    save_as(model, folder / "timm.safetensors", "timm")
     from safetensors.torch import load_file
 
     torch.save(load_file(folder / "timm.safetensors"), folder / "timm.pth")
 
 
-def load_once(who: str, path: Path) -> dict:
-    answer = subprocess.run([sys.executable, "-c", CHILD, who, str(path)], capture_output=True, text=True, check=True)
-    return json.loads(answer.stdout.splitlines()[-1])
+def load_once(loader: str, path: Path) -> dict:
+    finished = subprocess.run(
+        [sys.executable, "-c", CHILD, loader, str(path)], capture_output=True, text=True, check=True
+    )
+    return json.loads(finished.stdout.splitlines()[-1])
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""What a change of resolution costs and keeps: a small Mixer trained on CIFAR-10 at 32 px, then resized.
+"""The accuracy of resized models: a small Mixer is trained on CIFAR-10 at 32 px, then resized.
 
-At 64 px (Supplement C, K = 2), 48, 40 and 24 px: test top-1 straight after the resize, and after one epoch of
+At 64 px (Supplement C, K = 2), 48, 40 and 24 px: test top-1 directly after the resize, and after one epoch of
 fine-tuning, for allmlp.resize, for plain bilinear interpolation of W1 and W2 over the grid, and for new random
-token-mixing weights. Paired: for each seed, the three start from one trained model and see the same batches.
+token-mixing weights. Paired: for each seed, the three methods start from the same model and see the same batches.
 
 python benchmarks/resize_cifar10.py --data cifar10.zip       # about 50 minutes on two cores
 """
@@ -23,8 +23,9 @@ import torch.nn.functional as F
 from common import machine, print_table, write_results
 from torch import Tensor
 
+from allmlp.data.dataset import ImageDataset
 from allmlp.data.loader import Batch
-from allmlp.data.sources import ImageDataset, load_source
+from allmlp.data.sources import load_source
 from allmlp.data.transforms import normalise
 from allmlp.factory import create
 from allmlp.metadata import Preprocessing
@@ -48,7 +49,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="CIFAR-10 as image files: a folder or zip with train/ and test/")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--images", type=int, default=None, help="train and test on so many only, to try the script")
+    parser.add_argument("--images", type=int, default=None, help="use only this many, to try the script")
     options = parser.parse_args()
     with (
         tempfile.TemporaryDirectory() as name,
@@ -56,7 +57,8 @@ def main() -> None:
     ):
         folder = Path(name)
         source = load_source(options.data, val_fraction=0.0, test_fraction=0.1, split_seed=0, max_pixels=10**6)
-        torch.save({part: pixels(source.parts[part], options.images) for part in ("train", "test")}, folder / "data.pt")
+        data = {split: pixels(source.splits[split], options.images) for split in ("train", "test")}
+        torch.save(data, folder / "data.pt")
         bases = dict(zip(options.seeds, pool.map(partial(train_base, folder), options.seeds), strict=True))
         for seed, top1 in bases.items():
             print(f"seed {seed}: {top1:.4f} at 32 px after {BASE_EPOCHS} epochs", flush=True)
@@ -70,23 +72,22 @@ def main() -> None:
     rows = []
     for size in SIZES:
         for method in METHODS:
-            of = [run for run in runs if (run["size"], run["method"]) == (size, method)]
-            shown = [
-                f"{mean:.4f} ± {sd:.4f}" for mean, sd in (mean_sd([r[k] for r in of]) for k in ("before", "after"))
-            ]
-            rows.append([f"{size} px", method, str(of[0]["tokens_mlp_dim"]), *shown])
-    print_table(["image", "token mixing", "D_S", "top-1 at once", "after one epoch"], rows)
+            cell = [run for run in runs if (run["size"], run["method"]) == (size, method)]
+            scores = [mean_sd([run[key] for run in cell]) for key in ("before", "after")]
+            texts = [f"{mean:.4f} ± {sd:.4f}" for mean, sd in scores]
+            rows.append([f"{size} px", method, str(cell[0]["tokens_mlp_dim"]), *texts])
+    print_table(["image", "token mixing", "D_S", "top-1 directly", "after one epoch"], rows)
 
 
-def pixels(part: ImageDataset, most: int | None) -> tuple[Tensor, Tensor]:
-    """(N, 3, 32, 32) uint8 and (N,) labels of the part, or of a sample of it."""
-    chosen = np.random.default_rng(0).permutation(len(part))[:most]
-    images = np.stack([np.asarray(part.image(int(i))) for i in chosen])
-    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(part.labels[chosen])
+def pixels(dataset: ImageDataset, limit: int | None) -> tuple[Tensor, Tensor]:
+    """(N, 3, 32, 32) uint8 and (N,) labels of the images, or of a random sample of them."""
+    chosen = np.random.default_rng(0).permutation(len(dataset))[:limit]
+    images = np.stack([np.asarray(dataset.read(int(i))) for i in chosen])
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(dataset.labels[chosen])
 
 
-def read(folder: Path, part: str, size: int) -> tuple[Tensor, Tensor]:
-    images, labels = torch.load(folder / "data.pt", weights_only=True)[part]
+def read(folder: Path, split: str, size: int) -> tuple[Tensor, Tensor]:
+    images, labels = torch.load(folder / "data.pt", weights_only=True)[split]
     if size == 32:
         return images, labels
     scaled = partial(F.interpolate, size=(size, size), mode="bilinear", antialias=True)
@@ -105,7 +106,7 @@ def resize_and_tune(folder: Path, cell: tuple[int, int, str]) -> dict:
     torch.set_num_threads(1)
     seed, size, method = cell
     model = load(folder / f"{seed}.safetensors")
-    model = {"resize": resize, "bilinear": bilinear, "random": redrawn}[method](model, size)
+    model = {"resize": resize, "bilinear": bilinear, "random": reinitialised}[method](model, size)
     test, begin = read(folder, "test", size), time.perf_counter()
     before = top1(model, test)
     train(model, read(folder, "train", size), 1, sgd(model, momentum=0.9), 1000 + seed)
@@ -115,21 +116,21 @@ def resize_and_tune(folder: Path, cell: tuple[int, int, str]) -> dict:
 
 
 def bilinear(model: Mixer, size: int) -> Mixer:
-    """W1's rows, W2's columns and b2 interpolated as pictures on the grid, D_S as before."""
+    """Interpolates W1's rows, W2's columns and b2 as images on the grid; D_S does not change."""
     new, (h, w) = create(**(model.config | {"image_size": size, "seed": 0})), model.grid
     state = model.state_dict()
     for name in state:
         if name.endswith(("token_mixing.dense_0.weight", "token_mixing.dense_1.weight", "token_mixing.dense_1.bias")):
             over_grid = state[name] if "dense_0" in name else state[name].reshape(h * w, -1).T
-            pictures = over_grid.unflatten(1, (h, w))[:, None]
-            resized = F.interpolate(pictures, new.grid, mode="bilinear", align_corners=False)[:, 0].flatten(1)
+            maps = over_grid.unflatten(1, (h, w))[:, None]
+            resized = F.interpolate(maps, new.grid, mode="bilinear", align_corners=False)[:, 0].flatten(1)
             state[name] = resized if "dense_0" in name else resized.T.reshape(-1, *state[name].shape[1:])
     new.load_state_dict(state)
     return new
 
 
-def redrawn(model: Mixer, size: int) -> Mixer:
-    """The authors' initial weights for token mixing, D_S as before; everything else as it was trained."""
+def reinitialised(model: Mixer, size: int) -> Mixer:
+    """Replaces token mixing by the authors' initial weights, with the same D_S; keeps all other weights."""
     new = create(**(model.config | {"image_size": size, "seed": 0}))
     kept = {name: tensor for name, tensor in model.state_dict().items() if "token_mixing" not in name}
     new.load_state_dict(new.state_dict() | kept)
@@ -157,7 +158,7 @@ def train(model: Mixer, data: tuple[Tensor, Tensor], epochs: int, optimizer: tor
 
 
 def batches(images: Tensor, labels: Tensor, steps: int, seed: int) -> Iterator[Batch]:
-    """Shifted by up to an eighth of the side within a reflected border, every second one mirrored."""
+    """Random crops from images padded by an eighth of the side (reflected), half of them mirrored."""
     generator = torch.Generator().manual_seed(seed)
     side, border = images.shape[-1], images.shape[-1] // 8
     order = torch.cat(
@@ -178,8 +179,8 @@ def batches(images: Tensor, labels: Tensor, steps: int, seed: int) -> Iterator[B
 def top1(model: Mixer, data: tuple[Tensor, Tensor]) -> float:
     model.eval()
     pairs = zip(data[0].split(500), data[1].split(500), strict=True)
-    right = sum(int((model(normalise(x, Preprocessing())).argmax(1) == y).sum()) for x, y in pairs)
-    return right / len(data[1])
+    correct = sum(int((model(normalise(x, Preprocessing())).argmax(1) == y).sum()) for x, y in pairs)
+    return correct / len(data[1])
 
 
 def mean_sd(values: list[float]) -> tuple[float, float]:

@@ -1,6 +1,6 @@
-"""Random weights as others store them, written out from the design's table: an oracle that shares nothing with src.
+"""Random weights in the layouts of others, written out independently of src.
 
-Weights go by this library's names, as ``reference.numpy_forward`` takes them, in float64 unless said otherwise.
+Arguments use native names, as ``reference.numpy_forward`` does, and are float64 by default.
 """
 
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ def random_weights(
     channels_mlp: int = 6,
     dtype: type = np.float64,
 ) -> dict[str, Array]:
-    """Every array of a Mixer, random, with activations near 1; ``classes=0`` leaves out the head."""
+    """Every array of a Mixer, random, with activations near 1; ``classes=0`` omits the head."""
     rng = np.random.default_rng(seed)
     weights: dict[str, Array] = {}
 
@@ -57,7 +57,7 @@ def blocks_of(weights: Mapping[str, Array]) -> range:
 
 
 def current(weights: Mapping[str, Array]) -> dict[str, Array]:
-    """The authors' layout of today (flax linen): google-research/vision_transformer, models_mixer.py."""
+    """The authors' current layout (flax linen): google-research/vision_transformer, models_mixer.py."""
     w = weights
     found = {"stem/kernel": w["stem.weight"].transpose(2, 3, 1, 0), "stem/bias": w["stem.bias"]}
     for i in blocks_of(w):
@@ -78,8 +78,11 @@ def current(weights: Mapping[str, Array]) -> dict[str, Array]:
 def older(
     weights: Mapping[str, Array], numbers: tuple[int, int] = (0, 1), axes: tuple[int, int] = (0, 0)
 ) -> dict[str, Array]:
-    """The older layout; LayerNorms numbered ``numbers``, token and channel kernels with an axis of length one at
-    ``axes``: (1, S, D_S) for 0."""
+    """The authors' older layout.
+
+    ``numbers`` are those of the two LayerNorms; ``axes`` the positions of an axis of length one in the kernels of token
+    and channel mixing: (1, S, D_S) for 0.
+    """
     w = weights
     found = {"embedding/kernel": w["stem.weight"].transpose(2, 3, 1, 0), "embedding/bias": w["stem.bias"]}
     for i in blocks_of(w):
@@ -100,7 +103,7 @@ def older(
 
 
 def wrapped(arrays: Mapping[str, Array], prefix: str) -> dict[str, Array]:
-    """Inside ``prefix``; a training checkpoint ("opt/") holds the optimiser's state beside, its step a whole number."""
+    """Names with ``prefix``; a training checkpoint ("opt/") also has the optimiser's moments."""
     found = {prefix + name: array for name, array in arrays.items()}
     if prefix.startswith("opt/"):
         for moment in ("grad_ema", "grad_sq_ema"):
@@ -109,7 +112,7 @@ def wrapped(arrays: Mapping[str, Array], prefix: str) -> dict[str, Array]:
 
 
 def bfloat16(array: Array) -> tuple[Array, Array]:
-    """(as NumPy stores a bfloat16 array of JAX's, two-byte voids; the values it holds, in float32)."""
+    """(two-byte voids, as NumPy stores JAX's bfloat16 arrays; their values in float32)."""
     bits = np.ascontiguousarray(array, np.float32).view(np.uint32)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16  # to nearest, ties to even
     kept = rounded.astype(np.uint16)
@@ -117,7 +120,7 @@ def bfloat16(array: Array) -> tuple[Array, Array]:
 
 
 def timm(weights: Mapping[str, Array]) -> dict[str, Array]:
-    """timm's names (allmlp.py); the arrays as they are here."""
+    """timm's names (timm/models/mlp_mixer.py); the arrays are unchanged."""
     found = {"stem.proj.weight": weights["stem.weight"], "stem.proj.bias": weights["stem.bias"]}
     for i in blocks_of(weights):
         for kind in ("weight", "bias"):

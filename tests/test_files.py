@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Atomic writes."""
 
 import os
 import stat
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from allmlp.files import replacing, write_text
+from allmlp.files import atomic_write, write_text
 
 
 @pytest.fixture
@@ -19,11 +19,11 @@ def umask() -> Iterator[None]:
     os.umask(before)
 
 
-def test_what_is_written_takes_the_place(tmp_path: Path) -> None:
+def test_the_new_file_replaces_the_old(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("old")
-    with replacing(path) as temporary:
-        assert temporary.parent == tmp_path  # the same file system, so that the last step is one
+    with atomic_write(path) as temporary:
+        assert temporary.parent == tmp_path  # on the same file system, so that renaming is atomic
         assert temporary != path
         temporary.write_text("new")
         assert path.read_text() == "old"
@@ -33,13 +33,13 @@ def test_what_is_written_takes_the_place(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("error", [ValueError, OSError, KeyboardInterrupt, SystemExit, GeneratorExit])
 @pytest.mark.parametrize("existing", [True, False])
-def test_any_exception_leaves_everything_as_it_was(tmp_path: Path, error: type[BaseException], existing: bool) -> None:
+def test_any_exception_leaves_the_old_file(tmp_path: Path, error: type[BaseException], existing: bool) -> None:
     path = tmp_path / "a.txt"
     if existing:
         path.write_text("old")
 
     def fail() -> None:
-        with replacing(path) as temporary:
+        with atomic_write(path) as temporary:
             temporary.write_text("half")
             raise error("stop")
 
@@ -48,7 +48,7 @@ def test_any_exception_leaves_everything_as_it_was(tmp_path: Path, error: type[B
     assert {p.name: p.read_text() for p in tmp_path.iterdir()} == ({"a.txt": "old"} if existing else {})
 
 
-def test_a_failing_sync_leaves_everything_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_sync_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(_handle: int) -> None:
         raise OSError("disk full")
 
@@ -64,10 +64,10 @@ def test_permissions_are_those_of_any_new_file(tmp_path: Path, umask: None, mask
     os.umask(mask)
     write_text(tmp_path / "a.txt", "x")
     assert stat.S_IMODE((tmp_path / "a.txt").stat().st_mode) == mode
-    assert os.umask(mask) == mask  # looking at the mask has not changed it
+    assert os.umask(mask) == mask  # reading the mask did not change it
 
 
-def test_the_bytes_are_on_the_disk_before_the_name_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_file_is_synced_before_it_is_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     fsync, replace = os.fsync, Path.replace
 

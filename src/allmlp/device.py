@@ -1,4 +1,4 @@
-"""Where and in which precision to compute, from the words a user gives."""
+"""The device and precision to compute with, from the names that a user gives."""
 
 import contextlib
 from typing import Literal
@@ -11,7 +11,11 @@ Precision = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 def select_device(name: str) -> torch.device:
-    """ "auto" is the first CUDA device, else Apple's, else the CPU; a UserError for one that is not there."""
+    """The device of a name such as "cpu", "cuda", "cuda:1" or "mps"; "auto" takes CUDA, else MPS, else the CPU.
+
+    Raises:
+        UserError: an unknown name, or a device that this machine does not have.
+    """
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
@@ -19,7 +23,7 @@ def select_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UserError(f"device {name!r} is not one: use auto, cpu, cuda, cuda:1 or mps") from None
+        raise UserError(f"unknown device {name!r}: use auto, cpu, cuda, cuda:1 or mps") from None
     available = {
         "cpu": 1,
         "cuda": torch.cuda.device_count(),
@@ -27,19 +31,20 @@ def select_device(name: str) -> torch.device:
     }.get(device.type, 0)
     if (device.index or 0) >= available:
         raise UserError(
-            f"device {name!r} is not on this machine, which has {available} of that kind: use --device auto"
+            f"device {name!r} is not available, this machine has {available} of type {device.type}: use --device auto"
         )
     return device
 
 
 def select_precision(name: Precision, device: torch.device) -> torch.dtype:
-    """ "auto" is bfloat16 where the hardware multiplies it (AVX512-BF16, AMX, recent GPUs), else float32."""
+    """The type of a name; "auto" is bfloat16 where the hardware computes in it (AVX512-BF16, AMX, recent GPUs)."""
     if name == "auto":
-        return torch.bfloat16 if multiplies_bfloat16(device) else torch.float32
+        return torch.bfloat16 if has_bfloat16_hardware(device) else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
 
 
-def multiplies_bfloat16(device: torch.device) -> bool:
+def has_bfloat16_hardware(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 matrices natively, not by emulation."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
@@ -48,9 +53,9 @@ def multiplies_bfloat16(device: torch.device) -> bool:
 
 
 def autocast(device: torch.device, precision: torch.dtype) -> contextlib.AbstractContextManager:
-    """As torch.autocast: the matrix products in the given precision, and with them the tokens between the blocks.
+    """``torch.autocast`` for a precision below float32; for float32, a context that does nothing.
 
-    The loss is for the caller to compute in float32. Nothing changes for float32.
+    Under autocast the tokens between blocks have the lower precision too; compute the loss in float32.
     """
     if precision == torch.float32:
         return contextlib.nullcontext()

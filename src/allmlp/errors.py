@@ -1,20 +1,20 @@
-"""The ends of a program that a user is shown in one line."""
+"""The exceptions that the command line reports in one line, each with its exit status."""
 
 
 class UserError(ValueError):
-    """A mistake of the caller's. The message is one line: what is wrong, the value, and the remedy. Exit status 2."""
+    """A mistake in the input. The message is one line: what is wrong, the value, and the remedy. Exit status 2."""
 
     status = 2
 
 
 class RunError(RuntimeError):
-    """A run that failed through nobody's mistake (a full disk, an unreachable download). Exit status 1."""
+    """A failure that the user's input did not cause (a full disk, an unreachable server). Exit status 1."""
 
     status = 1
 
 
 class Stopped(Exception):
-    """A run that a signal ended, and that can be gone on with. Exit status 143 (SIGTERM) or 130 (SIGINT)."""
+    """A signal stopped a run, which can be resumed. Exit status 143 (SIGTERM) or 130 (SIGINT)."""
 
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
@@ -22,5 +22,5 @@ class Stopped(Exception):
 
 
 def printable(text: str) -> str:
-    """Text from elsewhere (a file's name, a class's) as it may stand in one line of a terminal: the rest is escaped."""
+    """Escapes control and other unprintable characters of outside text (a file or class name) to fit in one line."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

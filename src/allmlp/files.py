@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and JSON that any reader takes."""
+"""Atomic file writes, and JSON without NaN."""
 
 import contextlib
 import json
@@ -13,13 +13,16 @@ from allmlp.errors import UserError
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside ``path``; what is written there takes its place, synced, once the block succeeds.
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yields a temporary path in the same folder; when the block succeeds, that file is synced and replaces ``path``.
 
-    On any failure (a full disk, an exception, an interrupt) the temporary file is removed and ``path`` is as it was.
+    After any failure (a full disk, an exception, an interrupt) the temporary file is removed and ``path`` is unchanged.
+
+    Raises:
+        UserError: ``path`` is a folder.
     """
     if path.is_dir():
-        raise UserError(f"{path} is a folder: name a file")
+        raise UserError(f"{path} is a folder: give the name of a file")
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     os.close(handle)
     temporary = Path(name)
@@ -27,7 +30,7 @@ def replacing(path: Path) -> Iterator[Path]:
         yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~current_umask())  # mkstemp's 0600 is for secrets
+        temporary.chmod(0o666 & ~current_umask())  # mkstemp creates files with mode 0600
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -35,12 +38,13 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    with replacing(path) as temporary:
+    """Writes UTF-8 text atomically."""
+    with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def sync_folder(folder: Path) -> None:
-    """So that what was made or renamed in it outlives the power."""
+    """Makes files that were created or renamed in a folder survive a power failure."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -49,13 +53,14 @@ def sync_folder(folder: Path) -> None:
 
 
 def current_umask() -> int:
+    """The process's file mode creation mask, which can only be read by setting it."""
     mask = os.umask(0)
     os.umask(mask)
     return mask
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
-    """JSON of dicts, lists, strings and numbers; NaN and infinities, which JSON has no word for, become null."""
+    """JSON of dicts, lists, strings and numbers; NaN and infinities, which JSON does not have, become null."""
 
     def finite(value: Any) -> Any:
         if isinstance(value, dict):

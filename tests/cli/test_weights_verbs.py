@@ -56,7 +56,7 @@ def test_around_through_every_format_and_back_bit_for_bit(mixer, colour_weights,
 def test_what_the_npz_cannot_hold_is_said(mixer, colour_weights, tmp_path) -> None:
     answer = mixer("convert", colour_weights, tmp_path / "a.npz", "--json")
     assert_done(answer)
-    assert "names of the classes" in answer.err
+    assert "class names" in answer.err
     assert json.loads(answer.out)["to"] == "npz"
 
 
@@ -81,7 +81,7 @@ def test_convert_mistakes(mixer, colour_weights, tmp_path) -> None:
     assert_mistake(mixer("convert", colour_weights, tmp_path / "a.safetensors", "--mean", 1, 2), "one number or three")
     assert_mistake(mixer("convert", colour_weights, tmp_path / "a.pth"), "a.pth", ".safetensors")
     assert_mistake(mixer("convert", colour_weights, tmp_path / "a.npz", "--to", "timm"), ".safetensors")
-    assert_mistake(mixer("convert", colour_weights, tmp_path / "gone" / "a.npz"), "gone", "make it first")
+    assert_mistake(mixer("convert", colour_weights, tmp_path / "gone" / "a.npz"), "gone", "create it first")
     assert_mistake(mixer("convert", tmp_path / "gone.npz", tmp_path / "a.npz"), "gone.npz", "does not exist")
     size = ("--image-size", 16, 16, 16)
     assert_mistake(mixer("convert", colour_weights, tmp_path / "a.npz", *size), "16 16 16", "or two")

@@ -21,7 +21,7 @@ from allmlp.recipes import get_transfer
 from allmlp.recipes.digits import digits
 from allmlp.training.initialization import prepare, take, view, with_new_head
 from allmlp.training.run import Run, train
-from allmlp.weights.export import export
+from allmlp.weights.convert import save_as
 from allmlp.weights.load import load
 from allmlp.weights.native import save
 from allmlp.weights.resize import resize
@@ -94,10 +94,10 @@ def test_the_head_is_zero_and_the_rest_is_bit_for_bit_the_same(weights: str, cla
 
 
 @pytest.mark.parametrize("num_classes", [0, 3, 10])
-@pytest.mark.parametrize("to", ["own", "npz", "timm"])
+@pytest.mark.parametrize("to", ["native", "npz", "timm"])
 def test_from_every_layout_with_and_without_a_head(tmp_path: Path, to: Any, num_classes: int) -> None:
     trained, path = make(num_classes=num_classes), tmp_path / ("w.npz" if to == "npz" else "w.safetensors")
-    export(trained, path, to)
+    save_as(trained, path, to)
     model = started(finetune(str(path), "digits"))
     assert_transferred(model, trained, 10)
     assert model.metadata.provenance["started_from"]["weights"] == str(path)

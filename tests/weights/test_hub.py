@@ -1,4 +1,4 @@
-"""Weights from the Hugging Face hub: a cache made by hand, no network, and each of the hub's errors as one line."""
+"""Weights from the Hugging Face hub: with a simulated cache, without network, and the hub's errors as one line."""
 
 import json
 import logging
@@ -21,7 +21,7 @@ import allmlp
 from allmlp.errors import RunError, UserError
 from allmlp.metadata import Metadata, Preprocessing
 from allmlp.model import Mixer
-from allmlp.weights.export import export
+from allmlp.weights.convert import save_as
 from allmlp.weights.load import load
 from allmlp.weights.native import save
 from allmlp.weights.published import class_names
@@ -42,22 +42,22 @@ def make(seed: int = 0, **options: Any) -> Mixer:
     return model.eval()
 
 
-def in_timms_layout(folder: Path, model: Mixer) -> bytes:
-    """As timm pushes it: its names, and nothing of ours beside them."""
+def timm_file(folder: Path, model: Mixer) -> bytes:
+    """A file as timm uploads it, without this package's header."""
     path = folder / "timm.safetensors"
-    export(model, path, "timm")
+    save_as(model, path, "timm")
     save_file(load_file(path), path, {"format": "pt"})
     return path.read_bytes()
 
 
-def in_ours(folder: Path, model: Mixer) -> bytes:
+def native_file(folder: Path, model: Mixer) -> bytes:
     save(model, folder / "ours.safetensors")
     return (folder / "ours.safetensors").read_bytes()
 
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
-    """An empty cache, with the hub out of reach; a function that puts a repository's files into it."""
+    """An empty cache, without network; returns a function that adds a repository's files to it."""
     root = tmp_path / "cache"
     root.mkdir()
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(root))
@@ -88,7 +88,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path
 
 
 def no_network(*_args: object) -> NoReturn:
-    raise AssertionError("a test reaches for the network")
+    raise AssertionError("a test tried to use the network")
 
 
 def as_json(config: Any) -> bytes:
@@ -107,7 +107,7 @@ def warnings_of(caplog: pytest.LogCaptureFixture) -> str:
 # From the cache
 
 
-@pytest.mark.parametrize("write", [in_ours, in_timms_layout])
+@pytest.mark.parametrize("write", [native_file, timm_file])
 def test_a_repository_in_the_cache_loads_offline(cache: Callable, tmp_path: Path, write: Callable) -> None:
     model = make()
     cache(REPO, {"model.safetensors": write(tmp_path, model), "config.json": b"{}"})
@@ -120,11 +120,11 @@ def test_a_repository_in_the_cache_loads_offline(cache: Callable, tmp_path: Path
     assert again.metadata.provenance["source"]["revision"] == COMMIT
 
 
-@pytest.mark.parametrize(("write", "missed"), [(in_ours, False), (in_timms_layout, True)], ids=["ours", "timm's"])
-def test_no_config_in_the_cache_is_no_hindrance(
+@pytest.mark.parametrize(("write", "missed"), [(native_file, False), (timm_file, True)], ids=["ours", "timm's"])
+def test_weights_load_without_a_config(
     cache: Callable, tmp_path: Path, caplog: pytest.LogCaptureFixture, write: Callable, missed: bool
 ) -> None:
-    """Neither where the cache knows that there is none, nor where it does not know, which is said if it matters."""
+    """Whether or not the cache knows that there is none; if it does not, a warning says so if it matters."""
     model = make()
     content = write(tmp_path, model)
     cache(REPO, {"model.safetensors": content}, absent=("config.json",))
@@ -132,43 +132,43 @@ def test_no_config_in_the_cache_is_no_hindrance(
     assert same(load(ADDRESS), model)
     assert "config.json" not in warnings_of(caplog)
     assert same(load("hf-hub:owner/other"), model)
-    assert ("config.json" in warnings_of(caplog)) == missed  # ours hold their own preprocessing
+    assert ("config.json" in warnings_of(caplog)) == missed  # native files contain their preprocessing
 
 
-def test_the_card_of_our_own_files_is_kept(cache: Callable, tmp_path: Path) -> None:
+def test_metadata_of_native_files_is_kept(cache: Callable, tmp_path: Path) -> None:
     model = make(num_classes=2)
     view = Preprocessing(crop="resize", crop_ratio=0.7, mean=(0.1, 0.2, 0.3))
     model.metadata = Metadata(
         classes=("a", "b"), preprocessing=view, provenance={"seed": 1, "source": {"file": "x.npz"}}
     )
     other = {"num_classes": 2, "label_names": ["c", "d"], "pretrained_cfg": {"mean": [0, 0, 0], "std": [1, 1, 1]}}
-    cache(REPO, {"model.safetensors": in_ours(tmp_path, model), "config.json": as_json(other)})
+    cache(REPO, {"model.safetensors": native_file(tmp_path, model), "config.json": as_json(other)})
     metadata = load(ADDRESS).metadata
     assert (metadata.classes, metadata.preprocessing) == (("a", "b"), view)
     assert metadata.provenance == {"seed": 1, "source": {"file": "x.npz", "hub": REPO, "revision": COMMIT}}
 
 
-def test_a_source_that_is_text_is_no_hindrance(cache: Callable, tmp_path: Path) -> None:
-    """``save`` takes any JSON value for more about where weights come from."""
+def test_a_source_that_is_text_is_accepted(cache: Callable, tmp_path: Path) -> None:
+    """``save`` accepts any JSON value as provenance."""
     save(make(), tmp_path / "m.safetensors", source="my own pictures")
     cache(REPO, {"model.safetensors": (tmp_path / "m.safetensors").read_bytes()}, absent=("config.json",))
     assert load(ADDRESS).metadata.provenance["source"]["revision"] == COMMIT
 
 
-def test_the_older_file_of_torch(cache: Callable, tmp_path: Path) -> None:
+def test_pytorch_model_bin(cache: Callable, tmp_path: Path) -> None:
     model = make()
-    export(model, tmp_path / "m.safetensors", "timm")
+    save_as(model, tmp_path / "m.safetensors", "timm")
     torch.save(load_file(tmp_path / "m.safetensors"), tmp_path / "m.bin")
     files = {"pytorch_model.bin": (tmp_path / "m.bin").read_bytes()}
     cache(REPO, files, absent=("model.safetensors", "config.json"))
     assert same(load(ADDRESS), model)
-    cache("owner/not-asked", files)  # what another program once fetched: nothing says whether there is the newer one
-    assert same(load("hf-hub:owner/not-asked"), model)
+    cache("owner/unknown", files)  # the cache does not say whether there is a model.safetensors
+    assert same(load("hf-hub:owner/unknown"), model)
 
 
-def test_safetensors_are_taken_before_a_pickle(cache: Callable, tmp_path: Path) -> None:
+def test_safetensors_are_preferred_to_a_pickle(cache: Callable, tmp_path: Path) -> None:
     model = make()
-    files = {"model.safetensors": in_ours(tmp_path, model), "pytorch_model.bin": b"\x80\x04never read"}
+    files = {"model.safetensors": native_file(tmp_path, model), "pytorch_model.bin": b"\x80\x04never read"}
     cache(REPO, files, absent=("config.json",))
     assert same(load(ADDRESS), model)
 
@@ -181,7 +181,7 @@ class Canary:
         return self.path.touch, ()
 
 
-def test_a_pickle_from_the_hub_runs_nothing(cache: Callable, tmp_path: Path) -> None:
+def test_code_in_a_pickle_from_the_hub_is_not_run(cache: Callable, tmp_path: Path) -> None:
     torch.save({"state_dict": Canary(tmp_path / "canary")}, tmp_path / "m.bin")
     cache(REPO, {"pytorch_model.bin": (tmp_path / "m.bin").read_bytes()}, absent=("model.safetensors", "config.json"))
     with pytest.raises(UserError, match="which can run code, so it is refused"):
@@ -198,9 +198,7 @@ def test_each_revision_has_its_weights_and_its_config(cache: Callable, tmp_path:
         (old, OTHER, "v1.0", ["a", "b", "c"]), (new, COMMIT, "main", ["x", "y", "z"]),
     ):  # fmt: skip
         config = {"num_classes": 3, "label_names": names}
-        cache(
-            REPO, {"model.safetensors": in_timms_layout(tmp_path, model), "config.json": as_json(config)}, commit, ref
-        )
+        cache(REPO, {"model.safetensors": timm_file(tmp_path, model), "config.json": as_json(config)}, commit, ref)
     for revision, model, commit, names in (
         ("", new, COMMIT, ("x", "y", "z")),
         ("@main", new, COMMIT, ("x", "y", "z")),
@@ -211,21 +209,21 @@ def test_each_revision_has_its_weights_and_its_config(cache: Callable, tmp_path:
         assert same(found, model)
         assert found.metadata.classes == names
         assert found.metadata.provenance["source"]["hub"] == REPO
-        assert found.metadata.provenance["source"]["revision"] == commit  # never a name, which may move
+        assert found.metadata.provenance["source"]["revision"] == commit  # not a branch or tag, which may move
 
 
 def test_a_branch_with_a_slash(cache: Callable, tmp_path: Path) -> None:
     model = make()
-    cache(REPO, {"model.safetensors": in_ours(tmp_path, model)}, OTHER, "refs/pr/1", absent=("config.json",))
+    cache(REPO, {"model.safetensors": native_file(tmp_path, model)}, OTHER, "refs/pr/1", absent=("config.json",))
     assert load(f"{ADDRESS}@refs/pr/1").metadata.provenance["source"]["revision"] == OTHER
 
 
-@pytest.mark.parametrize("write", [in_ours, in_timms_layout])
-def test_the_revision_travels_with_what_is_saved(cache: Callable, tmp_path: Path, write: Callable) -> None:
+@pytest.mark.parametrize("write", [native_file, timm_file])
+def test_the_revision_is_saved_with_the_weights(cache: Callable, tmp_path: Path, write: Callable) -> None:
     cache(REPO, {"model.safetensors": write(tmp_path, make()), "config.json": b"{}"})
     model = load(ADDRESS)
     save(model, tmp_path / "m.safetensors")
-    export(allmlp.resize(model, 16), tmp_path / "n.safetensors", "timm")
+    save_as(allmlp.resize(model, 16), tmp_path / "n.safetensors", "timm")
     for path in (tmp_path / "m.safetensors", tmp_path / "n.safetensors"):
         source = load(path).metadata.provenance["source"]
         assert (source["hub"], source["revision"]) == (REPO, COMMIT)
@@ -252,7 +250,7 @@ TIMM_CONFIG = {
 
 
 def carded(cache: Callable, tmp_path: Path, config: bytes, repo: str = REPO, **options: Any) -> Metadata:
-    cache(repo, {"model.safetensors": in_timms_layout(tmp_path, make(**options)), "config.json": config})
+    cache(repo, {"model.safetensors": timm_file(tmp_path, make(**options)), "config.json": config})
     return load(f"hf-hub:{repo}").metadata
 
 
@@ -270,7 +268,7 @@ def test_preprocessing_and_classes_of_timms_config(cache: Callable, tmp_path: Pa
     assert load(tmp_path / "m.safetensors").metadata == load(ADDRESS).metadata
 
 
-def test_what_the_config_leaves_open_is_as_in_the_layout(cache: Callable, tmp_path: Path) -> None:
+def test_fields_missing_in_the_config_are_those_of_the_layout(cache: Callable, tmp_path: Path) -> None:
     config = {"num_classes": 3, "pretrained_cfg": {"mean": [0, 0, 0], "std": [1, 1, 1]}}
     metadata = carded(cache, tmp_path, as_json(config))
     assert metadata.preprocessing == Preprocessing(interpolation="bicubic", mean=(0, 0, 0), std=(1, 1, 1))
@@ -291,7 +289,7 @@ def test_only_squash_changes_the_aspect(cache: Callable, tmp_path: Path, mode: A
         b'{"num_classes": "three"}', b'{"num_classes": null, "architecture": ["resnet50"]}',
     ],
 )  # fmt: skip
-def test_an_odd_config_says_nothing(cache: Callable, tmp_path: Path, config: bytes) -> None:
+def test_a_config_of_other_types_is_ignored(cache: Callable, tmp_path: Path, config: bytes) -> None:
     metadata = carded(cache, tmp_path, config)
     assert metadata.preprocessing == Preprocessing(interpolation="bicubic")
     assert metadata.classes is None
@@ -308,7 +306,7 @@ def test_an_odd_config_says_nothing(cache: Callable, tmp_path: Path, config: byt
     ],
     ids=str,
 )  # fmt: skip
-def test_what_cannot_be_is_said_and_left_out(
+def test_invalid_preprocessing_is_ignored_with_a_warning(
     cache: Callable, tmp_path: Path, caplog: pytest.LogCaptureFixture, key: str, value: Any
 ) -> None:
     config = {"num_classes": 3, "label_names": ["a", "b", "c"], "pretrained_cfg": {key: value}}
@@ -327,12 +325,12 @@ def test_what_cannot_be_is_said_and_left_out(
     ],
     ids=str,
 )  # fmt: skip
-def test_names_of_another_number_of_classes_are_left_out(cache: Callable, tmp_path: Path, config: dict) -> None:
+def test_a_wrong_number_of_class_names_is_ignored(cache: Callable, tmp_path: Path, config: dict) -> None:
     assert carded(cache, tmp_path, as_json(config)).classes is None
     save(load(ADDRESS), tmp_path / "m.safetensors")
 
 
-def test_names_without_a_head_are_left_out(cache: Callable, tmp_path: Path) -> None:
+def test_class_names_without_a_head_are_ignored(cache: Callable, tmp_path: Path) -> None:
     config = {"num_classes": 0, "label_names": ["a", "b", "c"]}
     assert carded(cache, tmp_path, as_json(config), num_classes=0).classes is None
 
@@ -347,14 +345,14 @@ def test_names_that_are_numbers_become_text(cache: Callable, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     "config", [b"", b"{", b"not json", b"\xff\xfe{}", b"[" * 100_000, b'{"a": ' * 100_000], ids=lambda c: str(c[:10])
 )
-def test_a_broken_config_is_one_line(cache: Callable, tmp_path: Path, config: bytes) -> None:
-    cache(REPO, {"model.safetensors": in_timms_layout(tmp_path, make()), "config.json": config})
-    with pytest.raises(UserError, match=r"^hf-hub:owner/name: its config\.json is not sound \(.*\): ") as caught:
+def test_an_invalid_config_is_one_line(cache: Callable, tmp_path: Path, config: bytes) -> None:
+    cache(REPO, {"model.safetensors": timm_file(tmp_path, make()), "config.json": config})
+    with pytest.raises(UserError, match=r"^hf-hub:owner/name: its config\.json is not valid JSON \(.*\): ") as caught:
         load(ADDRESS)
     assert "\n" not in str(caught.value)
 
 
-def test_a_normalisation_of_other_channels_than_the_stems(cache: Callable, tmp_path: Path) -> None:
+def test_a_mean_of_another_number_of_channels_is_ignored(cache: Callable, tmp_path: Path) -> None:
     config = {"pretrained_cfg": {"mean": [0.1] * 4, "std": [0.2] * 4}}
     assert len(carded(cache, tmp_path, as_json(config)).preprocessing.mean) in (1, 3)
 
@@ -372,18 +370,18 @@ WRONG_NAME = "timm/mixer_b16_224.goog_in21k_ft_in1k"
 
 
 def published_config(num_classes: int, mean: float, std: float, interpolation: str) -> bytes:
-    """As timm wrote it for its own: no names of classes."""
+    """As in timm's own repositories: without class names."""
     view = {"mean": [mean] * 3, "std": [std] * 3, "crop_pct": 0.875, "interpolation": interpolation}
     return as_json({"architecture": "mixer_b16_224", "num_classes": num_classes, "pretrained_cfg": view})
 
 
 @pytest.mark.parametrize("model", ["mixer_b16_224", "mixer_l16_224"])
 @pytest.mark.parametrize("with_config", [True, False])
-def test_the_wrong_name_is_told(
+def test_a_misleading_name_gives_a_warning(
     cache: Callable, tmp_path: Path, caplog: pytest.LogCaptureFixture, with_config: bool, model: str
 ) -> None:
     repo = f"timm/{model}.goog_in21k_ft_in1k"
-    files = {"model.safetensors": in_timms_layout(tmp_path, make(num_classes=1000))}
+    files = {"model.safetensors": timm_file(tmp_path, make(num_classes=1000))}
     config = {"config.json": published_config(1000, 0.5, 0.5, "bicubic")} if with_config else {}
     cache(repo, files | config, absent=() if with_config else ("config.json",))
     metadata = load(f"hf-hub:{repo}").metadata
@@ -398,11 +396,11 @@ def test_the_wrong_name_is_told(
 
 @pytest.mark.parametrize(("name", "classes"), [("miil_in21k", 11221), ("miil_in21k_ft_in1k", 1000)])
 @pytest.mark.parametrize("with_config", [True, False])
-def test_miils_take_pixels_from_0_to_1(
+def test_miils_weights_take_pixels_from_0_to_1(
     cache: Callable, tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, classes: int, with_config: bool
 ) -> None:
     repo = f"timm/mixer_b16_224.{name}"
-    files = {"model.safetensors": in_timms_layout(tmp_path, make(num_classes=classes))}
+    files = {"model.safetensors": timm_file(tmp_path, make(num_classes=classes))}
     config = {"config.json": published_config(classes, 0.0, 1.0, "bilinear")} if with_config else {}
     cache(repo, files | config, absent=() if with_config else ("config.json",))
     metadata = load(f"hf-hub:{repo}").metadata
@@ -411,16 +409,16 @@ def test_miils_take_pixels_from_0_to_1(
     assert "not fine-tuned" not in warnings_of(caplog)
 
 
-def test_an_id_alone_does_not_make_a_file_timms(
+def test_the_same_name_of_another_owner_is_not_timms(
     cache: Callable, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     repo = "someone/mixer_b16_224.goog_in21k_ft_in1k"
-    cache(repo, {"model.safetensors": in_timms_layout(tmp_path, make())}, absent=("config.json",))
+    cache(repo, {"model.safetensors": timm_file(tmp_path, make())}, absent=("config.json",))
     load(f"hf-hub:{repo}")
     assert "from-scratch" not in warnings_of(caplog)
 
 
-# What cannot be had
+# Errors
 
 
 @pytest.mark.parametrize(
@@ -430,7 +428,7 @@ def test_an_id_alone_does_not_make_a_file_timms(
         "hf-hub:owner/name@", "hf-hub:owner/name@a@b", "hf-hub: owner/name", "hf-hub:owner/name\n", "hf-hub:a//b",
     ],
 )  # fmt: skip
-def test_an_address_that_is_none(cache: Callable, address: str) -> None:
+def test_an_invalid_address(cache: Callable, address: str) -> None:
     with pytest.raises(UserError, match=r"give hf-hub:OWNER/NAME or hf-hub:OWNER/NAME@REVISION") as caught:
         load(address)
     assert repr(address) in str(caught.value)
@@ -440,35 +438,35 @@ def test_an_address_that_is_none(cache: Callable, address: str) -> None:
 @pytest.mark.parametrize(
     "repo", ["owner/..", "../name", "owner/-name", "owner/name.git", "a--b/c", f"owner/{'x' * 200}", "owner/.name"]
 )
-def test_a_name_that_the_hub_would_not_have(cache: Callable, repo: str) -> None:
+def test_a_name_that_the_hub_does_not_allow(cache: Callable, repo: str) -> None:
     with pytest.raises(UserError, match=r"(check the name|give hf-hub:OWNER/NAME)") as caught:
         load(f"hf-hub:{repo}")
     assert repo in str(caught.value)
 
 
 @pytest.mark.parametrize("revision", ["..", "../../other/snapshots/x", "/etc/passwd", "main/../../.."])
-def test_a_revision_does_not_lead_out_of_the_repository(cache: Callable, tmp_path: Path, revision: str) -> None:
-    cache(REPO, {"model.safetensors": in_ours(tmp_path, make())})
+def test_a_revision_cannot_escape_the_repository(cache: Callable, tmp_path: Path, revision: str) -> None:
+    cache(REPO, {"model.safetensors": native_file(tmp_path, make())})
     with pytest.raises((UserError, RunError), match="owner/name"):
         load(f"{ADDRESS}@{revision}")
 
 
-def test_not_in_the_cache_and_the_hub_out_of_reach(cache: Callable) -> None:
+def test_not_in_the_cache_and_offline(cache: Callable) -> None:
     with pytest.raises(RunError, match=r"^owner/name: .*model\.safetensors.* not in the cache, and the hub cannot be "):
         load(ADDRESS)
     with pytest.raises(RunError, match="connect once, or give a local file"):
         load(ADDRESS)
 
 
-def test_another_revision_than_the_cached(cache: Callable, tmp_path: Path) -> None:
-    cache(REPO, {"model.safetensors": in_ours(tmp_path, make())})
+def test_a_revision_that_is_not_cached(cache: Callable, tmp_path: Path) -> None:
+    cache(REPO, {"model.safetensors": native_file(tmp_path, make())})
     with pytest.raises(RunError, match="not in the cache, and the hub cannot be reached"):
         load(f"{ADDRESS}@{OTHER}")
 
 
 def test_a_repository_without_weights(cache: Callable) -> None:
     cache(REPO, {"config.json": b"{}"}, absent=("model.safetensors", "pytorch_model.bin"))
-    with pytest.raises(UserError, match=r"^hf-hub:owner/name has none of model\.safetensors, pytorch_model\.bin: "):
+    with pytest.raises(UserError, match=r"^hf-hub:owner/name has neither model\.safetensors nor pytorch_model\.bin: "):
         load(ADDRESS)
 
 
@@ -484,7 +482,7 @@ def response(status: int) -> Any:
 
 
 def connection_error() -> Exception:
-    """Of the HTTP library that huggingface_hub uses, whichever that is; no OSError in the newer ones."""
+    """An error of the HTTP library that huggingface_hub uses; in newer versions it is not an OSError."""
     library = sys.modules[huggingface_hub.errors.HTTPError.__module__.partition(".")[0]]
     return library.ConnectError("[Errno -2] Name or service not known")
 
@@ -520,7 +518,7 @@ def test_an_error_of_the_hub_is_one_line(
     assert "\n" not in str(caught.value)
 
 
-def test_a_revision_that_is_not_there_is_named(cache: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_revision_is_named(cache: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     def failing(*_args: Any, **_options: Any) -> NoReturn:
         raise E.RevisionNotFoundError("404.", response=response(404))
 
@@ -529,13 +527,11 @@ def test_a_revision_that_is_not_there_is_named(cache: Callable, monkeypatch: pyt
         load(f"{ADDRESS}@v9")
 
 
-def test_files_that_a_repository_does_not_have(
-    cache: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Online: the older name where the newer is not there, no config, and of that the commit that the weights had."""
+def test_files_are_requested_in_order(cache: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """model.safetensors, then pytorch_model.bin, then config.json at the commit of the weights."""
     snapshot, asked = tmp_path / "snapshots" / COMMIT, []
     snapshot.mkdir(parents=True)
-    (snapshot / "pytorch_model.bin").write_bytes(in_ours(tmp_path, make()))
+    (snapshot / "pytorch_model.bin").write_bytes(native_file(tmp_path, make()))
 
     def hub(repo: str, name: str, *, revision: str | None = None, **_options: Any) -> str:
         asked.append((repo, name, revision))
@@ -550,10 +546,10 @@ def test_files_that_a_repository_does_not_have(
     ]  # fmt: skip
 
 
-def test_losing_the_connection_after_the_weights_is_no_hindrance(
+def test_a_lost_connection_after_the_weights_is_tolerated(
     cache: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    snapshot = cache(REPO, {"model.safetensors": in_ours(tmp_path, make())})
+    snapshot = cache(REPO, {"model.safetensors": native_file(tmp_path, make())})
 
     def hub(repo: str, name: str, **_options: Any) -> str:
         if name == "model.safetensors":
@@ -566,12 +562,12 @@ def test_losing_the_connection_after_the_weights_is_no_hindrance(
 
 def test_without_the_library_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(UserError, match=r"the Hugging Face hub needs its library: pip install 'allmlp\[hub\]'"):
+    with pytest.raises(UserError, match=r"the package huggingface_hub is not installed: pip install 'allmlp\[hub\]'"):
         load(ADDRESS)
 
 
 def test_local_files_need_no_library(tmp_path: Path) -> None:
-    """Nor is it imported for them, nor with the package."""
+    """huggingface_hub is imported only for the hub."""
     save(make(), tmp_path / "m.safetensors")
     program = (
         "import sys; sys.modules['huggingface_hub'] = None; import allmlp;"
@@ -581,7 +577,7 @@ def test_local_files_need_no_library(tmp_path: Path) -> None:
     assert done.stdout == "3\n"
 
 
-def test_a_file_of_such_a_name_is_an_address_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_prefix_always_means_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     save(make(), tmp_path / "m.safetensors")
     assert same(load("m.safetensors"), make())

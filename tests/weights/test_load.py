@@ -1,4 +1,4 @@
-"""One load for every Mixer: what others' files compute here is what they say, and every tensor is accounted for."""
+"""Loading the authors', timm's and lucidrains' weights: they compute the same, and every tensor is accounted for."""
 
 import gc
 import logging
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import allmlp
 from allmlp.errors import UserError
 from allmlp.model import Mixer
-from allmlp.weights.export import export
+from allmlp.weights.convert import save_as
 from allmlp.weights.load import load
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}  # relative
@@ -31,12 +31,12 @@ def images_for(model: Mixer, dtype: torch.dtype = torch.float64, batch: int = 2)
 def relative(actual: Tensor | Array, expected: Tensor | Array) -> float:
     actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
     assert actual.shape == expected.shape
-    assert expected.std() > 0.05  # not vanished: the comparison means something
+    assert expected.std() > 0.05  # otherwise the comparison means nothing
     return float(np.abs(actual - expected).max() / np.abs(expected).max())
 
 
 def agrees(model: Mixer, weights: dict[str, Array], gelu: str, dtype: torch.dtype) -> None:
-    """Tokens before the last LayerNorm, features and logits are those of the NumPy forward on ``weights``."""
+    """Checks tokens before the last LayerNorm, features and logits against the NumPy forward pass with ``weights``."""
     assert {p.dtype for p in model.parameters()} == {dtype}
     images = images_for(model, dtype)
     expected = numpy_forward(weights, images.numpy(), model.patch_size, gelu)
@@ -51,7 +51,7 @@ def tensors(arrays: dict[str, Array]) -> dict[str, Tensor]:
 
 
 def message(path: Path, **given) -> str:
-    """Of the UserError that loading is: one line that names the file."""
+    """The message of the UserError that loading raises: one line that names the file."""
     with pytest.raises(UserError) as caught:
         load(path, **given)
     text = str(caught.value)
@@ -60,7 +60,7 @@ def message(path: Path, **given) -> str:
     return text
 
 
-# The authors' layouts (issue 3, row 1)
+# The authors' layouts
 
 LAYOUTS = {
     "current": current,
@@ -74,9 +74,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("kind", ["float64", "float32", "bfloat16"])
 @pytest.mark.parametrize("wrapping", WRAPPINGS, ids=lambda w: w or "bare")
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_authors_weights_compute_what_the_paper_says(
-    tmp_path: Path, layout: str, wrapping: str, kind: str, write
-) -> None:
+def test_the_authors_weights_match_the_reference(tmp_path: Path, layout: str, wrapping: str, kind: str, write) -> None:
     weights = random_weights(1, classes=7, grid=(3, 3), patch=(4, 2), width=10, tokens_mlp=6, channels_mlp=12)
     if kind == "float32":
         weights = {name: array.astype(np.float32) for name, array in weights.items()}
@@ -110,7 +108,7 @@ def test_the_order_in_the_file_does_not_matter(tmp_path: Path, seed: int) -> Non
         agrees(load(tmp_path / "w.npz"), weights, "tanh", torch.float64)
 
 
-def test_more_than_ten_blocks_are_not_taken_in_the_order_of_text(tmp_path: Path) -> None:
+def test_more_than_ten_blocks_are_in_numerical_order(tmp_path: Path) -> None:
     weights = random_weights(3, blocks=12)
     for arrays in (current(weights), older(weights)):
         np.savez(tmp_path / "w.npz", **arrays)
@@ -120,34 +118,32 @@ def test_more_than_ten_blocks_are_not_taken_in_the_order_of_text(tmp_path: Path)
 
 
 @pytest.mark.parametrize("sizes", [{"tokens_mlp": 1}, {"grid": (1, 1)}, {"channels_mlp": 1}, {"classes": 1}], ids=str)
-def test_axes_that_are_truly_one_long_stay(tmp_path: Path, sizes: dict) -> None:
+def test_sizes_of_one_are_not_squeezed(tmp_path: Path, sizes: dict) -> None:
     weights = random_weights(4, **sizes)
     for arrays in (current(weights), older(weights)):
         np.savez(tmp_path / "w.npz", **arrays)
         agrees(load(tmp_path / "w.npz"), weights, "tanh", torch.float64)
 
 
-def test_what_a_checkpoint_holds_beside_the_weights_is_left_out_and_said(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_other_arrays_of_a_checkpoint_are_ignored_and_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     np.savez(tmp_path / "w.npz", **wrapped(current(random_weights()), "opt/target/"))
     with caplog.at_level(logging.INFO, "allmlp"):
         load(tmp_path / "w.npz")
-    (said,) = (record.getMessage() for record in caplog.records if "left out" in record.getMessage())
+    (said,) = (record.getMessage() for record in caplog.records if "ignored" in record.getMessage())
     assert str(tmp_path / "w.npz") in said
     assert "opt/state/param_states/" in said
     assert "opt/target" not in said
 
 
-def test_the_optimisers_whole_numbers_are_left_out_too(tmp_path: Path) -> None:
-    """flax.optim stores its step as an int32 beside the moments."""
+def test_integers_of_the_optimiser_are_ignored(tmp_path: Path) -> None:
+    """flax.optim stores its step as an int32 next to the moments."""
     weights = random_weights()
     state = {"opt/state/step": np.int32(300), "opt/state/rng": np.arange(2, dtype=np.uint32)}
     np.savez(tmp_path / "w.npz", **wrapped(current(weights), "opt/target/"), **state)
     agrees(load(tmp_path / "w.npz"), weights, "tanh", torch.float64)
 
 
-def test_content_tells_not_the_name(tmp_path: Path) -> None:
+def test_files_are_recognised_by_content_not_by_name(tmp_path: Path) -> None:
     weights = random_weights()
     arrays = timm_layout(weights)
     np.savez(tmp_path / "w.npz", **current(weights))
@@ -165,12 +161,12 @@ def test_content_tells_not_the_name(tmp_path: Path) -> None:
             torch.save(exact, tmp_path / name, _use_new_zipfile_serialization=zipped)
             agrees(load(tmp_path / name), weights, "erf", torch.float64)
     model = load(tmp_path / "none")
-    allmlp.save(model, tmp_path / "own.safetensors")
-    (tmp_path / "own.safetensors").rename(tmp_path / "own.npz")
-    agrees(load(tmp_path / "own.npz"), weights, "erf", torch.float64)
+    allmlp.save(model, tmp_path / "native.safetensors")
+    (tmp_path / "native.safetensors").rename(tmp_path / "native.npz")
+    agrees(load(tmp_path / "native.npz"), weights, "erf", torch.float64)
 
 
-def test_an_npz_comes_out_as_it_went_in(tmp_path: Path) -> None:
+def test_an_npz_round_trip_is_exact(tmp_path: Path) -> None:
     """.npz → load → save → load → .npz, also from the older layout: arrays bit for bit, names and shapes the same."""
     for dtype in (np.float32, np.float64):
         weights = random_weights(6, dtype=dtype)
@@ -179,7 +175,7 @@ def test_an_npz_comes_out_as_it_went_in(tmp_path: Path) -> None:
         for i, arrays in enumerate((expected, wrapped(older(weights, numbers=(3, 10)), "opt/target/params/"))):
             np.savez(tmp_path / f"{i}.npz", **arrays)
             allmlp.save(load(tmp_path / f"{i}.npz"), tmp_path / f"{i}.safetensors")
-            export(load(tmp_path / f"{i}.safetensors"), tmp_path / f"{i}-again.npz", "npz")
+            save_as(load(tmp_path / f"{i}.safetensors"), tmp_path / f"{i}-again.npz", "npz")
             with np.load(tmp_path / f"{i}-again.npz") as again:
                 assert set(again) == set(expected)
                 for name, array in expected.items():
@@ -188,7 +184,7 @@ def test_an_npz_comes_out_as_it_went_in(tmp_path: Path) -> None:
                     assert again[name].tobytes() == array.tobytes(), name
 
 
-# timm's (row 2)
+# timm's layout
 
 TIMM = [
     "mixer_s32_224",
@@ -210,7 +206,7 @@ def random_peer(name: str, **options) -> nn.Module:
 
 
 def agrees_with(model: Mixer, peer: nn.Module, last_norm: nn.Module, batch: int = 2) -> None:
-    """float32 tokens before the last LayerNorm, and logits."""
+    """Checks float32 tokens before the last LayerNorm, and logits."""
     images = images_for(model, torch.float32, batch)
     seen: list[Tensor] = []
     hook = last_norm.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
@@ -229,7 +225,7 @@ def same_bits(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("name", TIMM)
-def test_timms_models_in_and_out(tmp_path: Path, name: str) -> None:
+def test_timms_models_round_trip(tmp_path: Path, name: str) -> None:
     timm = pytest.importorskip("timm")
     gc.collect()
     peer = random_peer(name)
@@ -238,7 +234,7 @@ def test_timms_models_in_and_out(tmp_path: Path, name: str) -> None:
     model = load(path)
     assert (model.config["gelu"], model.config["norm_eps"]) == ("erf", 1e-6)
     agrees_with(model, peer, peer.norm)
-    export(model, tmp_path / "out.safetensors", "timm")
+    save_as(model, tmp_path / "out.safetensors", "timm")
     path.unlink()
     del model
     out = load_file(tmp_path / "out.safetensors")
@@ -256,7 +252,7 @@ def test_timms_models_of_other_sizes(tmp_path: Path, options: dict) -> None:
 
 
 @pytest.mark.parametrize(
-    ("wrap", "left_out"),
+    ("wrap", "ignored"),
     [
         (lambda state: state, ""),
         (lambda state: {"state_dict": state, "epoch": 3}, "epoch"),
@@ -269,7 +265,7 @@ def test_timms_models_of_other_sizes(tmp_path: Path, options: dict) -> None:
     ],
     ids=["bare", "state_dict", "model", "DDP", "DDP in state_dict", "compiled", "parameters", "averaged"],
 )
-def test_state_dicts_in_their_wrappings(tmp_path: Path, wrap, left_out: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_wrapped_state_dicts(tmp_path: Path, wrap, ignored: str, caplog: pytest.LogCaptureFixture) -> None:
     weights = random_weights(7, dtype=np.float32)
     state = tensors(timm_layout(weights))
     for zipped in (True, False):
@@ -278,19 +274,19 @@ def test_state_dicts_in_their_wrappings(tmp_path: Path, wrap, left_out: str, cap
         with caplog.at_level(logging.INFO, "allmlp"):
             model = load(tmp_path / "w.pth")
         agrees(model, weights, "erf", torch.float32)
-        said = [r.getMessage() for r in caplog.records if "left out" in r.getMessage()]
-        assert len(said) == bool(left_out)
-        assert all(left_out in line for line in said)
+        said = [r.getMessage() for r in caplog.records if "ignored" in r.getMessage()]
+        assert len(said) == bool(ignored)
+        assert all(ignored in line for line in said)
 
 
-def test_our_own_names_in_a_state_dict(tmp_path: Path) -> None:
+def test_native_names_in_a_state_dict(tmp_path: Path) -> None:
     weights = random_weights(8, dtype=np.float32)
     torch.save(tensors(weights), tmp_path / "w.pt")
     agrees(load(tmp_path / "w.pt"), weights, "tanh", torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_sixteen_bits_become_float32_with_their_values(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_16_bit_weights_become_float32(tmp_path: Path, dtype: torch.dtype) -> None:
     state = {name: tensor.to(dtype) for name, tensor in tensors(timm_layout(random_weights(9))).items()}
     save_file(state, tmp_path / "w.safetensors")
     torch.save(state, tmp_path / "w.pt")
@@ -300,7 +296,7 @@ def test_sixteen_bits_become_float32_with_their_values(tmp_path: Path, dtype: to
         assert torch.equal(model.head.weight, state["head.weight"].float())
 
 
-# lucidrains'
+# lucidrains' layout
 
 
 def lucidrains(**options) -> nn.Module:
@@ -335,12 +331,12 @@ def test_lucidrains_models(tmp_path: Path, options: dict, given: dict, as_torch:
     assert (model.config["gelu"], model.config["norm_eps"]) == ("erf", 1e-5)
     depth = options.get("depth", 2)
     agrees_with(model, peer, peer[depth + 2])
-    allmlp.save(model, tmp_path / "own.safetensors")
-    agrees_with(load(tmp_path / "own.safetensors"), peer, peer[depth + 2])
+    allmlp.save(model, tmp_path / "native.safetensors")
+    agrees_with(load(tmp_path / "native.safetensors"), peer, peer[depth + 2])
 
 
 def test_the_epsilon_of_lucidrains_matters(tmp_path: Path) -> None:
-    """The comparison above could see 1e-6 in the place of 1e-5."""
+    """The comparison above would notice 1e-6 instead of 1e-5."""
     peer = lucidrains()
     with torch.no_grad():
         for parameter in peer[1].parameters():  # small tokens, whose variance is near ε
@@ -356,7 +352,7 @@ def test_the_epsilon_of_lucidrains_matters(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("channels", [1, 4])
-def test_channels_that_the_shapes_do_not_tell(tmp_path: Path, channels: int) -> None:
+def test_ambiguous_channels(tmp_path: Path, channels: int) -> None:
     save_file(lucidrains(channels=channels).state_dict(), tmp_path / "w")
     said = message(tmp_path / "w")
     assert f"patches of {16 * channels} numbers" in said
@@ -366,12 +362,12 @@ def test_channels_that_the_shapes_do_not_tell(tmp_path: Path, channels: int) -> 
 
 
 @pytest.mark.parametrize("given", [-3, -1, 5])
-def test_channels_that_cannot_be(tmp_path: Path, given: int) -> None:
+def test_impossible_channels(tmp_path: Path, given: int) -> None:
     save_file(lucidrains().state_dict(), tmp_path / "w")
     assert f"in_channels={given}" in message(tmp_path / "w", in_channels=given)
 
 
-def test_swapped_widths_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_swapped_widths_give_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     save_file(lucidrains().state_dict(), tmp_path / "w")
     load(tmp_path / "w")
     assert any("D_S = 48" in r.getMessage() and "D_C = 6" in r.getMessage() for r in caplog.records)
@@ -403,15 +399,15 @@ def test_a_rectangular_grid_asks_for_the_image_size(tmp_path: Path) -> None:
     weights = random_weights(11, grid=(2, 3), patch=(4, 2))
     np.savez(tmp_path / "w.npz", **current(weights))
     said = message(tmp_path / "w.npz")
-    assert "6 patches of 4×2 px are no square" in said
+    assert "6 patches of 4×2 px do not form a square" in said
     assert "give image_size=(height, width)" in said
     agrees(load(tmp_path / "w.npz", image_size=(8, 6)), weights, "tanh", torch.float64)
-    wide = load(tmp_path / "w.npz", image_size=(12, 4))  # 3×2: only the caller can know
+    wide = load(tmp_path / "w.npz", image_size=(12, 4))  # 3×2 fits as well
     assert wide.grid == (3, 2)
 
 
 @pytest.mark.parametrize("size", [16, (12, 16), (10, 12), (0, 0), (-12, -12), 13])
-def test_an_image_size_that_is_not_the_files(tmp_path: Path, size: int | tuple[int, int]) -> None:
+def test_an_image_size_that_does_not_fit_the_file(tmp_path: Path, size: int | tuple[int, int]) -> None:
     np.savez(tmp_path / "w.npz", **current(random_weights(12)))  # 3×3 patches of 4
     with pytest.raises(UserError) as caught:
         load(tmp_path / "w.npz", image_size=size)
@@ -425,16 +421,16 @@ def test_an_image_size_that_is_not_the_files(tmp_path: Path, size: int | tuple[i
     load(tmp_path / "w.npz", image_size=12, in_channels=3)
 
 
-def test_what_is_given_must_agree_with_a_file_of_ours_too(tmp_path: Path) -> None:
+def test_arguments_must_agree_with_a_native_file_too(tmp_path: Path) -> None:
     np.savez(tmp_path / "w.npz", **current(random_weights(12)))
-    allmlp.save(load(tmp_path / "w.npz"), tmp_path / "own.safetensors")
-    for name in ("w.npz", "own.safetensors"):
+    allmlp.save(load(tmp_path / "w.npz"), tmp_path / "native.safetensors")
+    for name in ("w.npz", "native.safetensors"):
         said = message(tmp_path / name, in_channels=1)
         assert "in_channels=1, but its stem takes 3: leave it out" in said
-    said = message(tmp_path / "own.safetensors", image_size=24)
+    said = message(tmp_path / "native.safetensors", image_size=24)
     assert "trained at 12×12 px" in said
     assert "mixer resize" in said
-    assert load(tmp_path / "own.safetensors", image_size=(12, 12), in_channels=3).image_size == (12, 12)
+    assert load(tmp_path / "native.safetensors", image_size=(12, 12), in_channels=3).image_size == (12, 12)
 
 
 # Every tensor is accounted for
@@ -445,7 +441,7 @@ def refuses(path: Path, arrays: dict[str, Array]) -> str:
     return message(path)
 
 
-def test_missing_unexpected_and_wrong_are_all_listed(tmp_path: Path) -> None:
+def test_missing_unexpected_and_wrong_tensors_are_all_listed(tmp_path: Path) -> None:
     arrays = current(random_weights(13))
     gone = ("MixerBlock_1/LayerNorm_1/bias", "MixerBlock_0/token_mixing/Dense_1/bias")
     for name in gone:
@@ -472,11 +468,11 @@ def test_flax_shapes_are_shown_as_they_are_in_the_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", list(current(random_weights(blocks=1))))
-def test_each_tensor_is_missed(tmp_path: Path, name: str) -> None:
+def test_each_missing_tensor_is_reported(tmp_path: Path, name: str) -> None:
     arrays = current(random_weights(14, blocks=1))
     del arrays[name]
     said = refuses(tmp_path / "w.npz", arrays)
-    if name != "MixerBlock_0/token_mixing/Dense_0/kernel":  # by which a Mixer is known
+    if name != "MixerBlock_0/token_mixing/Dense_0/kernel":  # which identifies the layout
         lone = "head/" in name
         ours = {"stem/kernel": "stem.weight", "MixerBlock_0/channel_mixing/Dense_0/kernel": "channel_mixing.dense_0"}
         assert name in said or ours.get(name, "?") in said or (lone and "1 unexpected: head/" in said)
@@ -484,7 +480,7 @@ def test_each_tensor_is_missed(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", list(timm_layout(random_weights(blocks=1))))
 @pytest.mark.parametrize("shape", ["longer", "one axis more", "flat", "scalar"])
-def test_each_wrong_shape_is_found(tmp_path: Path, name: str, shape: str) -> None:
+def test_each_wrong_shape_is_reported(tmp_path: Path, name: str, shape: str) -> None:
     state = tensors(timm_layout(random_weights(15, blocks=2)))
     tensor = state[name]
     state[name] = {
@@ -506,7 +502,7 @@ def test_a_kernel_of_the_second_block_without_two_axes(tmp_path: Path, shape: tu
         assert f"{name} {shape} instead of" in message(tmp_path / "w.safetensors")
 
 
-def test_a_long_list_is_counted_and_cut(tmp_path: Path) -> None:
+def test_a_long_list_is_shortened(tmp_path: Path) -> None:
     weights = random_weights(16, blocks=4)
     arrays = {name: array for name, array in current(weights).items() if not name.startswith("MixerBlock_2")}
     said = refuses(tmp_path / "w.npz", arrays)
@@ -515,8 +511,8 @@ def test_a_long_list_is_counted_and_cut(tmp_path: Path) -> None:
     assert len(said) < 2000
 
 
-def test_mixed_resolutions_are_told(tmp_path: Path) -> None:
-    """A file resized only in part: the other blocks still mix the old number of patches."""
+def test_mixed_resolutions_are_named_as_the_cause(tmp_path: Path) -> None:
+    """Only one of the blocks was resized."""
     weights, larger = random_weights(17), random_weights(17, grid=(6, 6))
     mixed = weights | {name: array for name, array in larger.items() if name.startswith("blocks.1.token_mixing")}
     said = refuses(tmp_path / "w.npz", current(mixed))
@@ -534,14 +530,14 @@ def test_mixed_resolutions_with_equal_widths_are_not_called_swapped(tmp_path: Pa
     assert "another image size" in said
 
 
-def test_swapped_widths_are_told(tmp_path: Path) -> None:
+def test_swapped_widths_are_named_as_the_cause(tmp_path: Path) -> None:
     weights, swapped = random_weights(18), random_weights(18, tokens_mlp=6, channels_mlp=5)
     mixed = weights | {name: array for name, array in swapped.items() if name.startswith("blocks.1.")}
     said = refuses(tmp_path / "w.npz", current(mixed))
     assert "D_S and D_C are swapped, as in lucidrains' port" in said
 
 
-def test_a_head_of_another_data_set_is_told(tmp_path: Path) -> None:
+def test_a_head_of_another_data_set_is_named_as_the_cause(tmp_path: Path) -> None:
     weights = random_weights(19)
     weights["head.bias"] = np.ones(10)
     said = refuses(tmp_path / "w.npz", current(weights))
@@ -549,19 +545,19 @@ def test_a_head_of_another_data_set_is_told(tmp_path: Path) -> None:
     assert "head of another data set" in said
 
 
-# Heads that cannot classify
+# Heads of zeros
 
 
-@pytest.mark.parametrize("layout", ["npz", "own", "timm"])
+@pytest.mark.parametrize("layout", ["npz", "native", "timm"])
 def test_a_head_of_zeros_gives_features_and_refuses_to_predict(
     tmp_path: Path, layout: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     weights = random_weights(20)
-    weights["head.weight"][:] = 0  # its bias is not: in the authors' pre-training it starts at −10
+    weights["head.weight"][:] = 0  # not the bias: in the authors' pre-training it starts at −10
     np.savez(tmp_path / "w.npz", **current(weights))
     path = tmp_path / "w.npz"
     if layout != "npz":
-        export(load(path), tmp_path / "w.safetensors", layout)  # type: ignore[arg-type]
+        save_as(load(path), tmp_path / "w.safetensors", layout)  # type: ignore[arg-type]
         path = tmp_path / "w.safetensors"
     caplog.clear()
     model = load(path)
@@ -577,13 +573,13 @@ def test_a_head_of_zeros_gives_features_and_refuses_to_predict(
         allmlp.predict(model, [])
 
 
-def test_a_head_that_was_trained_warns_of_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_trained_head_gives_no_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     np.savez(tmp_path / "w.npz", **current(random_weights(20)))
     load(tmp_path / "w.npz")
     assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
 
 
-def test_loaded_weights_are_the_models_own(tmp_path: Path) -> None:
+def test_training_does_not_change_the_file(tmp_path: Path) -> None:
     state = tensors(timm_layout(random_weights(21)))
     torch.save(state, tmp_path / "w.pth")
     save_file(state, tmp_path / "w.safetensors")

@@ -1,4 +1,4 @@
-"""Our weights files: what is saved comes back bit for bit, and nothing damaged or foreign is taken for it."""
+"""The native format: bit-exact round trips, and errors for damaged files and files of others."""
 
 import errno
 import json
@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import allmlp.model
-import allmlp.weights.native as own
+import allmlp.weights.native as native
 from allmlp.errors import RunError, UserError
 from allmlp.metadata import Metadata, Preprocessing
 from allmlp.model import Mixer
@@ -41,7 +41,7 @@ def saved(tmp_path: Path) -> Path:
 
 
 def refused(path: Path, message: str) -> None:
-    """Loading is a UserError of one line that names the file."""
+    """Checks that loading raises a one-line UserError that names the file."""
     with pytest.raises(UserError, match=message) as caught:
         load(path)
     assert str(path) in str(caught.value)
@@ -73,7 +73,7 @@ def test_round_trip_is_bit_exact(tmp_path: Path, options: dict) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
-def test_odd_values_and_other_types_come_back_too(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_special_values_and_other_types_are_restored(tmp_path: Path, dtype: torch.dtype) -> None:
     bits = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float64: torch.int64}[dtype]
     model = make().to(dtype)
     with torch.no_grad():
@@ -93,10 +93,12 @@ def test_weights_of_a_diverged_run_are_refused(tmp_path: Path, value: float) -> 
     with torch.no_grad():
         model.blocks[1].norm2.bias[3] = value
     save(model, tmp_path / "m.safetensors")
-    refused(tmp_path / "m.safetensors", r"blocks\.1\.norm2\.bias holds numbers that are not finite.*earlier checkpoint")
+    refused(
+        tmp_path / "m.safetensors", r"blocks\.1\.norm2\.bias contains numbers that are not finite.*earlier checkpoint"
+    )
 
 
-def test_the_card_travels_with_the_weights(tmp_path: Path) -> None:
+def test_metadata_is_saved_with_the_weights(tmp_path: Path) -> None:
     preprocessing = Preprocessing(crop="resize", crop_ratio=0.75, interpolation="bicubic", mean=(0, 0.1, 0.2))
     model = make()
     model.metadata = Metadata(
@@ -107,10 +109,10 @@ def test_the_card_travels_with_the_weights(tmp_path: Path) -> None:
     assert metadata.classes == model.metadata.classes
     assert metadata.preprocessing == preprocessing
     assert metadata.provenance == {"a": [1, None], "ü": {"b": 0.1}, "steps": 7}
-    assert model.metadata.provenance == {"a": [1, None], "ü": {"b": 0.1}}  # saving changes no model
+    assert model.metadata.provenance == {"a": [1, None], "ü": {"b": 0.1}}  # the model is not modified
 
 
-def test_classes_given_replace_those_of_the_card(tmp_path: Path) -> None:
+def test_given_classes_replace_those_of_the_metadata(tmp_path: Path) -> None:
     model = make()
     model.metadata = Metadata(classes=("x", "y", "z"))
     save(model, tmp_path / "m.safetensors")
@@ -129,7 +131,7 @@ def test_a_loaded_model_is_in_evaluation_mode_and_can_be_trained(saved: Path) ->
     model(torch.randn(1, 3, 8, 12)).sum().backward()
     torch.optim.SGD(model.parameters(), lr=1).step()
     assert saved.read_bytes() == before
-    save(model, saved)  # over the very file it was read from
+    save(model, saved)  # over the file that its tensors are mapped from
     assert all(torch.equal(a, b) for a, b in zip(load(saved).parameters(), model.parameters(), strict=True))
 
 
@@ -157,7 +159,7 @@ CONFIG = make().config
 
 
 @pytest.mark.parametrize("part", ["header", "data"])
-def test_a_flipped_byte_anywhere_is_found(saved: Path, part: str) -> None:
+def test_a_flipped_byte_is_detected(saved: Path, part: str) -> None:
     sound = saved.read_bytes()
     start = 8 + int.from_bytes(sound[:8], "little")
     rng = random.Random(0)
@@ -174,49 +176,51 @@ def test_a_flipped_byte_anywhere_is_found(saved: Path, part: str) -> None:
 
 
 @pytest.mark.parametrize("kept", [1, 7, 8, 9, 500, -1000, -1])
-def test_a_truncated_file_is_found(saved: Path, kept: int) -> None:
+def test_a_truncated_file_is_detected(saved: Path, kept: int) -> None:
     saved.write_bytes(saved.read_bytes()[:kept])
-    shorter_than_any_header = "(is no weights file that is known here|is not a sound)"  # one byte may be anything's
-    refused(saved, shorter_than_any_header if 0 < kept <= 8 else "is not a sound safetensors file")
+    shorter_than_any_header = "(is not a weights file|is damaged, not a valid)"
+    refused(saved, shorter_than_any_header if 0 < kept <= 8 else "is damaged, not a valid safetensors file")
 
 
-def test_an_empty_file_is_found(saved: Path) -> None:
+def test_an_empty_file_is_detected(saved: Path) -> None:
     saved.write_bytes(b"")
     refused(saved, "is empty: copy or download it again")
 
 
-def test_bytes_at_the_end_are_found(saved: Path) -> None:
+def test_appended_bytes_are_detected(saved: Path) -> None:
     saved.write_bytes(saved.read_bytes() + b"\0")
-    refused(saved, "is not a sound safetensors file")
+    refused(saved, "is damaged, not a valid safetensors file")
 
 
 @pytest.mark.parametrize("data", [b"these are words, and not a few of them", b"\x89PNG\r\n\x1a\n" + bytes(100), b"{}"])
 def test_another_kind_of_file(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "a.safetensors").write_bytes(data)
-    refused(tmp_path / "a.safetensors", r"is no weights file that is known here: safetensors, \.npz and torch's")
+    refused(
+        tmp_path / "a.safetensors", r"is not a weights file: it begins with '.*', unlike safetensors, \.npz and torch's"
+    )
 
 
-def test_a_folder_and_nothing_at_all(tmp_path: Path) -> None:
+def test_a_folder_and_a_missing_file(tmp_path: Path) -> None:
     refused(tmp_path, "is a folder, not a weights file: name the file in it")
     refused(tmp_path / "none.safetensors", r"does not exist: give a weights file \(\.safetensors.*or hf-hub:OWNER")
 
 
 @pytest.mark.parametrize("metadata", [None, {"format": "pt"}])
-def test_tensors_of_somebody_else(tmp_path: Path, metadata: dict | None) -> None:
+def test_tensors_of_another_architecture(tmp_path: Path, metadata: dict | None) -> None:
     save_file({"w": torch.zeros(2)}, tmp_path / "a.safetensors", metadata)
     refused(tmp_path / "a.safetensors", r"no token mixing of a Mixer \(its first names: w\): another architecture's")
 
 
 def rewrite(path: Path, tensors: dict | None = None, **metadata: str) -> None:
-    """The file with other tensors or metadata, and the old checksum."""
+    """Changes tensors or header of the file and keeps the old SHA-256."""
     with safe_open(path, "pt") as file:
         old, kept = file.metadata(), {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     save_file(kept | (tensors or {}), path, old | metadata)
 
 
-def test_a_version_to_come_is_told_to_update(saved: Path) -> None:
+def test_a_newer_format_version_asks_to_update(saved: Path) -> None:
     rewrite(saved, version="2")
-    refused(saved, "has format version 2, this is 1: update allmlp")
+    refused(saved, "has format version 2, this version reads 1: update allmlp")
 
 
 @pytest.mark.parametrize(
@@ -229,12 +233,12 @@ def test_a_version_to_come_is_told_to_update(saved: Path) -> None:
         {"config": "{}"},
     ],
 )
-def test_what_was_changed_after_saving_is_found(saved: Path, change: dict) -> None:
+def test_a_change_after_saving_is_detected(saved: Path, change: dict) -> None:
     rewrite(saved, **change)
     refused(saved, "was changed or damaged since it was saved")
 
 
-# What cannot be saved
+# Errors of save
 
 
 @pytest.mark.parametrize("classes", [["a", "b"], ["a", "b", "c", "d"], []])
@@ -245,25 +249,27 @@ def test_a_wrong_number_of_classes(tmp_path: Path, classes: list[str]) -> None:
 
 
 @pytest.mark.parametrize("name", ["m.npz", "m", "m.safetensors.bak", "safetensors"])
-def test_another_ending(tmp_path: Path, name: str) -> None:
-    with pytest.raises(UserError, match=rf"{name}: weights are saved as \.safetensors; name the file so"):
+def test_a_wrong_file_ending(tmp_path: Path, name: str) -> None:
+    with pytest.raises(
+        UserError, match=rf"{name}: weights are saved as \.safetensors: give a file name with that ending"
+    ):
         save(make(), tmp_path / name)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no/where is no folder: make it first"):
+def test_a_missing_folder(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no/where is not a folder: create it first"):
         save(make(), tmp_path / "no" / "where" / "m.safetensors")
 
 
-def test_a_failing_write_leaves_the_file_as_it_was(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_leaves_the_old_file(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = saved.read_bytes()
 
     def fill_disk(tensors: dict, path: Path, metadata: dict) -> None:
         Path(path).write_bytes(b"half a file")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(own, "save_file", fill_disk)
+    monkeypatch.setattr(native, "save_file", fill_disk)
     with pytest.raises(OSError, match="No space left"):
         save(make(seed=1), saved)
     with pytest.raises(OSError, match="No space left"):
@@ -272,10 +278,10 @@ def test_a_failing_write_leaves_the_file_as_it_was(saved: Path, monkeypatch: pyt
     assert list(saved.parent.iterdir()) == [saved]
 
 
-def test_a_full_disk_is_a_failed_run(saved: Path) -> None:
+def test_a_full_disk_is_a_run_error(saved: Path) -> None:
     before = saved.read_bytes()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # no file may grow beyond: as good as a full disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # fails like a full disk
     try:
         with pytest.raises(RunError, match=r"saved\.safetensors cannot be written \(.*\): free some space"):
             save(make(seed=1), saved)
@@ -285,7 +291,7 @@ def test_a_full_disk_is_a_failed_run(saved: Path) -> None:
     assert list(saved.parent.iterdir()) == [saved]
 
 
-def test_saving_over_a_file_replaces_it(saved: Path) -> None:
+def test_an_existing_file_is_replaced(saved: Path) -> None:
     model = make(seed=1)
     save(model, saved)
     assert all(torch.equal(a, b) for a, b in zip(load(saved).parameters(), model.parameters(), strict=True))

@@ -1,4 +1,4 @@
-"""What is known of others' weights: names of classes as timm has them, and a table that agrees with the paper."""
+"""The table of published checkpoints agrees with the paper and timm, and class names with timm."""
 
 import importlib.metadata
 import subprocess
@@ -27,7 +27,7 @@ def config_of(name: str | None, **options) -> dict:
 
 @pytest.fixture
 def uncached() -> Iterator[None]:
-    """Names are read again, and what a test makes of them is forgotten after it."""
+    """Clears the caches of names before and after a test."""
     for found in (class_names, synset_names):
         found.cache_clear()
     yield
@@ -35,7 +35,7 @@ def uncached() -> Iterator[None]:
         found.cache_clear()
 
 
-# Names of classes
+# Class names
 
 
 @pytest.mark.parametrize("classes", SUBSETS)
@@ -61,7 +61,7 @@ def test_names_are_distinct_and_in_one_line(classes: int) -> None:
     assert all(name == name.strip() and name.isprintable() and name for name in names)
 
 
-def test_the_two_cranes_are_told_apart() -> None:
+def test_the_two_cranes_are_distinguished() -> None:
     pytest.importorskip("timm")
     names = class_names(1000)
     assert names is not None
@@ -91,7 +91,7 @@ def test_without_timm_there_are_no_names(uncached: None, monkeypatch: pytest.Mon
 def test_a_timm_without_its_data_gives_no_names(
     uncached: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, str]
 ) -> None:
-    """Of an installation that is broken, or of a version to come: no names, rather than wrong ones."""
+    """A broken installation, or another version: no names, rather than wrong ones."""
     folder = tmp_path / "timm" / "data" / "_info"
     folder.mkdir(parents=True)
     for name, text in files.items():
@@ -116,7 +116,7 @@ def test_timm_is_not_imported_for_its_names() -> None:
 # The table
 
 
-def test_files_are_named_once() -> None:
+def test_files_and_digests_are_unique() -> None:
     files = [checkpoint.file for checkpoint in CHECKPOINTS]
     assert len(set(files)) == len(files)
     digests = [checkpoint.sha256 for checkpoint in CHECKPOINTS if checkpoint.sha256]
@@ -124,7 +124,7 @@ def test_files_are_named_once() -> None:
 
 
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS, ids=lambda checkpoint: checkpoint.file)
-def test_a_line_of_the_table_agrees_with_itself(checkpoint: published.Checkpoint) -> None:
+def test_a_row_of_the_table_is_consistent(checkpoint: published.Checkpoint) -> None:
     assert checkpoint.variant in {*VARIANTS, "S/8"}
     assert checkpoint.classes in SYNSETS
     assert checkpoint.source
@@ -146,7 +146,7 @@ def test_a_line_of_the_table_agrees_with_itself(checkpoint: published.Checkpoint
         assert checkpoint.classes == (1000 if stem.endswith("ft_in1k") else 11221 if "miil" in stem else 21843)
 
 
-def test_the_papers_figures_are_the_papers() -> None:
+def test_accuracies_are_those_of_the_paper() -> None:
     """Table 3: ImageNet alone, 300 epochs, Mixer-B/16 76.44 %, Mixer-L/16 71.76 %."""
     papers = {c.file: c.top1 for c in CHECKPOINTS if "Tolstikhin" in c.source}
     assert papers["imagenet1k/Mixer-B_16.npz"] == 0.7644
@@ -159,7 +159,7 @@ def test_the_papers_figures_are_the_papers() -> None:
         assert "82.89" in checkpoint.note
 
 
-def test_wrong_names_are_noted_and_their_figures_are_those_from_scratch() -> None:
+def test_misleading_names_have_a_note() -> None:
     scratch = {c.variant: c for c in CHECKPOINTS if c.file.startswith("imagenet1k/")}
     misnamed = [c for c in CHECKPOINTS if c.file.endswith("goog_in21k_ft_in1k")]
     assert len(misnamed) == 2
@@ -170,7 +170,7 @@ def test_wrong_names_are_noted_and_their_figures_are_those_from_scratch() -> Non
     assert all("not fine-tuned" not in c.note for c in CHECKPOINTS if c not in misnamed)
 
 
-def test_timms_lines_agree_with_timm() -> None:
+def test_rows_of_timm_agree_with_timm() -> None:
     timm = pytest.importorskip("timm.models.mlp_mixer")
     theirs = {
         f"timm/{name}.{tag}": config
@@ -189,14 +189,14 @@ def test_timms_lines_agree_with_timm() -> None:
         assert config.interpolation == view.interpolation
 
 
-# From sizes to names
+# Variants
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_the_variants_of_table_1(name: str) -> None:
     assert variant_of(config_of(name)) == name
     side = 32 * VARIANTS[name]["patch_size"]
-    # neither head, image size nor GELU make another variant of it
+    # neither head, image size nor GELU matter
     assert variant_of(config_of(name, num_classes=0, image_size=side, gelu="erf", norm_eps=1e-5)) == name
 
 

@@ -1,4 +1,4 @@
-"""A model onto the hub: what is sent, the card that people and the hub read, and the hub's errors as one line."""
+"""Uploading to the hub: the files, the model card, and the hub's errors as one line."""
 
 import copy
 import re
@@ -23,7 +23,7 @@ from allmlp.metadata import Metadata, Preprocessing
 from allmlp.model import Mixer
 from allmlp.recipes.digits import digits
 from allmlp.weights.load import load
-from allmlp.weights.push_to_hub import UNKNOWN, model_card, push_to_hub
+from allmlp.weights.push_to_hub import NOT_RECORDED, model_card, push_to_hub
 
 REPO = "owner/name"
 E = huggingface_hub.errors
@@ -39,8 +39,8 @@ def make(provenance: dict[str, Any] | None = None, **options: Any) -> Mixer:
     return model
 
 
-def trained(**told: Any) -> dict[str, Any]:
-    """What a run leaves in the card: training/start.py puts the recipe there, training/run.py saves the rest."""
+def trained(**more: Any) -> dict[str, Any]:
+    """The provenance of weights that a run saved."""
     return {
         "recipe": to_json_object(digits()),
         "seed": 7,
@@ -53,7 +53,7 @@ def trained(**told: Any) -> dict[str, Any]:
         "epochs": 59.8,
         "val_top1": 0.9876,
         "test_top1": 0.9812,
-    } | told
+    } | more
 
 
 def parsed(text: str) -> Any:
@@ -71,10 +71,10 @@ def blocks(text: str) -> list[Token]:
     return MarkdownIt("commonmark").parse(text)
 
 
-# The card
+# The model card
 
 
-def test_the_card_of_a_trained_run_says_it_all() -> None:
+def test_the_card_of_a_run_is_complete() -> None:
     model = make(trained(), image_size=(8, 12), gelu="erf")
     model.metadata = Metadata(
         classes=("a", "b", "c"), preprocessing=Preprocessing(mean=(0.1, 0.2, 0.3)), provenance=trained()
@@ -82,7 +82,7 @@ def test_the_card_of_a_trained_run_says_it_all() -> None:
     text = model_card(model, REPO, "cc-by-4.0")
     found = sections(text)
     assert list(found) == ["How to load", "Model", "Data", "Results", "Recipe"]
-    assert UNKNOWN not in text
+    assert NOT_RECORDED not in text
     assert "Licence of the weights: cc-by-4.0" in text
     assert 'allmlp.load("hf-hub:owner/name")' in found["How to load"]
     assert "mixer predict hf-hub:owner/name" in found["How to load"]
@@ -101,12 +101,12 @@ def test_the_card_of_a_trained_run_says_it_all() -> None:
         assert f"{key} {value}" in found["Recipe"]
 
 
-def test_its_metadata_is_what_the_hub_reads() -> None:
+def test_the_cards_metadata_is_valid() -> None:
     metadata = parsed(model_card(make(trained()), REPO, "apache-2.0"))
     assert metadata.data.license == "apache-2.0"
     assert metadata.data.library_name == "allmlp"
     assert metadata.data.pipeline_tag == "image-classification"
-    assert {"allmlp", "image-classification"} <= set(metadata.data.tags)
+    assert {"mlp-mixer", "image-classification"} == set(metadata.data.tags)
     results = {result.dataset_split: result for result in metadata.data.eval_results}
     assert {split: result.metric_value for split, result in results.items()} == {"validation": 0.9876, "test": 0.9812}
     for result in results.values():
@@ -133,29 +133,29 @@ def test_a_variant_of_table_1_is_named(name: str) -> None:
     assert "# MLP-Mixer\n" in model_card(make(), REPO, "apache-2.0")
 
 
-def test_what_is_not_recorded_is_said() -> None:
-    """An untrained model, or anybody's."""
+def test_missing_information_is_marked() -> None:
+    """Of an untrained model."""
     text = model_card(make(), REPO, "other")
     found = sections(text)
-    assert f"Trained on: {UNKNOWN}" in found["Data"]
-    assert f"Accuracy: {UNKNOWN}" in found["Results"]
-    assert UNKNOWN in found["Recipe"].lower()
+    assert f"Trained on: {NOT_RECORDED}" in found["Data"]
+    assert f"Accuracy: {NOT_RECORDED}" in found["Results"]
+    assert NOT_RECORDED in found["Recipe"].lower()
     assert "None" not in text
     metadata = parsed(text)
     assert not metadata.data.eval_results
     assert metadata.data.license == "other"
 
 
-def test_weights_of_others_name_their_origin() -> None:
+def test_the_card_names_the_origin_of_weights() -> None:
     source = {"file": "Mixer-B_16.npz", "layout": "the authors' layout", "hub": "timm/x", "revision": "abc123"}
-    for told in ({"source": source}, {"started_from": {"weights": "b16.npz", "source": source}}):
-        text = sections(model_card(make(told), REPO, "apache-2.0"))["Data"]
+    for provenance in ({"source": source}, {"started_from": {"weights": "b16.npz", "source": source}}):
+        text = sections(model_card(make(provenance), REPO, "apache-2.0"))["Data"]
         for words in ("Mixer-B_16.npz", "timm/x", "abc123"):
             assert words in text
     assert "b16.npz" in sections(model_card(make({"started_from": {"weights": "b16.npz"}}), REPO, "mit"))["Data"]
 
 
-def test_a_run_without_a_test_part_has_one_result() -> None:
+def test_a_run_without_a_test_split_has_one_result() -> None:
     metadata = parsed(model_card(make(trained(test_top1=None)), REPO, "mit"))
     assert [result.dataset_split for result in metadata.data.eval_results] == ["validation"]
     assert "test top-1" not in model_card(make(trained(test_top1=None)), REPO, "mit")
@@ -163,16 +163,16 @@ def test_a_run_without_a_test_part_has_one_result() -> None:
     assert [result.metric_value for result in zero.data.eval_results] == [0.0]
 
 
-def test_a_model_of_features_is_no_classifier() -> None:
+def test_a_model_without_a_head_has_another_tag_and_example() -> None:
     text = model_card(make(num_classes=0), REPO, "mit")
     metadata = parsed(text)
     assert metadata.data.pipeline_tag == "image-feature-extraction"
     assert "features only" in text
     assert "image-classification" not in metadata.data.tags
-    assert "allmlp.predict" not in text  # which refuses a model without a head
+    assert "allmlp.predict" not in text  # it refuses a model without a head
 
 
-def test_writing_a_card_changes_no_model() -> None:
+def test_the_model_is_not_modified() -> None:
     model = make(trained())
     before = copy.deepcopy(model.metadata)
     model_card(model, REPO, "mit")
@@ -191,25 +191,25 @@ NASTY = [
 
 
 def card_with(text: str, where: str) -> str:
-    told = trained()
+    provenance = trained()
     if where == "recipe name":
-        told["recipe"]["name"] = text
+        provenance["recipe"]["name"] = text
     elif where == "weights":
-        told["started_from"] = {"weights": text}
+        provenance["started_from"] = {"weights": text}
     elif where == "source":
-        told["source"] = {"file": text, text: "x"}
+        provenance["source"] = {"file": text, text: "x"}
     elif where != "classes":
-        told[where] = text
-    model = make(told)
+        provenance[where] = text
+    model = make(provenance)
     if where == "classes":
-        model.metadata = Metadata(classes=(text, "b", "c"), provenance=told)
+        model.metadata = Metadata(classes=(text, "b", "c"), provenance=provenance)
     return model_card(model, REPO, "apache-2.0")
 
 
 @pytest.mark.parametrize("text", NASTY, ids=range(len(NASTY)))
 @pytest.mark.parametrize("where", ["data", "split", "command", "recipe name", "weights", "source", "classes"])
-def test_text_from_elsewhere_breaks_no_card(text: str, where: str) -> None:
-    """Neither the metadata nor the sections: paragraph by paragraph it is made as a harmless one, without HTML."""
+def test_outside_text_cannot_change_the_structure(text: str, where: str) -> None:
+    """Metadata and Markdown have the same structure as with harmless text, and no HTML."""
     metadata, harmless = parsed(card_with(text, where)), parsed(card_with("x", where))
     assert metadata.data.license == "apache-2.0"
     assert sorted(result.metric_value for result in metadata.data.eval_results) == [0.9812, 0.9876]
@@ -224,7 +224,7 @@ def test_text_from_elsewhere_breaks_no_card(text: str, where: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "told",
+    "provenance",
     [
         {"recipe": "my own"}, {"recipe": None}, {"recipe": {"data": "digits"}}, {"recipe": {"optimization": "sgd"}},
         {"started_from": "somewhere"}, {"started_from": None}, {"source": "my lab"}, {"source": ["a"]},
@@ -233,16 +233,16 @@ def test_text_from_elsewhere_breaks_no_card(text: str, where: str) -> None:
     ],
     ids=str,
 )  # fmt: skip
-def test_a_provenance_of_other_make_is_no_hindrance(told: dict[str, Any]) -> None:
-    """``save`` takes any JSON value for more about where weights come from."""
-    assert parsed(model_card(make(told), REPO, "mit")).data.license == "mit"
+def test_any_json_is_accepted_as_provenance(provenance: dict[str, Any]) -> None:
+    """As by ``save``."""
+    assert parsed(model_card(make(provenance), REPO, "mit")).data.license == "mit"
 
 
-# Sending
+# Uploading
 
 
 class Hub:
-    """huggingface_hub.HfApi, as far as it is used: records, or fails."""
+    """A fake huggingface_hub.HfApi that records its calls, or fails."""
 
     def __init__(self, failing: dict[str, Callable[[], Exception]]) -> None:
         self.failing = failing
@@ -275,7 +275,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
     return fake
 
 
-def test_weights_and_card_are_sent_and_come_back(hub: Hub, tmp_path: Path) -> None:
+def test_weights_and_card_are_uploaded(hub: Hub, tmp_path: Path) -> None:
     model = make(trained())
     model.metadata = Metadata(classes=("a", "b", "c"), provenance=trained())
     address = push_to_hub(model, REPO, license="cc-by-4.0", private=True, token="hf_x", message="Mine")
@@ -293,13 +293,13 @@ def test_weights_and_card_are_sent_and_come_back(hub: Hub, tmp_path: Path) -> No
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
 
 
-def test_a_repository_is_public_unless_asked(hub: Hub) -> None:
+def test_a_repository_is_public_by_default(hub: Hub) -> None:
     push_to_hub(make(), REPO, license="mit")
     assert hub.created[0][1]["private"] is False
     assert hub.made[0]["token"] is None
 
 
-def test_a_licence_has_to_be_said() -> None:
+def test_a_licence_is_required() -> None:
     with pytest.raises(TypeError, match="license"):
         push_to_hub(make(), REPO)  # pyright: ignore
 
@@ -313,13 +313,13 @@ def of_status(status: int) -> Callable[[], Exception]:
 
 
 def connection_error() -> Exception:
-    """Of the HTTP library that huggingface_hub uses, whichever that is; no OSError in the newer ones."""
+    """An error of the HTTP library that huggingface_hub uses; in newer versions it is not an OSError."""
     return sys.modules[E.HTTPError.__module__.partition(".")[0]].ConnectError("Name or service not known")
 
 
 ERRORS = {
-    "401": (of_status(401), UserError, r"owner/name may not be written \(401.*\): `hf auth login`"),
-    "403": (of_status(403), UserError, r"owner/name may not be written \(403.*\): `hf auth login`"),
+    "401": (of_status(401), UserError, r"no permission to write to owner/name \(401.*\): log in with `hf auth login`"),
+    "403": (of_status(403), UserError, r"no permission to write to owner/name \(403.*\): log in with `hf auth login`"),
     "404": (lambda: E.RepositoryNotFoundError("404 none", response=response(404)), UserError, "owner/name"),
     "500": (of_status(500), RunError, r"owner/name could not be uploaded \(500.*\): try again later"),
     "503": (of_status(503), RunError, r"owner/name could not be uploaded \(503.*\): try again later"),
@@ -342,7 +342,9 @@ def test_an_error_of_the_hub_is_one_line(
     assert "\n" not in str(caught.value)
 
 
-def test_a_temporary_folder_is_left_by_no_failure(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_temporary_folder_is_removed_after_a_failure(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
 
     def interrupted() -> Exception:
@@ -354,7 +356,7 @@ def test_a_temporary_folder_is_left_by_no_failure(hub: Hub, tmp_path: Path, monk
     assert list(tmp_path.iterdir()) == []
 
 
-def test_weights_that_cannot_be_saved_are_not_sent(hub: Hub) -> None:
+def test_weights_that_cannot_be_saved_are_not_uploaded(hub: Hub) -> None:
     model = make()
     model.metadata = Metadata(classes=("a", "b"))
     with pytest.raises(UserError, match="2 class names for a head of 3"):

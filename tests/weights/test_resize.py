@@ -1,4 +1,4 @@
-"""Other image sizes: Supplement C to the last digits, resampling as far as it promises, the model left as it was."""
+"""Resizing: Supplement C is exact, resampling is as close as documented, and the original model is not modified."""
 
 import copy
 import itertools
@@ -20,7 +20,7 @@ from allmlp.model import Mixer
 from allmlp.variants import VARIANTS
 from allmlp.weights.load import load
 from allmlp.weights.native import save
-from allmlp.weights.resize import axis_parts, resampling, resize, resized_config
+from allmlp.weights.resize import axis_parts, resampling_matrix, resize, resized_config
 
 Pair = tuple[int, int]
 SQUARE, OBLONG, TALL_PATCHES = ((12, 12), (4, 4)), ((8, 12), (4, 4)), ((8, 9), (4, 3))  # image, patch
@@ -82,13 +82,13 @@ def test_tokens_at_an_integer_factor_are_those_of_the_parts(by: Pair, image: Pai
         assert largest(resized.features(pixels), features) <= 1e-10
         assert largest(resized(pixels), model.head(features)) <= 1e-10
     spread = torch.stack(alone).std()
-    assert spread > 0.3  # so that agreement says something
+    assert spread > 0.3  # otherwise agreement means nothing
 
 
 @pytest.mark.parametrize(("image", "patch"), [SQUARE, OBLONG, TALL_PATCHES], ids=["square", "oblong", "tall patches"])
 @pytest.mark.parametrize("by", FACTORS, ids=str)
-def test_supplement_c_by_the_equations_alone(by: Pair, image: Pair, patch: Pair) -> None:
-    """No forward pass of ours: the resized weights on the whole, the weights on its parts, both in NumPy."""
+def test_supplement_c_in_numpy(by: Pair, image: Pair, patch: Pair) -> None:
+    """By the reference forward pass: resized weights on the image, original weights on its parts."""
     model = make(image, patch)
     resized = resize(model, (image[0] * by[0], image[1] * by[1]))
     pixels = images(resized, seed=1)
@@ -100,12 +100,12 @@ def test_supplement_c_by_the_equations_alone(by: Pair, image: Pair, patch: Pair)
 
 
 def block_diagonal(model: Mixer, by: Pair, order: Tensor) -> dict[str, np.ndarray]:
-    """Supplement C with every part's patches at the places that ``order`` gives them: (parts, S) of new tokens."""
+    """Supplement C with the new tokens of each part given by ``order``, (parts, S)."""
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     count = by[0] * by[1]
     for i in range(model.config["num_blocks"]):
         prefix = f"blocks.{i}.token_mixing."
-        places = torch.argsort(order.flatten())  # of a new token, its place part by part
+        places = torch.argsort(order.flatten())  # position of each new token, part by part
         state[f"{prefix}dense_0.weight"] = torch.block_diag(*[state[f"{prefix}dense_0.weight"]] * count)[:, places]
         state[f"{prefix}dense_0.bias"] = state[f"{prefix}dense_0.bias"].repeat(count)
         state[f"{prefix}dense_1.weight"] = torch.block_diag(*[state[f"{prefix}dense_1.weight"]] * count)[places]
@@ -157,7 +157,7 @@ def test_the_same_size_is_a_copy_bit_for_bit() -> None:
 
 
 @pytest.mark.parametrize("size", [24, (12, 24), 16, 8, (24, 16)])
-def test_changing_the_resized_model_leaves_the_original(size: int | Pair) -> None:
+def test_changing_the_resized_model_does_not_change_the_original(size: int | Pair) -> None:
     model = make()
     model.metadata = Metadata(provenance={"source": {"file": "a"}})
     before = copy.deepcopy(model.state_dict()), copy.deepcopy(model.metadata), dict(model.config)
@@ -176,38 +176,41 @@ def test_changing_the_resized_model_leaves_the_original(size: int | Pair) -> Non
 
 
 @pytest.mark.parametrize("before", range(1, 9))
-def test_the_matrices_of_an_axis_keep_what_is_constant(before: int) -> None:
-    """Rows sum to one: what each part reads of a constant is that constant, and so is what all parts write."""
+def test_the_matrices_of_an_axis_preserve_constants(before: int) -> None:
+    """Rows of to_old, and of the sum of all to_new, sum to one."""
     for after in range(1, 25):
         axis = axis_parts(before, after)
         assert len(axis) == (after // before if after % before == 0 else 1)
-        for reads, writes in axis:
-            assert (reads.shape, writes.shape) == ((before, after), (after, before))
-            assert reads.min() >= 0
-            assert writes.min() >= 0
-            assert largest(reads.sum(1), torch.ones(before)) <= 1e-12
-        assert largest(sum(writes.sum(1) for _, writes in axis), torch.ones(after)) <= 1e-12
-        for reads, writes in axis:  # nothing prefers one end of the image
+        for to_old, to_new in axis:
+            assert (to_old.shape, to_new.shape) == ((before, after), (after, before))
+            assert to_old.min() >= 0
+            assert to_new.min() >= 0
+            assert largest(to_old.sum(1), torch.ones(before)) <= 1e-12
+        assert largest(sum(to_new.sum(1) for _, to_new in axis), torch.ones(after)) <= 1e-12
+        for to_old, to_new in axis:  # symmetric: no end of the image is preferred
             other = [(r.flip(0, 1), w.flip(0, 1)) for r, w in axis]
-            assert min(largest(reads, r) + largest(writes, w) for r, w in other) <= 1e-12
+            assert min(largest(to_old, r) + largest(to_new, w) for r, w in other) <= 1e-12
 
 
 def triangle(before: int, after: int) -> np.ndarray:
-    """(after, before): each new patch from the old ones around its centre, by how near they are."""
+    """(after, before): weights of the old patches for each new one, by the distance of their centres."""
     width = max(before / after, 1.0)  # of the coarser grid's patches, in patches of the old grid
     centres = (np.arange(after) + 0.5) * before / after - 0.5
     weight = np.clip(1 - np.abs(centres[:, None] - np.arange(before)) / width, 0, None)
     return weight / weight.sum(1, keepdims=True)
 
 
-def test_resampling_is_a_triangle_as_wide_as_the_coarser_patches() -> None:
+def test_the_filter_is_a_triangle_as_wide_as_the_coarser_patches() -> None:
     for before, after in itertools.product(range(1, 15), repeat=2):
-        assert np.abs(resampling(before, after).numpy() - triangle(before, after)).max() <= 1e-12, (before, after)
+        assert np.abs(resampling_matrix(before, after).numpy() - triangle(before, after)).max() <= 1e-12, (
+            before,
+            after,
+        )
 
 
 @pytest.mark.parametrize("new", BEYOND, ids=str)
-def test_tokens_that_are_constant_over_the_grid_give_what_they_gave(new: Pair) -> None:
-    """The hidden units are the same numbers, whatever the weights; the answer is the old one, resampled."""
+def test_tokens_constant_over_the_grid_give_the_same_answer(new: Pair) -> None:
+    """For any weights, hidden units have the same values; the output is the old one, resampled."""
     model = make((8, 8), (1, 1))
     resized = resize(model, new)
     constant = torch.randn(3, 8, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -227,8 +230,8 @@ def test_tokens_that_are_constant_over_the_grid_give_what_they_gave(new: Pair) -
             assert largest(answer, expected) <= 1e-10
 
 
-def answering_alike_everywhere(model: Mixer) -> Mixer:
-    """Token mixing reads the whole image as it did, but its answer is the same at every patch."""
+def with_uniform_output(model: Mixer) -> Mixer:
+    """Changes token mixing to write the same value to every patch."""
     with torch.no_grad():
         for block in model.blocks:
             dense = block.token_mixing.dense_1
@@ -240,7 +243,7 @@ def answering_alike_everywhere(model: Mixer) -> Mixer:
 @pytest.mark.parametrize("new", [*BEYOND, (16, 16), (8, 8)], ids=str)
 @pytest.mark.parametrize("patch", [(4, 4), (2, 3)], ids=str)
 def test_one_repeated_patch_gives_the_same_tokens_at_every_size(new: Pair, patch: Pair) -> None:
-    model = answering_alike_everywhere(make((8 * patch[0], 8 * patch[1]), patch, num_blocks=3))
+    model = with_uniform_output(make((8 * patch[0], 8 * patch[1]), patch, num_blocks=3))
     resized = resize(model, on_grid(model, new))
     one = torch.randn(2, 3, *patch, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
@@ -253,7 +256,7 @@ def test_one_repeated_patch_gives_the_same_tokens_at_every_size(new: Pair, patch
 
 
 def smooth(height: int, width: int, channels: int, linear: bool) -> Tensor:
-    """(1, channels, H, W): a random function over the unit square, seen at the centres of its patches."""
+    """(1, channels, H, W): a random smooth function over the unit square, sampled at the patches' centres."""
     rng = np.random.default_rng(0)
     y, x = ((np.arange(n) + 0.5) / n for n in (height, width))
     a, b, c, d = rng.normal(size=(4, channels, 1, 1))
@@ -263,8 +266,8 @@ def smooth(height: int, width: int, channels: int, linear: bool) -> Tensor:
     return torch.from_numpy(values)[None]
 
 
-def over_the_image(model: Mixer) -> Mixer:
-    """Token mixing's kernels made of the lowest cosines over the grid, of the size of the random ones."""
+def with_smooth_kernels(model: Mixer) -> Mixer:
+    """Builds token mixing's kernels from the lowest cosines over the grid, at the scale of random ones."""
     rows, columns = (
         torch.cos(torch.arange(2, dtype=torch.float64)[:, None] * torch.pi * (torch.arange(n) + 0.5) / n)
         for n in model.grid
@@ -283,7 +286,7 @@ def over_the_image(model: Mixer) -> Mixer:
 
 
 def naive(model: Mixer, new: Pair) -> Mixer:
-    """What one would try first: W1, W2 and b2 taken as pictures and resized by plain bilinear interpolation."""
+    """The naive method: W1, W2 and b2 resized as images by plain bilinear interpolation."""
     resized = Mixer(**model.config | {"image_size": on_grid(model, new)}).double().eval()
     state = dict(model.state_dict())
     for i in range(model.config["num_blocks"]):
@@ -297,7 +300,7 @@ def naive(model: Mixer, new: Pair) -> Mixer:
 
 
 def mixing_error(model: Mixer, resized: Mixer, linear: bool) -> float:
-    """Of token mixing at the new grid, brought back to the old, relative to how the old varies."""
+    """The relative error of token mixing on the new grid, resampled to the old one."""
     worst = 0.0
     for old_block, new_block in zip(model.blocks, resized.blocks, strict=True):
         with torch.no_grad():
@@ -308,20 +311,20 @@ def mixing_error(model: Mixer, resized: Mixer, linear: bool) -> float:
     return worst
 
 
-CLOSE = 0.05  # of the norm of what token mixing adds; naive interpolation is off by more than four times as much
+CLOSE = 0.05  # relative error; that of naive interpolation is more than four times as large
 
 
 @pytest.mark.parametrize("linear", [True, False], ids=["linear", "smooth"])
 @pytest.mark.parametrize("new", [(18, 18), (15, 15), (9, 9), (8, 8), (12, 16), (18, 12), (17, 11)], ids=str)
-def test_smooth_token_maps_are_mixed_as_they_were(new: Pair, linear: bool) -> None:
-    model = over_the_image(make((12, 12), (1, 1)))
+def test_smooth_token_maps_are_mixed_as_before(new: Pair, linear: bool) -> None:
+    model = with_smooth_kernels(make((12, 12), (1, 1)))
     ours, theirs = mixing_error(model, resize(model, new), linear), mixing_error(model, naive(model, new), linear)
     assert ours <= CLOSE
     assert theirs > 4 * CLOSE
 
 
 @pytest.mark.parametrize("new", [(18, 18), (6, 6), (15, 17)], ids=str)
-def test_hidden_units_respond_to_smooth_maps_as_they_did_whatever_the_weights(new: Pair) -> None:
+def test_hidden_units_respond_to_smooth_maps_as_before_for_any_weights(new: Pair) -> None:
     model = make((12, 12), (1, 1), tokens_mlp_dim=40)
     before, after = smooth(12, 12, 8, linear=True).flatten(2), smooth(*new, 8, linear=True).flatten(2)
     with torch.no_grad():
@@ -337,8 +340,8 @@ def test_hidden_units_respond_to_smooth_maps_as_they_did_whatever_the_weights(ne
 
 
 @pytest.mark.parametrize("between", [(18, 18), (15, 15), (12, 18), (17, 13)], ids=str)
-def test_up_and_down_again_is_nearly_what_it_was(between: Pair) -> None:
-    model = over_the_image(make((12, 12), (1, 1)))
+def test_up_and_down_again_is_nearly_the_original(between: Pair) -> None:
+    model = with_smooth_kernels(make((12, 12), (1, 1)))
     again = resize(resize(model, between), 12)
     assert again.config == model.config
     assert again.metadata.provenance["resized_from"] == [[12, 12], list(between)]
@@ -351,7 +354,7 @@ def test_up_and_down_again_is_nearly_what_it_was(between: Pair) -> None:
 
 @pytest.mark.parametrize("new", [(18, 18), (6, 6), (9, 8)], ids=str)
 def test_a_smooth_image_has_nearly_the_same_features_at_another_size(new: Pair) -> None:
-    model = over_the_image(make((12, 12), (1, 1)))
+    model = with_smooth_kernels(make((12, 12), (1, 1)))
     with torch.no_grad():
         before = model.features(smooth(12, 12, 3, linear=False))
 
@@ -362,7 +365,7 @@ def test_a_smooth_image_has_nearly_the_same_features_at_another_size(new: Pair) 
         assert error(resize(model, new)) < error(naive(model, new)) / 3
 
 
-# D_S and what it costs
+# D_S and cost
 
 
 @pytest.mark.parametrize(
@@ -374,7 +377,7 @@ def test_a_smooth_image_has_nearly_the_same_features_at_another_size(new: Pair) 
     ],
     ids=str,
 )  # fmt: skip
-def test_d_s_grows_by_the_parts_of_the_image_alone(old: Pair, new: Pair, times: int) -> None:
+def test_d_s_grows_by_the_number_of_parts(old: Pair, new: Pair, times: int) -> None:
     model = make((2 * old[0], 3 * old[1]), (2, 3))
     resized = resize(model, on_grid(model, new))
     assert resized.grid == new
@@ -388,7 +391,7 @@ def test_d_s_grows_by_the_parts_of_the_image_alone(old: Pair, new: Pair, times: 
 
 
 # ../shared/paper/table1_computed.csv (each variant at 224 px and as Supplement C makes it for 448 px): parameters
-# without the head in millions, GMAC an image
+# without the head in millions, GMAC per image
 AT_448 = {
     "S/32": (21.61, 5.241),
     "S/16": (30.068, 20.038),
@@ -415,7 +418,7 @@ def test_what_table_1_costs_at_448(name: str) -> None:
 
 
 def test_b_16_at_448() -> None:
-    """The head's 1,000 classes weigh the same at both sizes, and so does all but token mixing."""
+    """Only token mixing has more parameters."""
     config = config_of("B/16", num_classes=1000)
     resized = resized_config(config, 448)
     assert resized["tokens_mlp_dim"] == 1536
@@ -424,19 +427,19 @@ def test_b_16_at_448() -> None:
     assert cost(resized).parameters == 59_880_472 + 12 * (new - old)
 
 
-def test_resized_config_changes_no_config() -> None:
+def test_resized_config_does_not_change_its_argument() -> None:
     config = make().config
     before = dict(config)
     resized_config(config, 24)
     assert config == before
 
 
-# What is kept
+# What does not change
 
 
 @pytest.mark.parametrize("size", [24, 16, 8, (24, 12)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
-def test_types_are_kept_and_rounded_once(dtype: torch.dtype, size: int | Pair) -> None:
+def test_types_are_kept_and_values_rounded_once(dtype: torch.dtype, size: int | Pair) -> None:
     model = make().to(dtype)
     resized, exact = resize(model, size), resize(copy.deepcopy(model).double(), size)
     for name, tensor in resized.state_dict().items():
@@ -493,7 +496,7 @@ def test_a_model_without_a_head_and_one_of_one_channel() -> None:
     assert grey(torch.zeros(1, 1, 16, 16)).shape == (1, 3)
 
 
-def test_the_card_goes_along_and_says_where_from(tmp_path) -> None:
+def test_metadata_is_kept_and_names_the_old_size(tmp_path) -> None:
     model = make()
     view = Preprocessing(crop="resize", crop_ratio=0.7, interpolation="bicubic", mean=(0.1, 0.2, 0.3))
     model.metadata = Metadata(classes=("a", "b", "c"), preprocessing=view, provenance={"source": {"file": "x.npz"}})
@@ -538,7 +541,7 @@ def test_on_a_gpu() -> None:
             assert torch.equal(tensor.cpu(), expected.state_dict()[name]), name
 
 
-# Mistakes
+# Errors
 
 
 @pytest.mark.parametrize(

@@ -26,8 +26,8 @@ class Arguments:
     weights: Weights
     out: tyro.conf.Positional[Path]
     """The file to write."""
-    to: Literal["auto", "own", "npz", "timm"] = "auto"
-    """own: allmlp's .safetensors; npz: the authors' layout; timm: its names, as .safetensors; auto: by OUT's suffix."""
+    to: Literal["auto", "native", "npz", "timm"] = "auto"
+    """native: allmlp's .safetensors; npz: the authors' layout; timm: its names, as .safetensors; auto: by OUT's suffix."""
     image_size: tuple[int, ...] = ()
     """Size that the weights were trained at, for a grid that is not square: height and width in pixels, as 224 448."""
     in_channels: int | None = None
@@ -44,7 +44,7 @@ class Arguments:
 
 def run(args: Sequence[str]) -> None:
     arguments = parse(Arguments, args, verb="convert", description=DESCRIPTION)
-    from allmlp.weights.export import export
+    from allmlp.weights.convert import save_as
     from allmlp.weights.load import load
 
     size = height_and_width(arguments.image_size) if arguments.image_size else None
@@ -54,8 +54,8 @@ def run(args: Sequence[str]) -> None:
     model.metadata = dataclasses.replace(
         model.metadata, classes=names, preprocessing=dataclasses.replace(model.metadata.preprocessing, **statistics)
     )
-    to = arguments.to if arguments.to != "auto" else "npz" if arguments.out.suffix == ".npz" else "own"
-    export(model, arguments.out, to)
+    to = arguments.to if arguments.to != "auto" else "npz" if arguments.out.suffix == ".npz" else "native"
+    save_as(model, arguments.out, to)
     if arguments.json:
         print(to_json({"weights": arguments.weights, "out": str(arguments.out), "to": to}))
     else:

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from allmlp.evaluation.charts import draw_confusion_image, draw_curves
-from allmlp.files import replacing
+from allmlp.files import atomic_write
 
 MAX_TABLE_CLASSES = 30  # with more classes, a confusion matrix is drawn as an image instead of a table of counts
 
@@ -82,7 +82,7 @@ def write_report(
         mistakes=mistakes,
         recipe=json.dumps(recipe, indent=2, ensure_ascii=False, default=str),
     )
-    with replacing(path) as draft:
+    with atomic_write(path) as draft:
         draft.write_text(page, encoding="utf-8", errors="backslashreplace")  # file names may hold lone surrogates
 
 

@@ -1,6 +1,7 @@
-"""Tensors in files that anybody may have made: what is in them is known, and held to limits, before any is read.
+"""Weights files that may come from anyone: names, shapes and types are checked against limits before data is read.
 
-Nothing here executes what a file says: ``.npz`` without pickle, ``.pt`` by torch's restricted unpickler, safetensors.
+No code in a file is executed: ``.npz`` is read without pickle, ``.pt`` by torch's restricted unpickler; safetensors
+holds no code.
 """
 
 import lzma
@@ -25,26 +26,27 @@ from torch import Tensor
 
 from allmlp.errors import UserError, printable
 
-MAX_HEADER = 4 * 2**20  # bytes, of a safetensors file; a Mixer's takes some 30 kB, the names of 21,843 classes 1 MB
+MAX_HEADER = 4 * 2**20  # bytes, of a safetensors file; a Mixer's has some 30 kB, the names of 21,843 classes 1 MB
 MAX_TENSORS = 4096  # a Mixer-H/14 has 390, its training checkpoint three times as many
-MAX_INFLATION = 20  # times its size that a compressed file may grow; weights hardly shrink
-UNSUSPICIOUS = 64 * 2**20  # bytes, whatever they were compressed to
-MAX_WRAPPERS = 5  # dictionaries around a state dict
+MAX_EXPANSION = 20  # uncompressed size of a zip, in times its file size; weights compress by far less
+ALWAYS_ALLOWED_SIZE = 64 * 2**20  # bytes, uncompressed, at any ratio
+MAX_WRAPPERS = 5  # nested dictionaries around a state dict
 
 FLOATS = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "<f8": torch.float64, "<f4": torch.float32, "<f2": torch.float16,
-    "|V2": torch.bfloat16, "<V2": torch.bfloat16,  # what NumPy makes of a bfloat16 array that it stores
+    "|V2": torch.bfloat16, "<V2": torch.bfloat16,  # NumPy stores bfloat16 arrays as two-byte voids
 }  # fmt: skip
-UNSOUND = (  # what the readers below raise on files that are damaged, or made to break them
+READ_ERRORS = (  # what the libraries below raise on damaged or malicious files
     zipfile.BadZipFile, OSError, EOFError, ValueError, IndexError, KeyError, TypeError, AttributeError, AssertionError,
     NotImplementedError, RuntimeError, OverflowError, MemoryError, struct.error, zlib.error, lzma.LZMAError,
     SafetensorError,
 )  # fmt: skip
 
 
-class Info(NamedTuple):
-    """Of a tensor that has not been read yet; of ``dtype`` None if it is no float, and ``kind`` says what."""
+class TensorInfo(NamedTuple):
+    """A tensor that has not been read yet. ``dtype`` is None if it is not floating-point; ``kind`` is the file's name
+    for its type."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype | None
@@ -53,19 +55,19 @@ class Info(NamedTuple):
 
 @dataclass
 class Container:
-    """An open file: the tensors it holds, each read when it is asked for."""
+    """An open file and its tensors; ``read`` reads one of them by name."""
 
     kind: Literal["safetensors", "npz", "torch"]
     path: Path
-    infos: dict[str, Info]
+    infos: dict[str, TensorInfo]
     read: Callable[[str], Tensor]
     metadata: Mapping[str, str] = field(default_factory=dict)
-    left_out: tuple[str, ...] = ()  # what else is there that is no tensor of the model
+    ignored: tuple[str, ...] = ()  # names of entries beside the state dict
     stack: ExitStack = field(default_factory=ExitStack)
 
     @property
     def name(self) -> str:
-        """The path, as it may stand in a message."""
+        """The path, escaped for a message."""
         return printable(str(self.path))
 
     def __enter__(self) -> Self:
@@ -76,100 +78,103 @@ class Container:
 
 
 def open_container(path: Path) -> Container:
-    """Opens a safetensors, ``.npz`` or torch file, told apart by their first bytes, never by their names.
+    """Opens a safetensors, ``.npz`` or torch file, recognised by its first bytes; its name does not matter.
 
     Raises:
-        UserError: no such file, a folder, another kind of file, a broken or a dangerous one.
+        UserError: the file is missing, a folder, of another kind, damaged or dangerous.
     """
-    what = printable(str(path))
+    file_name = printable(str(path))
     if path.is_dir():
-        raise UserError(f"{what} is a folder, not a weights file: name the file in it")
+        raise UserError(f"{file_name} is a folder, not a weights file: name the file in it")
     if not path.is_file():
         raise UserError(
-            f"{what} does not exist: give a weights file (.safetensors, .npz, .pth) or hf-hub:OWNER/NAME for one on "
-            "the Hugging Face hub"
+            f"{file_name} does not exist: give a weights file (.safetensors, .npz, .pth) or hf-hub:OWNER/NAME for one "
+            "on the Hugging Face hub"
         )
     try:
         with path.open("rb") as file:
             start = file.read(16)
     except OSError as error:
-        raise UserError(f"{what} cannot be read ({error.strerror}): give a file that may be") from None
+        raise UserError(f"{file_name} cannot be read ({error.strerror}): give a readable file") from None
     if not start:
-        raise UserError(f"{what} is empty: copy or download it again")
+        raise UserError(f"{file_name} is empty: copy or download it again")
     if start.startswith(b"PK\x03\x04"):
-        kind, opener = (".npz", open_npz) if not holds_a_pickle(path, what) else ("torch", open_torch)
+        kind, opener = (".npz", open_npz) if not is_torch_zip(path, file_name) else ("torch", open_torch)
     elif start[8:9] == b"{":
         kind, opener = "safetensors", open_safetensors
     elif start[:1] == b"\x80" or start.startswith(b"(dp"):
         kind, opener = "torch", open_torch
     else:
         raise UserError(
-            f"{what} is no weights file that is known here: safetensors, .npz and torch's .pt and .pth are read by "
-            f"content, and this one begins with {printable(start[:8].decode('latin1'))!r}: give one of those, or "
-            "download it again"
+            f"{file_name} is not a weights file: it begins with {printable(start[:8].decode('latin1'))!r}, unlike "
+            "safetensors, .npz and torch's .pt and .pth files: give one of those, or download it again"
         )
     with ExitStack() as stack:
         try:
-            container = opener(path, what, stack)
-            refuse_empty(container.infos, what)
+            container = opener(path, file_name, stack)
+            check_not_empty(container.infos, file_name)
         except UserError:
             raise
-        except UNSOUND as error:
-            raise unsound(what, kind, error) from None
+        except READ_ERRORS as error:
+            raise damaged(file_name, kind, error) from None
         container.stack = stack.pop_all()
     return container
 
 
-def refuse_empty(infos: Mapping[str, Info], what: str) -> None:
+def check_not_empty(infos: Mapping[str, TensorInfo], file_name: str) -> None:
     for name, info in infos.items():
         if any(size < 1 for size in info.shape):
             raise UserError(
-                f"{what}: {printable(name)!r} has the shape {info.shape}, which holds no numbers: save or download it "
-                "again"
+                f"{file_name}: {printable(name)!r} has the shape {info.shape}, which holds no numbers: save or "
+                "download it again"
             )
 
 
-def check_number(tensors: int, what: str) -> None:
+def check_count(tensors: int, file_name: str) -> None:
     if tensors > MAX_TENSORS:
-        raise UserError(f"{what} names {tensors:,} tensors, no Mixer has {MAX_TENSORS:,}: give a Mixer's weights")
+        raise UserError(
+            f"{file_name} has {tensors:,} tensors, the limit is {MAX_TENSORS:,} and no Mixer has as many: give a "
+            "Mixer's weights"
+        )
 
 
-def require_floats(infos: Mapping[str, Info], what: str) -> None:
+def require_floats(infos: Mapping[str, TensorInfo], file_name: str) -> None:
+    """A UserError for a tensor that is not floating-point."""
     for name, info in infos.items():
         if info.dtype is None:
             raise UserError(
-                f"{what}: {printable(name)!r} is of type {printable(info.kind)}: save it again as float32 (float64, "
-                "float16 and bfloat16 are read too)"
+                f"{file_name}: {printable(name)!r} is of type {printable(info.kind)}: save it again as float32 "
+                "(float64, float16 and bfloat16 can be read too)"
             )
 
 
-def unsound(what: str, kind: str, error: Exception) -> UserError:
+def damaged(file_name: str, kind: str, error: Exception) -> UserError:
     reason = printable(" ".join(str(error).split())[:200]) or type(error).__name__
-    return UserError(f"{what} is not a sound {kind} file ({reason}): copy or download it again")
+    return UserError(f"{file_name} is damaged, not a valid {kind} file ({reason}): copy or download it again")
 
 
 # safetensors
 
 
-def open_safetensors(path: Path, what: str, stack: ExitStack) -> Container:
+def open_safetensors(path: Path, file_name: str, stack: ExitStack) -> Container:
     with path.open("rb") as raw:
         (length,) = struct.unpack("<Q", raw.read(8))
         if length > MAX_HEADER:
             raise UserError(
-                f"{what}: a safetensors header of {length:,} bytes, where {MAX_HEADER:,} is the limit: not a Mixer's "
-                "weights, or a damaged file; download it again"
+                f"{file_name}: a safetensors header of {length:,} bytes, where {MAX_HEADER:,} is the limit: not a "
+                "Mixer's weights, or a damaged file; download it again"
             )
         header = raw.read(length)
-    if header.rstrip(b" ")[-1:] != b"}":  # it is padded by spaces alone
-        raise ValueError("its header does not end as it should")
+    if header.rstrip(b" ")[-1:] != b"}":  # only spaces may pad it
+        raise ValueError("its header does not end with a brace")
     file: Any = stack.enter_context(safe_open(path, framework="pt"))
     names = list(file.keys())
-    check_number(len(names), what)
+    check_count(len(names), file_name)
     infos = {}
     for name in names:
-        part = file.get_slice(name)
-        kind = part.get_dtype()
-        infos[name] = Info(tuple(part.get_shape()), FLOATS.get(kind), kind)
+        tensor = file.get_slice(name)
+        kind = tensor.get_dtype()
+        infos[name] = TensorInfo(tuple(tensor.get_shape()), FLOATS.get(kind), kind)
     return Container("safetensors", path, infos, file.get_tensor, file.metadata() or {})
 
 
@@ -180,67 +185,72 @@ def members(archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
     return [member for member in archive.infolist() if not member.is_dir()]
 
 
-def holds_a_pickle(path: Path, what: str) -> bool:
-    """Whether a zip is torch's, not NumPy's; a UserError for one that would inflate beyond measure, or is broken."""
+def is_torch_zip(path: Path, file_name: str) -> bool:
+    """Whether a zip was written by torch, not by NumPy; a UserError if it is broken or would expand too much."""
     try:
         with zipfile.ZipFile(path) as archive:
             inside = members(archive)
-    except UNSOUND as error:
-        raise unsound(what, "weights", error) from None
+    except READ_ERRORS as error:
+        raise damaged(file_name, "weights", error) from None
     total, size = sum(member.file_size for member in inside), path.stat().st_size
-    if total > max(MAX_INFLATION * size, UNSUSPICIOUS):
+    if total > max(MAX_EXPANSION * size, ALWAYS_ALLOWED_SIZE):
         raise UserError(
-            f"{what}: {size:,} bytes that would inflate to {total:,}: weights do not shrink like that, so this is "
-            "refused; get the file from its authors"
+            f"{file_name}: {size:,} bytes that would inflate to {total:,}: weights do not compress that well, so this "
+            "is refused; get the file from its authors"
         )
     return any(member.filename.rpartition("/")[2] == "data.pkl" for member in inside)
 
 
-def open_npz(path: Path, what: str, stack: ExitStack) -> Container:
+def open_npz(path: Path, file_name: str, stack: ExitStack) -> Container:
     archive = stack.enter_context(zipfile.ZipFile(path))
     inside = members(archive)
-    check_number(len(inside), what)
-    infos: dict[str, Info] = {}
+    check_count(len(inside), file_name)
+    infos: dict[str, TensorInfo] = {}
     for member in inside:
         name = member.filename.removesuffix(".npy")
         if name == member.filename:
-            raise UserError(f"{what} is a zip with {printable(name)!r} in it, no weights: give a Mixer's .npz or .pth")
+            raise UserError(
+                f"{file_name} is a zip that contains {printable(name)!r}, which is not an array: give a Mixer's .npz "
+                "or .pth"
+            )
         if name in infos:
-            raise UserError(f"{what} holds {printable(name)!r} twice: save or download it again")
+            raise UserError(f"{file_name} contains {printable(name)!r} twice: save or download it again")
         with archive.open(member) as file:
-            infos[name] = npy_info(file, member.file_size, what, name)
+            infos[name] = npy_info(file, member.file_size, file_name, name)
 
     def read(name: str) -> Tensor:
         try:
             with archive.open(f"{name}.npy") as file:
                 return read_npy(file, infos[name])
-        except UNSOUND as error:
-            raise unsound(what, ".npz", error) from None
+        except READ_ERRORS as error:
+            raise damaged(file_name, ".npz", error) from None
 
     return Container("npz", path, infos, read)
 
 
-def npy_info(file: Any, size: int, what: str, name: str) -> Info:
-    """Shape and type from the header of a .npy member, held against the bytes that the zip's directory promises."""
+def npy_info(file: Any, size: int, file_name: str, name: str) -> TensorInfo:
+    """Shape and type from the header of a .npy member, checked against its size in the zip's directory."""
     try:
         shape, fortran_order, dtype = npy_header(file)
-    except UNSOUND as error:
-        raise ValueError(f"{name!r} has no sound header: {error}") from None
+    except READ_ERRORS as error:
+        raise ValueError(f"{name!r} has no valid header: {error}") from None
     if dtype.hasobject:
         raise UserError(
-            f"{what}: {printable(name)!r} holds pickled Python objects, which can run code, so it is refused: save its "
-            "numbers again as plain arrays, where you trust its author"
+            f"{file_name}: {printable(name)!r} holds pickled Python objects, which can run code, so it is refused: "
+            "where you trust its author, save its numbers again as plain arrays"
         )
     if fortran_order and len(shape) > 1:
-        raise UserError(f"{what}: {printable(name)!r} is in Fortran order: save it again with numpy.ascontiguousarray")
-    promised = math.prod(shape) * dtype.itemsize
-    if promised != size - file.tell():
         raise UserError(
-            f"{what}: {printable(name)!r} is said to have shape {shape}, {promised:,} bytes, but {size - file.tell():,}"
-            " are there: a damaged file; download it again"
+            f"{file_name}: {printable(name)!r} is in Fortran order: save it again with numpy.ascontiguousarray"
         )
-    key = "|V2" if dtype.kind == "V" and dtype.itemsize == 2 else dtype.str
-    return Info(shape, FLOATS.get(key), key)
+    expected, actual = math.prod(shape) * dtype.itemsize, size - file.tell()
+    if expected != actual:
+        raise UserError(
+            f"{file_name}: {printable(name)!r} has the shape {shape}, which takes {expected:,} bytes, but {actual:,} "
+            "are stored: a damaged file; download it again"
+        )
+    kind = "|V2" if dtype.kind == "V" and dtype.itemsize == 2 else dtype.str
+    return TensorInfo(shape, FLOATS.get(kind), kind)
 
 
 def npy_header(file: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
@@ -249,7 +259,7 @@ def npy_header(file: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
     return readers[version](file, max_header_size=10_000)
 
 
-def read_npy(file: Any, info: Info) -> Tensor:
+def read_npy(file: Any, info: TensorInfo) -> Tensor:
     """Reads a .npy member, whose header was checked, into one new tensor."""
     npy_header(file)
     tensor = torch.empty(info.shape, dtype=info.dtype)
@@ -266,60 +276,68 @@ def read_npy(file: Any, info: Info) -> Tensor:
 # torch's .pt and .pth
 
 
-def open_torch(path: Path, what: str, stack: ExitStack) -> Container:
-    """By the restricted unpickler alone, which knows tensors and plain containers and calls nothing."""
-    by_name = path.suffix == ".safetensors"  # torch.load would take such a name's word for it
-    source: Any = stack.enter_context(path.open("rb")) if by_name else path
+def open_torch(path: Path, file_name: str, stack: ExitStack) -> Container:
+    """Uses the restricted unpickler only, which builds tensors and plain containers and calls nothing else."""
+    misnamed = path.suffix == ".safetensors"  # given the path, torch.load would read it as safetensors
+    source: Any = stack.enter_context(path.open("rb")) if misnamed else path
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's, on old types of storage
-            mapped = not by_name and zipfile.is_zipfile(path)
+            warnings.simplefilter("ignore")  # torch warns of deprecated storage types
+            mapped = not misnamed and zipfile.is_zipfile(path)
             stored = torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
-        if "operand" in str(error):  # not a pickle at all, or a damaged one
+        if "operand" in str(error):  # not a pickle, or a damaged one
             raise ValueError("its pickle is broken") from None
-        asked = re.search(r"global:? (?:GLOBAL )?(\S+)", str(error), re.IGNORECASE)
-        named = f" ({printable(asked[1])})" if asked else ""
+        match = re.search(r"global:? (?:GLOBAL )?(\S+)", str(error), re.IGNORECASE)
+        refused = f" ({printable(match[1])})" if match else ""
         raise UserError(
-            f"{what} holds Python objects beside tensors{named}, which can run code, so it is refused: where you trust "
-            "its author, load it with torch and save its state_dict() alone"
+            f"{file_name} contains Python objects other than tensors{refused}, which can run code, so it is refused: "
+            "where you trust its author, load it with torch and save its state_dict() alone"
         ) from None
-    tensors, left_out = state_dict(stored, what)
-    check_number(len(tensors), what)
+    tensors, ignored = extract_state_dict(stored, file_name)
+    check_count(len(tensors), file_name)
     infos = {}
     for name, tensor in tensors.items():
         if tensor.layout is not torch.strided or tensor.is_nested or tensor.device.type == "meta":
-            raise UserError(f"{what}: {printable(name)!r} is no plain tensor (sparse, nested or meta): save it dense")
-        known = str(tensor.dtype).removeprefix("torch.")
-        infos[name] = Info(tuple(tensor.shape), tensor.dtype if tensor.dtype in FLOATS.values() else None, known)
-    claimed = sum(tensor.numel() * tensor.itemsize for tensor in tensors.values())
-    if claimed > path.stat().st_size:
-        raise UserError(f"{what} claims {claimed:,} bytes of numbers, more than are stored: save each tensor by itself")
-    return Container("torch", path, infos, tensors.__getitem__, left_out=left_out)
+            raise UserError(
+                f"{file_name}: {printable(name)!r} is sparse, nested or on the meta device: save it as a dense tensor"
+            )
+        kind = str(tensor.dtype).removeprefix("torch.")
+        infos[name] = TensorInfo(tuple(tensor.shape), tensor.dtype if tensor.dtype in FLOATS.values() else None, kind)
+    expected, actual = sum(tensor.numel() * tensor.itemsize for tensor in tensors.values()), path.stat().st_size
+    if expected > actual:  # strides of zero, or one storage for several tensors
+        raise UserError(
+            f"{file_name}: its tensors take {expected:,} bytes, but only {actual:,} are stored: save each tensor with "
+            "its own storage (tensor.clone())"
+        )
+    return Container("torch", path, infos, tensors.__getitem__, ignored=ignored)
 
 
-def state_dict(stored: Any, what: str) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """The tensors of a state dict, bare or inside a training checkpoint, and the names of what else lies there.
+def extract_state_dict(stored: Any, file_name: str) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """The tensors of a state dict, bare or inside a training checkpoint, and the names of the checkpoint's other parts.
 
-    Of a checkpoint with averaged and plain weights the averaged ones are taken, as timm does.
+    If a checkpoint has averaged weights (EMA) as well, those are taken, as timm does.
     """
-    left_out: list[str] = []
+    ignored: list[str] = []
     wrappers = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model", "module")
     for _ in range(MAX_WRAPPERS):
         inner = next((key for key in wrappers if isinstance(stored, dict) and isinstance(stored.get(key), dict)), None)
         if inner is None:
             break
-        left_out += [str(key) for key in stored if key != inner]
+        ignored += [str(key) for key in stored if key != inner]
         stored = stored[inner]
     if not isinstance(stored, dict) or not all(isinstance(value, Tensor) for value in stored.values()):
         raise UserError(
-            f"{what} holds no state dict of tensors (but {type(stored).__name__}): save model.state_dict() alone"
+            f"{file_name} contains an object of type {type(stored).__name__}, not a state dict of tensors: save "
+            "model.state_dict() alone"
         )
     tensors: dict[str, Tensor] = {}
     for key, tensor in stored.items():
         name = str(key)
         name = re.sub(r"^(?:module\.|_orig_mod\.)+", "", name)  # of DistributedDataParallel and torch.compile
         if name in tensors:
-            raise UserError(f"{what} holds {printable(name)!r} twice, with and without a prefix: save one of them")
+            raise UserError(
+                f"{file_name} contains {printable(name)!r} twice, with and without a prefix: save one of them"
+            )
         tensors[name] = tensor.detach()
-    return tensors, tuple(left_out)
+    return tensors, tuple(ignored)

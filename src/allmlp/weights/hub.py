@@ -1,4 +1,4 @@
-"""The Hugging Face hub: weights from it, pinned to their revision, and a model with its card onto it."""
+"""Weights from the Hugging Face hub, pinned to a revision."""
 
 import json
 import re
@@ -9,58 +9,60 @@ from typing import Any
 
 from allmlp.errors import RunError, UserError
 
-PREFIX = "hf-hub:"
-FILES = ("model.safetensors", "pytorch_model.bin")  # the first that is there
+HUB_PREFIX = "hf-hub:"
+WEIGHTS_NAMES = ("model.safetensors", "pytorch_model.bin")  # in order of preference
 
 
 @dataclass(frozen=True, kw_only=True)
-class Download:
-    """A local file, and what is known of it that does not stand in it."""
+class WeightsFile:
+    """A local file; of one from the hub, also what the hub says about it."""
 
     path: Path
-    source: dict[str, str] = field(default_factory=dict)  # the hub's id and revision
-    config: dict[str, Any] = field(default_factory=dict)  # the config.json beside it, timm's
-    config_missing: str = ""  # why it could not be had, where the hub may have one
+    source: dict[str, str] = field(default_factory=dict)  # the hub's repository ("hub") and commit ("revision")
+    config: dict[str, Any] = field(default_factory=dict)  # the repository's config.json, as timm writes it
+    config_missing: str = ""  # why config.json could not be read, if the repository may have one
 
 
-def download(address: str) -> Download:
-    """The weights at "hf-hub:OWNER/NAME" or "hf-hub:OWNER/NAME@REVISION", from the cache where they are there.
+def download(address: str) -> WeightsFile:
+    """The weights at "hf-hub:OWNER/NAME" or "hf-hub:OWNER/NAME@REVISION", from the hub's cache if they are there.
 
     Raises:
-        UserError: not such an address, no such repository or revision, no weights in it.
+        UserError: an invalid address, an unknown repository or revision, or a repository without weights.
         RunError: the hub cannot be reached, and the file is not in the cache.
     """
-    match = re.fullmatch(rf"{PREFIX}([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", address)
+    match = re.fullmatch(rf"{HUB_PREFIX}([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", address)
     if match is None:
-        raise UserError(f"{address!r}: give {PREFIX}OWNER/NAME or {PREFIX}OWNER/NAME@REVISION")
+        raise UserError(f"{address!r}: give {HUB_PREFIX}OWNER/NAME or {HUB_PREFIX}OWNER/NAME@REVISION")
     repo, revision = match.groups()
     path, unreachable = None, None
-    for name in FILES:
+    for name in WEIGHTS_NAMES:
         try:
             path = fetch(repo, name, revision)
-        except RunError as error:  # offline, another program may have fetched the other file
+        except RunError as error:  # offline; the cache may still have the other file
             unreachable = unreachable or error
         if path is not None:
             break
     if path is None:
-        raise unreachable or UserError(f"{address} has none of {', '.join(FILES)}: no weights that are read here")
-    commit = path.parent.name  # snapshots/COMMIT/FILE, however the revision was named
+        names = " nor ".join(WEIGHTS_NAMES)
+        raise unreachable or UserError(f"{address} has neither {names}: give a repository with one of them")
+    commit = path.parent.name  # the cache's path is snapshots/COMMIT/FILE, also for a branch or tag
     missing = ""
     try:
-        beside = fetch(repo, "config.json", commit)
-    except RunError as error:  # the weights are here, so the rest can do without
-        beside, missing = None, str(error)
+        config_path = fetch(repo, "config.json", commit)
+    except RunError as error:  # the weights can be loaded without it
+        config_path, missing = None, str(error)
     try:
-        config = json.loads(beside.read_text(encoding="utf-8")) if beside else {}
+        config = json.loads(config_path.read_text(encoding="utf-8")) if config_path else {}
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{address}: its config.json is not sound ({error}): tell its owner") from None
+        raise UserError(f"{address}: its config.json is not valid JSON ({error}): report it to the owner") from None
     source = {"hub": repo, "revision": commit}
-    return Download(path=path, source=source, config=config if isinstance(config, dict) else {}, config_missing=missing)
+    config = config if isinstance(config, dict) else {}
+    return WeightsFile(path=path, source=source, config=config, config_missing=missing)
 
 
 def fetch(repo: str, name: str, revision: str | None) -> Path | None:
-    """The file in the hub's cache, downloaded into it if need be; None where the repository has no such file."""
-    hub = huggingface_hub()
+    """A file's path in the hub's cache, downloaded if necessary; None if the repository has no such file."""
+    hub = import_huggingface_hub()
     errors = hub.errors
     try:
         return Path(hub.hf_hub_download(repo, name, revision=revision))
@@ -78,16 +80,16 @@ def fetch(repo: str, name: str, revision: str | None) -> Path | None:
             f"{repo}{f'@{revision}' if revision else ''} is not on the hub, or it is private ({first_line(error)}): "
             "check the name, or log in with `hf auth login`"
         ) from None
-    except (errors.HTTPError, OSError) as error:  # the HTTP library's need not be an OSError
+    except (errors.HTTPError, OSError) as error:  # the HTTP library's errors may not be OSErrors
         raise RunError(f"{repo}: {name} could not be downloaded ({first_line(error)}): try again later") from None
 
 
-def huggingface_hub() -> ModuleType:
+def import_huggingface_hub() -> ModuleType:
     try:
         import huggingface_hub
         import huggingface_hub.errors
     except ImportError:
-        raise UserError("the Hugging Face hub needs its library: pip install 'allmlp[hub]'") from None
+        raise UserError("the package huggingface_hub is not installed: pip install 'allmlp[hub]'") from None
     return huggingface_hub
 
 

@@ -1,4 +1,4 @@
-"""One ``load`` for every Mixer there is: what a file holds is told by its content, and all of it is accounted for."""
+"""``load`` for any Mixer's weights: the format is recognised by content, and every tensor must be accounted for."""
 
 import logging
 import re
@@ -16,135 +16,137 @@ from allmlp.sizes import Size, as_pair
 from allmlp.weights import layouts, native
 from allmlp.weights.containers import Container, open_container, require_floats
 from allmlp.weights.foreign_metadata import foreign_metadata
-from allmlp.weights.hub import PREFIX, Download, download
+from allmlp.weights.hub import HUB_PREFIX, WeightsFile, download
 
 log = logging.getLogger(__name__)
 
 
 def load(path: str | Path, *, image_size: Size | None = None, in_channels: int | None = None) -> Mixer:
-    """Reads a Mixer from any file that holds one: in evaluation mode, on the CPU, its ``card`` filled.
+    """Reads a Mixer from a weights file: in evaluation mode, on the CPU, with its ``metadata``.
 
-    Read are our own safetensors; the authors' ``.npz`` in both layouts, bare or inside ``params/`` or ``opt/target/``;
-    state dicts in timm's, lucidrains' or our names, as safetensors, ``.pt`` or ``.pth``. Sizes come from the shapes.
-    GELU, LayerNorm's ε and preprocessing come from our metadata or the hub's config, else from the layout. Tensors of
-    16 bits become float32, unless we saved them so.
+    It reads native safetensors; the authors' ``.npz`` in both layouts, bare or below ``params/`` or ``opt/target/``;
+    state dicts with timm's, lucidrains' or native names, as safetensors, ``.pt`` or ``.pth``. Sizes come from the
+    shapes. GELU, LayerNorm's ε and preprocessing come from native metadata or the hub's config.json, else they are the
+    layout's defaults. Tensors of 16 bits become float32, except in files that this package saved.
 
     Args:
         path: a file, or "hf-hub:OWNER/NAME", "hf-hub:OWNER/NAME@REVISION" on the Hugging Face hub.
-        image_size: that it was trained at, in pixels; needed where the grid of patches is no square.
-        in_channels: of the images; needed where a stem that is stored flat (lucidrains') does not tell.
+        image_size: that the weights were trained at, in pixels; needed if the grid of patches is not square.
+        in_channels: of the images; needed if the stem is stored flat (lucidrains') and its shape is ambiguous.
 
     Raises:
-        UserError: no such file, a broken or dangerous one, another architecture's, tensors that are missing,
-            unexpected, of another shape or not finite (all are named, with the likely cause), or sizes to be given.
+        UserError: the file is missing, damaged, dangerous or another architecture's; tensors are missing, unexpected,
+            of another shape or not finite (the message names them and the likely cause); a size must be given.
         RunError: the hub cannot be reached and the file is not in its cache.
     """
-    origin = download(str(path)) if str(path).startswith(PREFIX) else Download(path=Path(path))
-    with open_container(origin.path) as container:
+    file = download(str(path)) if str(path).startswith(HUB_PREFIX) else WeightsFile(path=Path(path))
+    with open_container(file.path) as container:
         if native.is_native(container.metadata):
             model = native.read(container)
-            check_given(model.config, image_size, in_channels, str(path))
+            check_arguments(model.config, image_size, in_channels, str(path))
         else:
-            model = read_foreign(container, origin, image_size, in_channels)
-    if origin.source:
-        told = model.metadata.provenance.get("source", {})
-        model.metadata.provenance["source"] = (told if isinstance(told, dict) else {"told": told}) | origin.source
+            model = read_foreign(container, file, image_size, in_channels)
+    if file.source:
+        saved = model.metadata.provenance.get("source", {})
+        model.metadata.provenance["source"] = (
+            saved if isinstance(saved, dict) else {"description": saved}
+        ) | file.source
     if model.config["num_classes"] and not torch.count_nonzero(model.get_parameter("head.weight")):
         log.warning("%s: its head is all zero: it gives features, but no classes until it is trained", path)
     return model.requires_grad_(True).eval()
 
 
-def read_foreign(container: Container, origin: Download, image_size: Size | None, in_channels: int | None) -> Mixer:
-    """A model from tensors in a known layout; shapes are held to a Mixer's before a tensor is read."""
-    what = container.name
-    full = unwrap(container.infos, what)
-    infos = {name: container.infos[stored] for name, stored in full.items()}
-    if left_out := [*container.left_out, *sorted(set(container.infos) - set(full.values()))]:
-        log.info("%s: left out, for they are no weights: %s", what, printable(layouts.listed(left_out)))
-    found = layouts.recognise(infos)
-    if found is None:
+def read_foreign(container: Container, file: WeightsFile, image_size: Size | None, in_channels: int | None) -> Mixer:
+    """A model from tensors in one of the layouts; all shapes are checked before a tensor is read."""
+    file_name = container.name
+    stored_names = unwrap(container.infos, file_name)
+    infos = {name: container.infos[stored] for name, stored in stored_names.items()}
+    if ignored := [*container.ignored, *sorted(set(container.infos) - set(stored_names.values()))]:
+        log.info("%s: ignored, not weights of the model: %s", file_name, printable(layouts.shortened(ignored)))
+    detected = layouts.detect_layout(infos)
+    if detected is None:
         raise UserError(
-            f"{what} holds {len(infos)} tensors, but no token mixing of a Mixer (its first names: "
-            f"{printable(layouts.listed(sorted(infos), 3)) or 'none'}): another architecture's weights; give a Mixer's"
+            f"{file_name} holds {len(infos)} tensors, but no token mixing of a Mixer (its first names: "
+            f"{printable(layouts.shortened(sorted(infos), 3)) or 'none'}): another architecture's weights; give a "
+            "Mixer's"
         )
-    require_floats(infos, what)
-    layout, num_blocks = found
+    require_floats(infos, file_name)
+    layout, num_blocks = detected
     if num_blocks > len(infos):
-        raise layouts.no_mixer(what, ValueError(f"{num_blocks} blocks in {len(infos)} tensors"))
+        raise layouts.not_a_mixer(file_name, ValueError(f"{num_blocks} blocks in {len(infos)} tensors"))
     names = layout.names(num_blocks)
-    stored = {ours: theirs for ours, theirs in names.items() if theirs in infos}
+    present = {name: theirs for name, theirs in names.items() if theirs in infos}
     patch = None
-    if layout is layouts.LUCIDRAINS and "stem.weight" in stored:
-        patch = layouts.flat_patch(infos[stored["stem.weight"]].shape[-1], in_channels, what)
-
-    def oriented(ours: str, tensor: Tensor) -> Tensor:
-        return layout.to_ours(ours, tensor, patch)
-
+    if layout is layouts.LUCIDRAINS and "stem.weight" in present:
+        patch = layouts.infer_flat_patch(infos[present["stem.weight"]].shape[-1], in_channels, file_name)
     shapes: dict[str, tuple[int, ...]] = {
-        ours: tuple(oriented(ours, torch.empty(infos[theirs].shape, device="meta")).shape)
-        for ours, theirs in stored.items()
+        name: tuple(layout.to_native(name, torch.empty(infos[theirs].shape, device="meta"), patch).shape)
+        for name, theirs in present.items()
     }
-    config, metadata = native.exported_header(container) or (None, None)
+    config, metadata = native.embedded_header(container) or (None, None)
     if config is None:
-        sizes = layouts.infer(shapes, num_blocks, image_size, what)
+        sizes = layouts.infer_config(shapes, num_blocks, image_size, file_name)
         config = sizes | {"gelu": layout.gelu, "norm_eps": layout.norm_eps}
-    check_given(config, image_size, in_channels, what)
-    unexpected = sorted(set(infos) - set(stored.values()))
-    expected = layouts.expected_shapes(config, len(infos), what)
-    layouts.compare(expected, shapes, unexpected, names, f"{what} ({layout.title})", layout)
+    check_arguments(config, image_size, in_channels, file_name)
+    unexpected = sorted(set(infos) - set(present.values()))
+    expected = layouts.expected_shapes(config, len(infos), file_name)
+    layouts.check_shapes(expected, shapes, unexpected, names, f"{file_name} ({layout.title})", layout)
     if config["tokens_mlp_dim"] > config["channels_mlp_dim"]:
         log.warning(
             "%s: D_S = %d is larger than D_C = %d: the two may be swapped, as in lucidrains' port, whose sizes are not "
-            "the paper's", what, config["tokens_mlp_dim"], config["channels_mlp_dim"],
+            "the paper's", file_name, config["tokens_mlp_dim"], config["channels_mlp_dim"],
         )  # fmt: skip
 
-    wide = torch.float64 if any(info.dtype == torch.float64 for info in infos.values()) else torch.float32
-    tensors = {}
-    for ours, theirs in stored.items():
-        tensor = oriented(ours, container.read(full[theirs]))
-        tensors[ours] = tensor.to(tensor.dtype if metadata else wide).contiguous()
-        native.check_finite(tensors[ours], theirs, what)
+    dtype = torch.float64 if any(info.dtype == torch.float64 for info in infos.values()) else torch.float32
+    tensors: dict[str, Tensor] = {}
+    for name, theirs in present.items():
+        tensor = layout.to_native(name, container.read(stored_names[theirs]), patch)
+        tensors[name] = tensor.to(tensor.dtype if metadata else dtype).contiguous()
+        native.check_finite(tensors[name], theirs, file_name)
     model = build_meta(config)
     model.load_state_dict(tensors, assign=True)
-    model.metadata = metadata or foreign_metadata(container, origin, layout, model)
+    model.metadata = metadata or foreign_metadata(container, file, layout, model)
     return model
 
 
-def unwrap(names: Iterable[str], what: str) -> dict[str, str]:
-    """Name without its wrapping → name in the file; of a training checkpoint, what is not the target is left out.
+def unwrap(names: Iterable[str], file_name: str) -> dict[str, str]:
+    """Names without ``opt/target/`` and ``params/`` → names in the file; a training checkpoint's other arrays are left
+    out.
 
-    flax once counted LayerNorms across a whole model, so their numbers may have gaps: in order, they become 0 and 1.
+    Older flax versions numbered LayerNorms across the whole model, with gaps: each block's two become 0 and 1.
     """
     names = list(names)
     target = "opt/target/"
     if any(name.startswith(target) for name in names):
         names = [name for name in names if name.startswith(target)]
-    full: dict[str, str] = {}
+    stored_names: dict[str, str] = {}
     for stored in names:
         name = stored.removeprefix(target).removeprefix("params/")
-        if name in full:
-            raise UserError(f"{what} holds {printable(name)!r} twice, with and without params/: save one of them")
-        full[name] = stored
+        if name in stored_names:
+            raise UserError(f"{file_name} holds {printable(name)!r} twice, with and without params/: save one of them")
+        stored_names[name] = stored
     numbers: dict[str, set[int]] = {}
     pattern = re.compile(r"(.*/LayerNorm_)(\d{1,6})(/.*)")
-    for match in filter(None, map(pattern.fullmatch, full)):
+    for match in filter(None, map(pattern.fullmatch, stored_names)):
         numbers.setdefault(match[1], set()).add(int(match[2]))
 
     def renumbered(match: re.Match[str]) -> str:
-        if len(numbers[match[1]]) != 2:  # one is missing: which, its number says
+        if len(numbers[match[1]]) != 2:  # one is missing; the other keeps its number
             return match[0]
         return f"{match[1]}{sorted(numbers[match[1]]).index(int(match[2]))}{match[3]}"
 
-    return {pattern.sub(renumbered, name): stored for name, stored in full.items()}
+    return {pattern.sub(renumbered, name): stored for name, stored in stored_names.items()}
 
 
-def check_given(config: dict[str, Any], image_size: Size | None, in_channels: int | None, what: str) -> None:
-    """What the caller says of a file must be what is in it."""
+def check_arguments(config: dict[str, Any], image_size: Size | None, in_channels: int | None, file_name: str) -> None:
+    """A UserError if an argument of ``load`` contradicts the file."""
     if in_channels is not None and in_channels != config["in_channels"]:
-        raise UserError(f"{what}: in_channels={in_channels}, but its stem takes {config['in_channels']}: leave it out")
+        raise UserError(
+            f"{file_name}: in_channels={in_channels}, but its stem takes {config['in_channels']}: leave it out"
+        )
     height, width = config["image_size"]
     if image_size is not None and as_pair(image_size) != (height, width):
         raise UserError(
-            f"{what}: image_size={image_size}, but it was trained at {height}×{width} px: load it without image_size, "
-            "then resize it (allmlp.resize, mixer resize)"
+            f"{file_name}: image_size={image_size}, but it was trained at {height}×{width} px: load it without "
+            "image_size, then resize it (allmlp.resize, mixer resize)"
         )

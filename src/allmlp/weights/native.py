@@ -2,7 +2,7 @@
 
 Header keys: ``format`` ("allmlp"), ``version``, ``config`` (the arguments of ``Mixer``), ``metadata`` (classes,
 preprocessing, provenance) and ``sha256`` over all of these and every tensor, so that loading detects a changed byte.
-Files of the earlier version, whose format was called "mlp-mixer" and which kept the metadata under ``card``, load too.
+Files of the earlier version can be loaded too: their format is "mlp-mixer", and their metadata's key is ``card``.
 """
 
 import dataclasses
@@ -20,49 +20,49 @@ from torch import Tensor
 
 from allmlp.errors import RunError, UserError, printable
 from allmlp.factory import build_meta
-from allmlp.files import replacing
+from allmlp.files import atomic_write
 from allmlp.metadata import Metadata, Preprocessing
 from allmlp.model import Mixer
 from allmlp.sizes import as_pair
 from allmlp.weights.containers import Container, require_floats
-from allmlp.weights.layouts import compare, expected_shapes, no_mixer
+from allmlp.weights.layouts import check_shapes, expected_shapes, not_a_mixer
 
 FORMAT, VERSION = "allmlp", "1"
 EARLIER_FORMAT = "mlp-mixer"
-PREFIX = "allmlp."  # of our header keys in a file of another layout
+PREFIX = "allmlp."  # of these keys in the header of a file in timm's layout
 EARLIER_PREFIX = "mlp_mixer."
 
 
 def save(model: Mixer, path: str | Path, classes: Sequence[str] | None = None, **provenance: Any) -> None:
-    """Writes weights and everything needed to predict with them; the file is there whole or not at all.
+    """Writes a model's weights and metadata to a file in the native format, atomically.
 
     Args:
-        model: its ``card`` is stored along.
-        path: a name ending in ``.safetensors``; an existing file is replaced.
-        classes: class names in the order of the logits; by default the card's.
-        provenance: more about where the weights come from (JSON values), added to the card's.
+        model: a Mixer with its ``metadata``.
+        path: a file name ending in ``.safetensors``; an existing file is replaced.
+        classes: class names in the order of the logits; by default the metadata's.
+        provenance: JSON values on where the weights come from, added to the metadata's.
 
     Raises:
-        UserError: as many classes as the head does not have, another ending, or a folder that is not there.
+        UserError: a wrong number of classes, another file ending, or a folder that does not exist.
         RunError: the disk is full.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
-        raise UserError(f"{path}: weights are saved as .safetensors; name the file so")
+        raise UserError(f"{path}: weights are saved as .safetensors: give a file name with that ending")
     if not path.parent.is_dir():
-        raise UserError(f"{path.parent} is no folder: make it first")
+        raise UserError(f"{path.parent} is not a folder: create it first")
     names = tuple(classes) if classes is not None else model.metadata.classes
     if names is not None and (isinstance(classes, str) or not all(isinstance(name, str) for name in names)):
-        raise UserError(f"classes {names[:5]}: give a list of texts, one name for each logit")
+        raise UserError(f"classes {names[:5]}: give a list of strings, one name for each logit")
     if names is not None and len(names) != model.config["num_classes"]:
         raise UserError(f"{len(names)} class names for a head of {model.config['num_classes']}: give one for each")
     metadata = dataclasses.replace(model.metadata, classes=names, provenance=model.metadata.provenance | provenance)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    write(path, tensors, seal(model.config, metadata, tensors))
+    write(path, tensors, make_header(model.config, metadata, tensors))
 
 
-def seal(config: dict[str, Any], metadata: Metadata, tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """The header that says what the tensors are, with the digest of both."""
+def make_header(config: dict[str, Any], metadata: Metadata, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """The header of a native file, with the SHA-256 of header and tensors."""
     header = {
         "format": FORMAT,
         "version": VERSION,
@@ -73,27 +73,30 @@ def seal(config: dict[str, Any], metadata: Metadata, tensors: Mapping[str, Tenso
 
 
 def write(path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
-    with replacing(path) as temporary:
+    """Writes a safetensors file atomically; a RunError if the disk is full."""
+    with atomic_write(path) as temporary:
         try:
             save_file(tensors, temporary, header)
-        except SafetensorError as error:  # which is what it makes of a full disk
+        except SafetensorError as error:  # raised on a full disk
             raise RunError(f"{path} cannot be written ({error}): free some space or save elsewhere") from None
 
 
 def read(container: Container) -> Mixer:
-    """The model of a file that ``save`` wrote, as it was saved.
+    """The model in a file that ``save`` wrote.
 
     Raises:
-        UserError: another version, a changed byte, or tensors that do not fit the sizes in the header.
+        UserError: a newer format version, a changed byte, or tensors that do not match the config in the header.
     """
     path, header = container.name, container.metadata
     require_floats(container.infos, path)
     if (version := header.get("version", "")).isdigit() and int(version[:9]) > int(VERSION):
-        raise UserError(f"{path} has format version {version}, this is {VERSION}: update allmlp (or it is damaged)")
+        raise UserError(
+            f"{path} has format version {version}, this version reads {VERSION}: update allmlp (or the file is damaged)"
+        )
     tensors = verified(container, header)
     config, metadata = parse(header, path)
     expected = expected_shapes(config, len(tensors), path)
-    compare(expected, {name: info.shape for name, info in container.infos.items()}, (), {}, path)
+    check_shapes(expected, {name: info.shape for name, info in container.infos.items()}, (), {}, path)
     for name, tensor in tensors.items():
         check_finite(tensor, name, path)
     model = build_meta(config)
@@ -103,13 +106,13 @@ def read(container: Container) -> Mixer:
 
 
 def is_native(header: Mapping[str, str]) -> bool:
-    """Whether ``save`` wrote a file with this header, even if a byte of it has changed since."""
+    """Whether this is the header of a file that ``save`` wrote, even if one of its bytes has changed since."""
     keys = {"config", "metadata", "card", "sha256"}
     return header.get("format") in (FORMAT, EARLIER_FORMAT) or len(keys & header.keys()) > 1
 
 
-def exported_header(container: Container) -> tuple[dict[str, Any], Metadata] | None:
-    """The config and metadata that ``export`` wrote beside tensors in another layout; None in anybody else's file.
+def embedded_header(container: Container) -> tuple[dict[str, Any], Metadata] | None:
+    """The config and metadata that ``convert.write_timm`` stores in the header; None in files that others wrote.
 
     Raises:
         UserError: a changed byte.
@@ -125,7 +128,7 @@ def exported_header(container: Container) -> tuple[dict[str, Any], Metadata] | N
 
 
 def verified(container: Container, header: Mapping[str, str]) -> dict[str, Tensor]:
-    """The tensors, which safetensors maps and does not copy; a UserError where they or the header were changed."""
+    """The tensors, mapped from the file, not copied; a UserError if they or the header do not match the SHA-256."""
     tensors = {name: container.read(name) for name in container.infos}
     if header.get("sha256") != digest(tensors, header):
         raise changed(container)
@@ -143,44 +146,46 @@ def metadata_key(header: Mapping[str, str]) -> str:
 
 
 def parse(header: Mapping[str, str], path: str) -> tuple[dict[str, Any], Metadata]:
-    """The arguments of ``Mixer`` and the metadata from their JSON; what cannot be such is a UserError."""
+    """The arguments of ``Mixer`` and the metadata; a UserError if the header's JSON is not valid."""
     try:
         config, metadata = json.loads(header["config"]), parse_metadata(json.loads(header[metadata_key(header)]))
         config |= {key: as_pair(config[key]) for key in ("image_size", "patch_size")}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise no_mixer(path, error) from None
+        raise not_a_mixer(path, error) from None
     return config, metadata
 
 
-def check_finite(tensor: Tensor, name: str, what: str) -> None:
-    if tensor.numel() and not all(math.isfinite(end) for end in torch.aminmax(tensor)):
+def check_finite(tensor: Tensor, name: str, path: str) -> None:
+    if tensor.numel() and not all(math.isfinite(bound) for bound in torch.aminmax(tensor)):
         raise UserError(
-            f"{what}: {printable(name)} holds numbers that are not finite, as a diverged training or a damaged file "
-            "leaves them: take an earlier checkpoint, or download it again"
+            f"{path}: {printable(name)} contains numbers that are not finite, from a diverged training or a damaged "
+            "file: take an earlier checkpoint, or download it again"
         )
 
 
 def digest(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
-    """SHA-256 over the header, and each tensor's name, type, shape and bytes in the order of the names."""
-    total = hashlib.sha256()
+    """SHA-256 over the header, then each tensor's name, type, shape and bytes, in the order of their names."""
+    sha256 = hashlib.sha256()
     for key in ("format", "version", "config", metadata_key(header)):
-        total.update(f"{key}={header.get(key)}\n".encode())
+        sha256.update(f"{key}={header.get(key)}\n".encode())
     for name in sorted(tensors):
         tensor = tensors[name]
-        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        total.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return total.hexdigest()
+        sha256.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        sha256.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return sha256.hexdigest()
 
 
 def parse_metadata(stored: dict[str, Any]) -> Metadata:
-    view: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in stored["preprocessing"].items()}
+    preprocessing: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in stored["preprocessing"].items()
+    }
     classes = stored["classes"]
     if classes is not None and not all(isinstance(name, str) for name in classes):
-        raise TypeError("names of classes that are no text")
+        raise TypeError("class names that are not strings")
     if not isinstance(stored["provenance"], dict):
-        raise TypeError("a provenance that is no object")
+        raise TypeError("a provenance that is not an object")
     return Metadata(
         classes=None if classes is None else tuple(classes),
-        preprocessing=Preprocessing(**view),
+        preprocessing=Preprocessing(**preprocessing),
         provenance=stored["provenance"],
     )

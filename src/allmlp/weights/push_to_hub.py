@@ -1,4 +1,4 @@
-"""A model onto the Hugging Face hub, with a card that says what it is."""
+"""Uploads a model to the Hugging Face hub, with a model card."""
 
 import re
 import tempfile
@@ -9,11 +9,11 @@ from allmlp.errors import RunError, UserError, printable
 from allmlp.factory import build_meta
 from allmlp.flops import cost
 from allmlp.model import Mixer
-from allmlp.weights.hub import first_line, huggingface_hub
+from allmlp.weights.hub import first_line, import_huggingface_hub
 from allmlp.weights.native import save
 from allmlp.weights.published import variant_of
 
-UNKNOWN = "not recorded"
+NOT_RECORDED = "not recorded"
 
 
 def push_to_hub(
@@ -25,21 +25,21 @@ def push_to_hub(
     token: str | None = None,
     message: str = "Upload an MLP-Mixer",
 ) -> str:
-    """Uploads the weights, with all that is needed to predict, and a filled model card; returns the commit's address.
+    """Uploads weights, everything needed to predict with them, and a model card; returns the commit's URL.
 
     Args:
-        model: data, recipe and results are taken from its card, as a run or ``load`` left them.
-        repo: "OWNER/NAME"; made if it is not there.
+        model: its ``metadata``, as training or ``load`` left it, gives the card's data, recipe and results.
+        repo: "OWNER/NAME"; created if it does not exist.
         license: of the weights, by the hub's identifier ("apache-2.0", "cc-by-4.0", "other").
-        private: of a repository that is made.
-        token: of the hub; by default that of ``hf auth login``.
+        private: whether a new repository is private.
+        token: for the hub; by default that of ``hf auth login``.
         message: of the commit.
 
     Raises:
-        UserError: no such owner, or no right to write there.
+        UserError: an unknown owner, or no permission to write to the repository.
         RunError: the hub cannot be reached.
     """
-    hub = huggingface_hub()
+    hub = import_huggingface_hub()
     with tempfile.TemporaryDirectory() as folder:
         save(model, Path(folder) / "model.safetensors")
         (Path(folder) / "README.md").write_text(model_card(model, repo, license), encoding="utf-8")
@@ -52,7 +52,9 @@ def push_to_hub(
         except hub.errors.HfHubHTTPError as error:
             status = getattr(error.response, "status_code", None)
             if status in (401, 403, 404):
-                raise UserError(f"{repo} may not be written ({first_line(error)}): `hf auth login` again") from None
+                raise UserError(
+                    f"no permission to write to {repo} ({first_line(error)}): log in with `hf auth login`"
+                ) from None
             raise RunError(f"{repo} could not be uploaded ({first_line(error)}): try again later") from None
         except (hub.errors.HTTPError, OSError) as error:
             raise RunError(f"the hub cannot be reached ({first_line(error)}): try again later") from None
@@ -60,56 +62,59 @@ def push_to_hub(
 
 
 def model_card(model: Mixer, repo: str, license: str) -> str:
-    """README.md of a repository on the hub: metadata that the hub reads, and the same for people."""
-    hub = huggingface_hub()
-    told, config = model.metadata.provenance, model.config
-    recipe = section(told, "recipe")
-    variant = variant_of(config)
+    """The repository's README.md: YAML metadata for the hub, then the same in words."""
+    hub = import_huggingface_hub()
+    provenance, num_classes = model.metadata.provenance, model.config["num_classes"]
+    variant = variant_of(model.config)
     name = f"Mixer-{variant}" if variant else "MLP-Mixer"
-    data = told.get("data") or section(recipe, "data").get("data")
-    scores = {part: told.get(f"{part}_top1") for part in ("val", "test")}
-    scores = {part: float(score) for part, score in scores.items() if isinstance(score, int | float)}
+    data = provenance.get("data") or section(section(provenance, "recipe"), "data").get("data")
+    scores = {split: provenance.get(f"{split}_top1") for split in ("val", "test")}
+    scores = {split: float(score) for split, score in scores.items() if isinstance(score, int | float)}
     results = data and [
         hub.EvalResult(
             task_type="image-classification",
             dataset_type=str(data),
             dataset_name=str(data),
-            dataset_split={"val": "validation"}.get(part, part),
+            dataset_split={"val": "validation"}.get(split, split),
             metric_type="accuracy",
             metric_name="top-1",
             metric_value=score,
         )
-        for part, score in scores.items()
+        for split, score in scores.items()
     ]
     metadata = hub.ModelCardData(
         license=license,
         library_name="allmlp",
-        pipeline_tag="image-classification" if config["num_classes"] else "image-feature-extraction",
-        tags=["allmlp", *(["image-classification"] if config["num_classes"] else [])],
+        pipeline_tag="image-classification" if num_classes else "image-feature-extraction",
+        tags=["mlp-mixer", *(["image-classification"] if num_classes else [])],
         model_name=repo.rpartition("/")[2],
         eval_results=results or None,
     )
     sections = {
         "Model": model_rows(model, name),
         "Data": [
-            f"Trained on: {plain(data or UNKNOWN)}",
-            f"Split: {plain(told.get('split') or UNKNOWN)}",
-            *origin_rows(told),
+            f"Trained on: {escaped(data or NOT_RECORDED)}",
+            f"Split: {escaped(provenance.get('split') or NOT_RECORDED)}",
+            *origin_rows(provenance),
         ],
-        "Results": [f"{part} top-1: {score:.4f}" for part, score in scores.items()] or [f"Accuracy: {UNKNOWN}"],
-        "Recipe": recipe_rows(told),
+        "Results": [f"{split} top-1: {score:.4f}" for split, score in scores.items()] or [f"Accuracy: {NOT_RECORDED}"],
+        "Recipe": recipe_rows(provenance),
     }
     body = "\n\n".join(f"## {title}\n\n" + "\n".join(f"- {row}" for row in rows) for title, rows in sections.items())
+    about = f"An MLP-Mixer ([arXiv:2105.01601](https://arxiv.org/abs/2105.01601)). Licence of the weights: {license}."
+    usage = usage_example(repo, has_head=num_classes > 0)
+    return f"---\n{metadata.to_yaml()}\n---\n\n# {name}\n\n{about}\n\n## How to load\n\n{usage}\n\n{body}\n"
+
+
+def usage_example(repo: str, has_head: bool) -> str:
     lines = ["import allmlp", "", f'model = allmlp.load("hf-hub:{repo}")']
-    if config["num_classes"]:
+    if has_head:
         lines += ['for row in allmlp.predict(model, ["photo.jpg"]):', "    print(row.classes)"]
         command = f"`mixer predict hf-hub:{repo} photo.jpg`"
     else:
         lines += ["features = model.features(images)"]
         command = f"`mixer finetune hf-hub:{repo} --data photos/`"
-    use = "\n".join(["```python", *lines, "```", "", f"or {command}."])
-    about = f"An MLP-Mixer ([arXiv:2105.01601](https://arxiv.org/abs/2105.01601)). Licence of the weights: {license}."
-    return f"---\n{metadata.to_yaml()}\n---\n\n# {name}\n\n{about}\n\n## How to load\n\n{use}\n\n{body}\n"
+    return "\n".join(["```python", *lines, "```", "", f"or {command}."])
 
 
 def model_rows(model: Mixer, name: str) -> list[str]:
@@ -117,7 +122,7 @@ def model_rows(model: Mixer, name: str) -> list[str]:
     keys = ("num_blocks", "hidden_dim", "tokens_mlp_dim", "channels_mlp_dim")
     sizes = ", ".join(f"{key} {config[key]}" for key in keys)
     return [
-        f"{name}, {counted.parameters:,} parameters, {counted.macs / 1e9:.3g} GMAC an image",
+        f"{name}, {counted.parameters:,} parameters, {counted.macs / 1e9:.3g} GMAC per image",
         f"Resolution: {model.image_size[0]} × {model.image_size[1]} px, patches of "
         f"{model.patch_size[0]} × {model.patch_size[1]} px; {sizes}; {config['gelu']} GELU",
         f"Classes: {config['num_classes'] or 'none, features only'}",
@@ -125,34 +130,35 @@ def model_rows(model: Mixer, name: str) -> list[str]:
     ]
 
 
-def origin_rows(told: dict[str, Any]) -> list[str]:
-    started = section(told, "started_from")
-    source = section(started, "source") or section(told, "source")
-    origin = ", ".join(f"{key} {value}" for key, value in source.items()) or started.get("weights")
-    rows = [f"Weights from: {plain(origin)}"] if origin else []
-    if sizes := told.get("resized_from"):
-        rows.append(f"Resized from {plain(sizes)} px, and not evaluated since")
+def origin_rows(provenance: dict[str, Any]) -> list[str]:
+    """Where the weights come from, and the sizes that they were resized from."""
+    started_from = section(provenance, "started_from")
+    source = section(started_from, "source") or section(provenance, "source")
+    origin = ", ".join(f"{key} {value}" for key, value in source.items()) or started_from.get("weights")
+    rows = [f"Weights from: {escaped(origin)}"] if origin else []
+    if sizes := provenance.get("resized_from"):
+        rows.append(f"Resized from {escaped(sizes)} px, and not evaluated since")
     return rows
 
 
-def section(told: dict[str, Any], key: str) -> dict[str, Any]:
-    """An object of the provenance; empty where there is none, or something else, as anybody may have saved."""
-    found = told.get(key)
-    return found if isinstance(found, dict) else {}
-
-
-def plain(value: Any) -> str:
-    """Text from elsewhere as it may stand in a line of Markdown: what would be markup is escaped."""
-    return re.sub(r"([\\`*_\[\]<>|#&])", r"\\\1", printable(str(value)))
-
-
-def recipe_rows(told: dict[str, Any]) -> list[str]:
-    recipe = section(told, "recipe")
+def recipe_rows(provenance: dict[str, Any]) -> list[str]:
+    recipe = section(provenance, "recipe")
     rows = [
-        f"{key}: {plain(told[key])}"
+        f"{key}: {escaped(provenance[key])}"
         for key in ("command", "commit", "seed", "epochs")
-        if told.get(key) not in (None, "")
+        if provenance.get(key) not in (None, "")
     ]
     if settings := section(recipe, "optimization"):
-        rows.append(f"{plain(recipe.get('name'))}: " + ", ".join(f"{k} {plain(v)}" for k, v in settings.items()))
-    return rows or [UNKNOWN.capitalize()]
+        rows.append(f"{escaped(recipe.get('name'))}: " + ", ".join(f"{k} {escaped(v)}" for k, v in settings.items()))
+    return rows or [NOT_RECORDED.capitalize()]
+
+
+def section(provenance: dict[str, Any], key: str) -> dict[str, Any]:
+    """An object in the provenance; empty if it is missing or, since ``save`` accepts any JSON, another type."""
+    value = provenance.get(key)
+    return value if isinstance(value, dict) else {}
+
+
+def escaped(value: Any) -> str:
+    """Outside text for one line of Markdown, without markup."""
+    return re.sub(r"([\\`*_\[\]<>|#&])", r"\\\1", printable(str(value)))

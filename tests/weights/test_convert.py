@@ -1,4 +1,4 @@
-"""Weights out again: in the layouts of others, bit for bit, whole or not at all, and what gets lost is said."""
+"""Saving in other formats: bit for bit and atomic, with a warning for what a format cannot store."""
 
 import copy
 import json
@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from allmlp.errors import RunError, UserError
 from allmlp.metadata import Metadata, Preprocessing
 from allmlp.model import Mixer
-from allmlp.weights.export import ENDINGS, Format, export
+from allmlp.weights.convert import ENDINGS, Format, save_as
 from allmlp.weights.load import load
 
-FORMATS: tuple[Format, ...] = ("own", "npz", "timm")
+FORMATS: tuple[Format, ...] = ("native", "npz", "timm")
 BITS = {torch.float64: torch.int64, torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 
 
@@ -36,7 +36,7 @@ def make(seed: int = 0, dtype: torch.dtype = torch.float32, **options) -> Mixer:
 
 
 def odd(model: Mixer) -> Mixer:
-    """With numbers that arithmetic would not leave as they are."""
+    """Sets values that arithmetic would change: −0 and a subnormal number."""
     with torch.no_grad():
         model.head.bias[:2] = torch.tensor([-0.0, 1e-40 if model.head.bias.dtype == torch.float32 else 0.1])
     return model
@@ -58,7 +58,7 @@ def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
 
 
-# There and back
+# Round trips
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -69,7 +69,7 @@ def test_every_tensor_comes_back_bit_for_bit(tmp_path: Path, to: Format, options
     if "num_classes" not in options:
         odd(model)
     path = target(tmp_path, to)
-    export(model, path, to)
+    save_as(model, path, to)
     again = load(path, image_size=12)
     assert_same_bits(again, model)
     sizes = ("num_classes", "image_size", "patch_size", "num_blocks", "hidden_dim", "tokens_mlp_dim", "in_channels")
@@ -80,9 +80,9 @@ def test_every_tensor_comes_back_bit_for_bit(tmp_path: Path, to: Format, options
 @pytest.mark.parametrize("to", FORMATS)
 def test_a_second_round_trip_writes_the_same_bytes(tmp_path: Path, to: Format) -> None:
     first, second = target(tmp_path, to), tmp_path / f"again{ENDINGS[to]}"
-    export(make(gelu="erf" if to == "timm" else "tanh"), first, to)
-    export(load(first), second, to)
-    if to == "npz":  # a zip keeps the time
+    save_as(make(gelu="erf" if to == "timm" else "tanh"), first, to)
+    save_as(load(first), second, to)
+    if to == "npz":  # a zip stores the time
         with np.load(first) as a, np.load(second) as b:
             assert a.files == b.files
             assert all(a[name].tobytes() == b[name].tobytes() for name in a.files)
@@ -93,11 +93,9 @@ def test_a_second_round_trip_writes_the_same_bytes(tmp_path: Path, to: Format) -
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("to", FORMATS)
-def test_sixteen_bits_are_written_as_sixteen_and_keep_their_values(
-    tmp_path: Path, to: Format, dtype: torch.dtype
-) -> None:
+def test_16_bit_weights_stay_16_bit_and_keep_their_values(tmp_path: Path, to: Format, dtype: torch.dtype) -> None:
     model, path = make(dtype=dtype), target(tmp_path, to)
-    export(model, path, to)
+    save_as(model, path, to)
     assert path.stat().st_size < 2 * sum(p.numel() for p in model.parameters()) + 20_000
     if to == "npz":
         with np.load(path, allow_pickle=False) as arrays:
@@ -107,14 +105,14 @@ def test_sixteen_bits_are_written_as_sixteen_and_keep_their_values(
     again = load(path)
     for name, tensor in model.state_dict().items():
         assert torch.equal(again.state_dict()[name].float(), tensor.float()), name
-    if to != "npz":  # an .npz does not say that it was ours
+    if to != "npz":  # weights from an .npz become float32
         assert_same_bits(again, model)
 
 
-def test_own_is_what_save_writes(tmp_path: Path) -> None:
+def test_native_is_what_save_writes(tmp_path: Path) -> None:
     model = make()
     model.metadata = Metadata(classes=("a", "b", "c"), provenance={"seed": 1})
-    export(model, tmp_path / "a.safetensors", "own")
+    save_as(model, tmp_path / "a.safetensors", "native")
     from allmlp.weights.native import save
 
     save(model, tmp_path / "b.safetensors")
@@ -125,12 +123,12 @@ def test_own_is_what_save_writes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("to", FORMATS)
-def test_exporting_changes_no_model(tmp_path: Path, to: Format) -> None:
+def test_the_model_is_not_modified(tmp_path: Path, to: Format) -> None:
     model = make().train()
     model.stem.requires_grad_(False)
     model.metadata = Metadata(classes=("a", "b", "c"), provenance={"a": {"b": 1}})
     before, metadata = copy.deepcopy(model.state_dict()), copy.deepcopy(model.metadata)
-    export(model, target(tmp_path, to), to)
+    save_as(model, target(tmp_path, to), to)
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
     assert (model.metadata, model.training, model.stem.weight.requires_grad) == (metadata, True, False)
 
@@ -139,7 +137,7 @@ def test_exporting_changes_no_model(tmp_path: Path, to: Format) -> None:
 
 
 def authors_arrays(model: Mixer) -> dict[str, np.ndarray]:
-    """By hand: the names and axes of Supplement E's flax code."""
+    """Written out: the names and axes of Supplement E's flax code."""
     state = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
     arrays = {"stem/kernel": state["stem.weight"].transpose(2, 3, 1, 0), "stem/bias": state["stem.bias"]}
     for i in range(model.config["num_blocks"]):
@@ -159,7 +157,7 @@ def authors_arrays(model: Mixer) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("options", [{}, {"num_classes": 0}, {"num_blocks": 11}, {"patch_size": (2, 3)}], ids=str)
 def test_npz_has_the_authors_names_and_axes(tmp_path: Path, options: dict) -> None:
     model = make(**options)
-    export(model, tmp_path / "m.npz", "npz")
+    save_as(model, tmp_path / "m.npz", "npz")
     expected = authors_arrays(model)
     with np.load(tmp_path / "m.npz", allow_pickle=False) as arrays:
         assert set(arrays.files) == set(expected)
@@ -169,9 +167,9 @@ def test_npz_has_the_authors_names_and_axes(tmp_path: Path, options: dict) -> No
             assert np.array_equal(arrays[name], array), name
 
 
-def test_npz_holds_arrays_alone(tmp_path: Path) -> None:
-    """Whatever NumPy's version makes of an option that it does not know: nothing but tensors lies in the file."""
-    export(make(), tmp_path / "m.npz", "npz")
+def test_npz_contains_only_arrays(tmp_path: Path) -> None:
+    """NumPy stores unknown keyword arguments as arrays, so an option must not become one."""
+    save_as(make(), tmp_path / "m.npz", "npz")
     with zipfile.ZipFile(tmp_path / "m.npz") as archive:
         assert len(archive.namelist()) == len(make().state_dict())
         assert all(name.endswith(("/kernel.npy", "/bias.npy", "/scale.npy")) for name in archive.namelist())
@@ -180,10 +178,10 @@ def test_npz_holds_arrays_alone(tmp_path: Path) -> None:
 # timm's
 
 
-def test_timm_takes_its_own_and_computes_the_same(tmp_path: Path) -> None:
+def test_timm_loads_the_weights_and_computes_the_same(tmp_path: Path) -> None:
     timm = pytest.importorskip("timm.models.mlp_mixer")
     model = make(gelu="erf")
-    export(model, tmp_path / "m.safetensors", "timm")
+    save_as(model, tmp_path / "m.safetensors", "timm")
     theirs = timm.MlpMixer(
         num_classes=3, img_size=12, patch_size=4, num_blocks=2, embed_dim=8, mlp_ratio=(5 / 8, 6 / 8)
     ).eval()
@@ -198,7 +196,7 @@ def test_timm_takes_its_own_and_computes_the_same(tmp_path: Path) -> None:
 def test_timm_without_a_head(tmp_path: Path) -> None:
     timm = pytest.importorskip("timm.models.mlp_mixer")
     model = make(gelu="erf", num_classes=0)
-    export(model, tmp_path / "m.safetensors", "timm")
+    save_as(model, tmp_path / "m.safetensors", "timm")
     theirs = timm.MlpMixer(
         num_classes=0, img_size=12, patch_size=4, num_blocks=2, embed_dim=8, mlp_ratio=(5 / 8, 6 / 8)
     )
@@ -215,13 +213,13 @@ def test_timm_without_a_head(tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_beside_timms_tensors_config_and_card_come_back_exactly(tmp_path: Path, options: dict) -> None:
+def test_config_and_metadata_in_timms_layout_are_restored(tmp_path: Path, options: dict) -> None:
     model = make(**options)
     view = Preprocessing(crop="resize", crop_ratio=0.7, interpolation="nearest", mean=(0.1, 0.2, 0.3), std=(1, 2, 3.5))
     classes = ("Äpfel", 'qu"ote', "猫 \n") if model.config["num_classes"] else None
     model.metadata = Metadata(classes=classes, preprocessing=view, provenance={"a": [1, None], "ü": {"b": 0.1}})
-    export(model, tmp_path / "m.safetensors", "timm")
-    again = load(tmp_path / "m.safetensors")  # with no image_size, though the grid be no square
+    save_as(model, tmp_path / "m.safetensors", "timm")
+    again = load(tmp_path / "m.safetensors")  # without image_size, also if the grid is not square
     assert again.config == model.config
     assert asdict(again.metadata) == asdict(model.metadata)
     assert_same_bits(again, model)
@@ -229,17 +227,17 @@ def test_beside_timms_tensors_config_and_card_come_back_exactly(tmp_path: Path, 
     assert torch.equal(again(images), model(images))
 
 
-def test_a_change_of_timms_tensors_or_of_what_stands_beside_is_found(tmp_path: Path) -> None:
+def test_a_change_of_tensors_or_header_in_timms_layout_is_detected(tmp_path: Path) -> None:
     path = tmp_path / "m.safetensors"
-    export(make(), path, "timm")
+    save_as(make(), path, "timm")
     with safe_open(path, "pt") as file:
         said = file.metadata()
     tensors = load_file(path)
-    assert said["format"] == "pt"  # without which others do not read it
+    assert said["format"] == "pt"  # required by other readers
     changed = {name: tensor.clone() for name, tensor in tensors.items()}
     changed["head.bias"][0] += 1
-    told = json.dumps(json.loads(said["allmlp.metadata"]) | {"classes": ["x", "y", "z"]})
-    for broken, header in ((changed, said), (tensors, said | {"allmlp.metadata": told})):
+    forged = json.dumps(json.loads(said["allmlp.metadata"]) | {"classes": ["x", "y", "z"]})
+    for broken, header in ((changed, said), (tensors, said | {"allmlp.metadata": forged})):
         save_file(broken, path, header)
         with pytest.raises(UserError, match=r"m\.safetensors was changed or damaged since it was saved"):
             load(path)
@@ -247,17 +245,17 @@ def test_a_change_of_timms_tensors_or_of_what_stands_beside_is_found(tmp_path: P
     load(path)
 
 
-# What is lost is said
+# Warnings
 
 
-def test_nothing_is_said_where_nothing_is_lost(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    export(make(), tmp_path / "m.npz", "npz")
-    export(make(gelu="erf"), tmp_path / "m.safetensors", "timm")
-    export(make(norm_eps=1e-4, gelu="erf", image_size=(8, 12)), tmp_path / "o.safetensors", "own")
+def test_no_warning_if_nothing_is_lost(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    save_as(make(), tmp_path / "m.npz", "npz")
+    save_as(make(gelu="erf"), tmp_path / "m.safetensors", "timm")
+    save_as(make(norm_eps=1e-4, gelu="erf", image_size=(8, 12)), tmp_path / "o.safetensors", "native")
     metadata = Metadata(classes=("a", "b", "c"), preprocessing=Preprocessing(mean=(0.0,) * 3, std=(1.0,) * 3))
     model = make(gelu="erf")
     model.metadata = metadata
-    export(model, tmp_path / "n.safetensors", "timm")  # which has a place for it
+    save_as(model, tmp_path / "n.safetensors", "timm")  # which stores the metadata
     assert warnings_of(caplog) == []
 
 
@@ -267,29 +265,29 @@ VIEWS = {"mean": Preprocessing(mean=(0.1, 0.2, 0.3)), "std": Preprocessing(std=(
 @pytest.mark.parametrize(
     ("to", "options", "metadata", "telling"),
     [
-        ("npz", {"gelu": "erf"}, Metadata(), ["the erf GELU", "the authors' layout means tanh", "approximate=False"]),
+        ("npz", {"gelu": "erf"}, Metadata(), ["the erf GELU", "the authors' layout implies tanh", "approximate=False"]),
         (
             "timm",
             {"gelu": "tanh"},
             Metadata(),
-            ["the tanh GELU", "timm's layout means erf", "act_layer=timm.layers.GELUTanh"],
+            ["the tanh GELU", "timm's layout implies erf", "act_layer=timm.layers.GELUTanh"],
         ),
-        ("npz", {"norm_eps": 1e-5}, Metadata(), ["LayerNorm's ε of 1e-05", "means 1e-06"]),
-        ("timm", {"norm_eps": 1e-5, "gelu": "erf"}, Metadata(), ["LayerNorm's ε of 1e-05", "means 1e-06"]),
+        ("npz", {"norm_eps": 1e-5}, Metadata(), ["LayerNorm's ε of 1e-05", "implies 1e-06"]),
+        ("timm", {"norm_eps": 1e-5, "gelu": "erf"}, Metadata(), ["LayerNorm's ε of 1e-05", "implies 1e-06"]),
         ("npz", {"image_size": (8, 12)}, Metadata(), ["the shape of the grid", "image_size=(8, 12)"]),
         ("npz", {"image_size": (12, 8)}, Metadata(), ["the shape of the grid", "image_size=(12, 8)"]),
-        ("npz", {}, Metadata(classes=("a", "b", "c")), ["the names of the classes"]),
+        ("npz", {}, Metadata(classes=("a", "b", "c")), ["the class names"]),
         ("npz", {}, Metadata(preprocessing=VIEWS["mean"]), ["the normalisation", "(0.1, 0.2, 0.3)"]),
         ("npz", {}, Metadata(preprocessing=VIEWS["std"]), ["the normalisation", "(0.2, 0.2, 0.2)"]),
     ],
     ids=["npz gelu", "timm gelu", "npz eps", "timm eps", "wide", "tall", "classes", "mean", "std"],
 )
-def test_what_is_lost_is_said_once(
+def test_each_loss_is_named(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, to: Format, options: dict, metadata: Metadata, telling: list[str]
 ) -> None:
     model, path = make(**options), target(tmp_path, to)
     model.metadata = metadata
-    export(model, path, to)
+    save_as(model, path, to)
     (said,) = warnings_of(caplog)
     assert str(path) in said
     assert "\n" not in said
@@ -298,58 +296,58 @@ def test_what_is_lost_is_said_once(
     assert said.count(";") == 0
 
 
-def test_all_that_is_lost_stands_in_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_all_losses_are_in_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = make(gelu="erf", norm_eps=1e-4, image_size=(8, 12))
     model.metadata = Metadata(classes=("a", "b", "c"), preprocessing=VIEWS["mean"])
-    export(model, tmp_path / "m.npz", "npz")
+    save_as(model, tmp_path / "m.npz", "npz")
     (said,) = warnings_of(caplog)
-    for words in ("erf GELU", "ε of 0.0001", "shape of the grid", "names of the classes", "normalisation"):
+    for words in ("erf GELU", "ε of 0.0001", "shape of the grid", "class names", "normalisation"):
         assert words in said
 
 
-def test_a_wide_grid_comes_back_with_the_size_that_the_warning_names(tmp_path: Path) -> None:
+def test_a_wide_grid_is_restored_with_the_size_in_the_warning(tmp_path: Path) -> None:
     model = make(image_size=(8, 12))
-    export(model, tmp_path / "m.npz", "npz")
+    save_as(model, tmp_path / "m.npz", "npz")
     assert_same_bits(load(tmp_path / "m.npz", image_size=(8, 12)), model)
-    with pytest.raises(UserError, match=r"6 patches .* are no square.*give image_size="):
+    with pytest.raises(UserError, match=r"6 patches .* do not form a square.*give image_size="):
         load(tmp_path / "m.npz")
 
 
-# What cannot be written
+# Errors
 
 
 @pytest.mark.parametrize(
     ("to", "name"),
     [
-        ("own", "m.npz"), ("own", "m.pt"), ("npz", "m.safetensors"), ("npz", "m"), ("npz", "m.npz.bak"),
+        ("native", "m.npz"), ("native", "m.pt"), ("npz", "m.safetensors"), ("npz", "m"), ("npz", "m.npz.bak"),
         ("timm", "m.pth"), ("timm", "m.npz"), ("timm", "safetensors"), ("npz", "M.NPY"),
     ],
 )  # fmt: skip
-def test_another_ending_is_refused(tmp_path: Path, to: Format, name: str) -> None:
-    with pytest.raises(UserError, match=rf"{name}: the format '{to}' is written to a file that ends in \{ENDINGS[to]}"):
-        export(make(), tmp_path / name, to)
+def test_a_wrong_file_ending_is_refused(tmp_path: Path, to: Format, name: str) -> None:
+    with pytest.raises(UserError, match=rf"{name}: the format '{to}' needs a file name that ends in \{ENDINGS[to]}"):
+        save_as(make(), tmp_path / name, to)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("to", FORMATS)
-def test_a_folder_that_is_not_there(tmp_path: Path, to: Format) -> None:
-    with pytest.raises(UserError, match="no/where is no folder: make it first"):
-        export(make(), target(tmp_path / "no" / "where", to), to)
+def test_a_missing_folder(tmp_path: Path, to: Format) -> None:
+    with pytest.raises(UserError, match="no/where is not a folder: create it first"):
+        save_as(make(), target(tmp_path / "no" / "where", to), to)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("to", FORMATS)
-def test_a_folder_of_that_name(tmp_path: Path, to: Format) -> None:
-    """Not a traceback: one line that names it."""
+def test_a_folder_in_place_of_the_file(tmp_path: Path, to: Format) -> None:
+    """One line that names it, no traceback."""
     target(tmp_path, to).mkdir()
     with pytest.raises((UserError, RunError), match=r"m\.(npz|safetensors)"):
-        export(make(), target(tmp_path, to), to)
+        save_as(make(), target(tmp_path, to), to)
     assert list(tmp_path.iterdir()) == [target(tmp_path, to)]
 
 
 @pytest.mark.parametrize("to", FORMATS)
 def test_paths_as_text(tmp_path: Path, to: Format) -> None:
-    export(make(), str(target(tmp_path, to)), to)
+    save_as(make(), str(target(tmp_path, to)), to)
     assert target(tmp_path, to).is_file()
 
 
@@ -357,23 +355,23 @@ def test_paths_as_text(tmp_path: Path, to: Format) -> None:
 def test_an_existing_file_is_replaced(tmp_path: Path, to: Format) -> None:
     path = target(tmp_path, to)
     path.write_bytes(b"something else")
-    export(make(seed=1), path, to)
+    save_as(make(seed=1), path, to)
     assert_same_bits(load(path), make(seed=1))
     assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("existing", [True, False])
 @pytest.mark.parametrize("to", FORMATS)
-def test_a_full_disk_leaves_what_was_there(tmp_path: Path, to: Format, existing: bool) -> None:
+def test_a_full_disk_leaves_the_old_file(tmp_path: Path, to: Format, existing: bool) -> None:
     path = target(tmp_path, to)
     if existing:
-        export(make(), path, to)
+        save_as(make(), path, to)
     before = path.read_bytes() if existing else None
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # no file may grow beyond: as good as a full disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # fails like a full disk
     try:
         with pytest.raises(RunError, match=r"m\.(npz|safetensors) cannot be written \(.*\): free some space"):
-            export(make(seed=1), path, to)
+            save_as(make(seed=1), path, to)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert list(tmp_path.iterdir()) == ([path] if existing else [])
@@ -381,9 +379,9 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path, to: Format, existing:
 
 
 @pytest.mark.parametrize("to", FORMATS)
-def test_an_interrupt_leaves_what_was_there(tmp_path: Path, to: Format, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_leaves_the_old_file(tmp_path: Path, to: Format, monkeypatch: pytest.MonkeyPatch) -> None:
     path = target(tmp_path, to)
-    export(make(), path, to)
+    save_as(make(), path, to)
     before = path.read_bytes()
 
     def interrupted(self: Path, other: Path) -> None:
@@ -391,6 +389,6 @@ def test_an_interrupt_leaves_what_was_there(tmp_path: Path, to: Format, monkeypa
 
     monkeypatch.setattr(Path, "replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        export(make(seed=1), path, to)
+        save_as(make(seed=1), path, to)
     assert list(tmp_path.iterdir()) == [path]
     assert path.read_bytes() == before
