@@ -27,7 +27,7 @@ class Arguments:
     out: tyro.conf.Positional[Path]
     """The file to write."""
     to: Literal["auto", "native", "npz", "timm"] = "auto"
-    """native: allmlp's .safetensors; npz: the authors' layout; timm: its names, as .safetensors; auto: by OUT's suffix."""
+    """native: our .safetensors; npz: the authors' layout; timm: its names, as .safetensors; auto: by OUT's suffix."""
     image_size: tuple[int, ...] = ()
     """Size that the weights were trained at, for a grid that is not square: height and width in pixels, as 224 448."""
     in_channels: int | None = None

@@ -28,9 +28,9 @@ class Arguments:
 
 def run(args: Sequence[str]) -> None:
     arguments = parse(Arguments, args, verb="status", description=DESCRIPTION)
-    from allmlp.runs.status import status
+    from allmlp.runs.status import run_status
 
-    found = status(arguments.run, arguments.verify)
+    found = run_status(arguments.run, arguments.verify)
     if arguments.json:
         print(to_json(found))
         return

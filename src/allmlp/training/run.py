@@ -79,7 +79,7 @@ def train(
         keep_freed_memory()
     context.heartbeat("reading the data", slow=True)
     data = context.local_rank0_first(lambda: build_data(recipe))
-    origin = {
+    origin: dict[str, Any] = {
         "seed": recipe.run.seed,
         "command": options.command,
         "commit": current_commit(),
@@ -134,8 +134,8 @@ def train(
         restore_eager(model)
         summary = summarize(recipe, data, model, built, results) | {"kept_step": kept_step} | origin
         if context.is_rank0:
-            scores = {key: summary[key] for key in ("data", "split", "epochs", "val_top1", "test_top1")}
-            save(model, out / "model.safetensors", **(origin | scores))
+            scores: dict[str, Any] = {key: summary[key] for key in ("data", "split", "epochs", "val_top1", "test_top1")}
+            save(model, out / "model.safetensors", **origin, **scores)
             write_text(out / "summary.json", to_json(summary, indent=2) + "\n")
     metrics = built.trainer.records.metrics
     return RunResult(out=out, recipe=recipe, summary=summary, metrics=metrics, model=model, data=data, results=results)
