@@ -14,9 +14,10 @@ from allmlp.config.recipe import Recipe, Transfer, check, check_transfer
 from allmlp.errors import UserError
 from allmlp.recipes import RECIPES, TRANSFERS, get_recipe, get_transfer
 from allmlp.recipes.finetune import resolution, vtab
+from allmlp.runs.result import RunResult
 from allmlp.training.fit import make_mixing, make_optimizer, make_view
 from allmlp.training.initialization import prepare
-from allmlp.training.run import Run, train
+from allmlp.training.run import train
 
 PAPER = Path(__file__).resolve().parents[3] / "shared" / "paper"
 OWN = ("digits", "cifar10", "photos")
@@ -304,7 +305,7 @@ class Silent:
         pass
 
 
-def one_step(recipe: Recipe, out: Path) -> Run[Any]:
+def one_step(recipe: Recipe, out: Path) -> RunResult[Any]:
     """Trains the recipe's first step; the evaluations are made up."""
     recipe = changed(changed(recipe, "optimization", steps=1), "run", **LAPTOP)
     return train(recipe, out, lambda *_, **__: SimpleNamespace(top1=0.5, loss=1.0, unreadable={}), Silent())

@@ -18,8 +18,9 @@ from allmlp.metadata import Metadata, Preprocessing
 from allmlp.model import Mixer
 from allmlp.recipes import get_transfer
 from allmlp.recipes.digits import digits
+from allmlp.runs.result import RunResult
 from allmlp.training.initialization import prepare, take, view, with_new_head
-from allmlp.training.run import Run, train
+from allmlp.training.run import train
 from allmlp.weights.export import export
 from allmlp.weights.load import load
 from allmlp.weights.native import save
@@ -317,7 +318,7 @@ def evaluated(model: Mixer, part: Any, **_options: Any) -> Any:
     return SimpleNamespace(top1=0.25, loss=2.0, unreadable={})
 
 
-def carried_out(recipe: Recipe, out: Path) -> Run:
+def carried_out(recipe: Recipe, out: Path) -> RunResult:
     return train(recipe, out, evaluated, Silent())
 
 
