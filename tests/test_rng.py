@@ -153,7 +153,7 @@ COMPILED_MODEL = """
 import torch
 from allmlp.rng import sample_keys
 from allmlp.model import Mixer
-from allmlp.training.recompute import recompute_blocks
+from allmlp.training.memory import recompute_blocks
 
 def gradients(recompute, compiled):
     model = Mixer(num_classes=3, image_size=8, patch_size=2, num_blocks=2, hidden_dim=12, tokens_mlp_dim=6,

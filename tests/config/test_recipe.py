@@ -23,7 +23,7 @@ from allmlp.config.serialize import from_json, to_json_object
 from allmlp.data.sources import load_source
 from allmlp.errors import UserError
 from allmlp.recipes import RECIPES, get_recipe
-from allmlp.training.initialization import prepare
+from allmlp.training.build import build_initializer
 from allmlp.training.run import train
 
 SECTIONS = {"model": ModelRecipe, "data": DataRecipe, "optimization": OptimizationRecipe, "run": RunRecipe}
@@ -91,7 +91,7 @@ def test_every_recipe_is_sound_and_read_back_as_it_was(name: str, tmp_path: Path
 def test_every_recipe_makes_a_model(name: str) -> None:
     recipe = get_recipe(name)
     with torch.device("meta"):
-        model = prepare(recipe)(load_source("digits").classes)
+        model = build_initializer(recipe)(load_source("digits").classes)
     assert model.image_size == (recipe.model.image_size,) * 2
     assert model.metadata.classes == tuple("0123456789")
     assert model.metadata.preprocessing.crop_ratio == recipe.data.crop_ratio

@@ -1,4 +1,4 @@
-"""SOURCEs by name: the digits, and torchvision's own classes reading small copies in the true formats. No network."""
+"""Built-in sources: the digits, and torchvision's classes on small copies in the original formats. No network."""
 
 import http.client
 import io
@@ -30,11 +30,11 @@ CLASSES = {
     "pets": ("Abyssinian", "American Bulldog", "Maine Coon", *(f"Breed {i:02d}" for i in range(34))),
     "flowers102": tuple(torchvision_sets.Flowers102.classes),
 }
-SPLITS = {"train": 0, "val": 100, "test": 200}  # torchvision's, and the blue in which each is painted here
+SPLITS = {"train": 0, "val": 100, "test": 200}  # torchvision's split → the level of blue that marks its images here
 PER_CLASS = {"train": 2, "val": 1, "test": 1}
 
-# Every image is of one colour that says its class and its split, so that what is read can be held against what was
-# written, whatever the lists say.
+# Every image has a single colour that encodes its class and split, so that images can be checked independently of the
+# lists of files and labels.
 
 
 def colour(label: int, split: str) -> tuple[int, int, int]:
@@ -42,13 +42,13 @@ def colour(label: int, split: str) -> tuple[int, int, int]:
 
 
 def meaning(pixels: np.ndarray) -> tuple[int, str]:
-    """The class and the split that an image is painted in; JPEG is some units off."""
+    """The class and split that the colour of an image encodes; JPEG may be off by some units."""
     red, green, blue = (float(pixels[..., i].mean()) for i in range(3))
     return round(red / 20) + 11 * round(green / 20), {v: k for k, v in SPLITS.items()}[100 * round(blue / 100)]
 
 
 def shuffled(name: str, *splits: str) -> list[tuple[int, str]]:
-    """(label, split) of the images of a copy, in no order."""
+    """(label, split) of the images of a copy, in random order."""
     labels = range(len(CLASSES[name]))
     images = [(label, split) for split in splits for label in labels for _ in range(PER_CLASS[split])]
     return random.Random(1).sample(images, len(images))
@@ -61,7 +61,7 @@ def write_jpeg(path: Path, label: int, split: str) -> None:
 
 
 def write_cifar(root: Path, name: str, batches: dict[str, str], labels_key: str, meta: tuple[str, str]) -> None:
-    """Python pickles as the authors' (rows of 1,024 reds, greens, blues); ``batches``: file → split."""
+    """Python pickles in the authors' format: rows of 1,024 red, green and blue values. ``batches``: file → split."""
     folder = root / FOLDERS[name]
     folder.mkdir(parents=True)
     for file, split in batches.items():
@@ -98,7 +98,7 @@ def write_pets(root: Path) -> None:
 
 
 def write_flowers102(root: Path) -> None:
-    """JPEGs numbered from 1; their labels (from 1) in one file for MATLAB, the numbers of each split in another."""
+    """JPEGs numbered from 1; a MATLAB file with their labels (from 1), and one with the image numbers of each split."""
     savemat = pytest.importorskip("scipy.io").savemat
     folder = root / FOLDERS["flowers102"]
     (folder / "jpg").mkdir(parents=True)
@@ -123,7 +123,7 @@ every_name = pytest.mark.parametrize("name", WRITERS)
 
 @pytest.fixture(scope="module")
 def copies(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """name → a folder that holds a copy of that data set alone; not to be written to."""
+    """name → a folder that holds only a copy of this dataset; read-only by convention."""
     made = {name: tmp_path_factory.mktemp(name) for name in WRITERS}
     for name, folder in made.items():
         WRITERS[name](folder)
@@ -132,14 +132,14 @@ def copies(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(autouse=True)
 def without_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every download fails; of a file, only that it is there is checked, for the small ones have other sums."""
+    """Every download fails. Checksums are not verified, since those of the small copies differ."""
     on_download(monkeypatch, urllib.error.URLError("no network"))
     for module in (torchvision_sets.cifar, torchvision_sets.flowers102):
         monkeypatch.setattr(module, "check_integrity", lambda path, _md5=None: Path(path).is_file())
 
 
 def on_download(monkeypatch: pytest.MonkeyPatch, effect: Exception | Callable[[], None]) -> list[Path]:
-    """What happens where torchvision would fetch an archive; the folders it asked to have it in."""
+    """Replaces torchvision's download by ``effect``; returns the folders into which downloads were requested."""
     asked: list[Path] = []
 
     def fetch(_url: str, download_root: str | Path, **_options: object) -> None:
@@ -163,11 +163,11 @@ def kept_in(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], Path]:
     return name_the_folder
 
 
-def painted(part: ImageDataset) -> list[tuple[int, str]]:
-    return [meaning(np.asarray(part.read(i))) for i in range(len(part))]
+def painted(dataset: ImageDataset) -> list[tuple[int, str]]:
+    return [meaning(np.asarray(dataset.read(i))) for i in range(len(dataset))]
 
 
-# What is read
+# Images, labels and classes
 
 
 @every_name
@@ -175,19 +175,19 @@ def test_images_labels_and_classes_belong_together(name: str, copies: dict[str, 
     kept_in(copies[name])
     source = load_source(name)
     assert source.classes == CLASSES[name]
-    for part in source.splits.values():
-        assert part.classes == CLASSES[name]
-        assert part.labels.dtype == np.int64
-        assert [label for label, _ in painted(part)] == part.labels.tolist()
-        assert set(part.labels) == set(range(len(CLASSES[name])))
+    for dataset in source.splits.values():
+        assert dataset.classes == CLASSES[name]
+        assert dataset.labels.dtype == np.int64
+        assert [label for label, _ in painted(dataset)] == dataset.labels.tolist()
+        assert set(dataset.labels) == set(range(len(CLASSES[name])))
 
 
 @every_name
-def test_validation_is_cut_from_train_and_test_is_kept(name: str, copies: dict[str, Path], kept_in) -> None:
+def test_validation_is_split_off_train_and_test_is_kept(name: str, copies: dict[str, Path], kept_in) -> None:
     kept_in(copies[name])
     source = load_source(name, val_fraction=0.1)
     assert list(source.splits) == ["train", "val", "test"]
-    splits = {part: [split for _, split in painted(images)] for part, images in source.splits.items()}
+    splits = {key: [split for _, split in painted(images)] for key, images in source.splits.items()}
     assert set(splits["test"]) == {"test"}
     together = splits["train"] + splits["val"]
     of_torchvision = ("train", "val") if name == "flowers102" else ("train",)
@@ -209,21 +209,23 @@ def test_flowers_for_training_are_torchvisions_train_and_val(copies: dict[str, P
 
 
 @every_name
-def test_all_is_every_image_of_every_part_once(name: str, copies: dict[str, Path], kept_in) -> None:
+def test_all_is_every_image_of_every_split_once(name: str, copies: dict[str, Path], kept_in) -> None:
     kept_in(copies[name])
     source = load_source(name)
-    part = source.split("all")
-    assert len(part) == len(set(part.names)) == sum(map(len, source.splits.values()))
-    assert [label for label, _ in painted(part)] == part.labels.tolist()
+    dataset = source.split("all")
+    assert len(dataset) == len(set(dataset.names)) == sum(map(len, source.splits.values()))
+    assert [label for label, _ in painted(dataset)] == dataset.labels.tolist()
 
 
 @every_name
-def test_names_are_the_same_wherever_the_copy_lies(name: str, copies: dict[str, Path], tmp_path: Path, kept_in) -> None:
+def test_names_do_not_depend_on_the_location_of_the_copy(
+    name: str, copies: dict[str, Path], tmp_path: Path, kept_in
+) -> None:
     kept_in(copies[name])
     here = load_source(name)
     shutil.copytree(copies[name], kept_in(tmp_path), dirs_exist_ok=True)
     there = load_source(name)
-    assert [part.names for part in there.splits.values()] == [part.names for part in here.splits.values()]
+    assert [dataset.names for dataset in there.splits.values()] == [dataset.names for dataset in here.splits.values()]
 
 
 @pytest.mark.parametrize(
@@ -245,23 +247,23 @@ def test_names_of_images(name: str, pattern: str, copies: dict[str, Path], kept_
 
 
 @pytest.mark.parametrize("name", PHOTOGRAPHS)
-def test_photographs_are_decoded_when_asked_for_by_our_decoder(
+def test_photographs_are_decoded_on_demand_by_our_decoder(
     name: str, copies: dict[str, Path], tmp_path: Path, kept_in
 ) -> None:
     folder = kept_in(tmp_path) / FOLDERS[name]
     shutil.copytree(copies[name], tmp_path, dirs_exist_ok=True)
     for i, path in enumerate(sorted(folder.rglob("*.jpg"))):
         path.write_bytes(b"no picture")
-        if i % 2:  # some of Pets are GIFs by another name
+        if i % 2:  # some files of Pets are GIFs with another extension
             Image.new("P", (7, 4)).save(path, "GIF")
-    part = load_source(name).split("all")
-    for i in range(len(part)):
-        if (folder / part.names[i]).read_bytes().startswith(b"GIF"):
-            assert part.read(i).mode == "RGB"
-            assert part.read(i).size == (7, 4)
+    dataset = load_source(name).split("all")
+    for i in range(len(dataset)):
+        if (folder / dataset.names[i]).read_bytes().startswith(b"GIF"):
+            assert dataset.read(i).mode == "RGB"
+            assert dataset.read(i).size == (7, 4)
         else:
             with pytest.raises(UnreadableImage, match=r"\.jpg cannot be read: its format is none of JPEG"):
-                part.read(i)
+                dataset.read(i)
 
 
 @pytest.mark.parametrize("name", PHOTOGRAPHS)
@@ -271,11 +273,11 @@ def test_max_pixels_reaches_the_decoder(name: str, copies: dict[str, Path], kept
         load_source(name, max_pixels=29).split("test").read(0)
 
 
-# Where the data are
+# Where the data is stored
 
 
 @every_name
-def test_what_is_missing_is_downloaded_into_the_data_folder(
+def test_missing_data_is_downloaded_into_the_data_folder(
     name: str, tmp_path: Path, kept_in, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = kept_in(tmp_path / "data")
@@ -306,7 +308,7 @@ def test_the_data_folder_is_in_the_cache_by_default(
 def test_a_folder_that_holds_a_copy_is_that_data_set(
     name: str, copies: dict[str, Path], tmp_path: Path, kept_in
 ) -> None:
-    kept_in(tmp_path)  # where nothing is
+    kept_in(tmp_path)  # an empty data folder
     source = load_source(str(copies[name]))
     assert source.classes == CLASSES[name]
     assert source.description.startswith(f"{name} in {copies[name]}; ")
@@ -322,7 +324,7 @@ def test_a_folder_that_holds_two_copies(tmp_path: Path) -> None:
     assert str(caught.value).endswith(str(tmp_path))
 
 
-def test_a_folder_named_like_a_data_set_is_not_taken_unsaid(
+def test_the_description_mentions_a_folder_with_the_name_of_a_dataset(
     copies: dict[str, Path], tmp_path: Path, kept_in, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept_in(copies["pets"])
@@ -336,7 +338,7 @@ def test_a_folder_named_like_a_data_set_is_not_taken_unsaid(
     assert load_source("./pets").classes == ("cat", "dog")
 
 
-# What cannot be had
+# Missing and damaged data
 
 
 @every_name
@@ -382,11 +384,11 @@ def test_an_empty_copy_in_a_folder_is_not_downloaded(
     ) as caught:
         load_source(str(tmp_path))
     assert not asked
-    assert "download=" not in str(caught.value)  # an argument of torchvision's, none of ours
+    assert "download=" not in str(caught.value)  # an argument of torchvision, not of ours
 
 
 @pytest.mark.parametrize("name", PHOTOGRAPHS)
-def test_photographs_that_are_missing_are_told_before_a_run(
+def test_missing_photographs_are_reported_before_a_run(
     name: str, copies: dict[str, Path], tmp_path: Path, kept_in
 ) -> None:
     shutil.copytree(copies[name], kept_in(tmp_path), dirs_exist_ok=True)
@@ -411,9 +413,9 @@ def test_photographs_that_are_missing_are_told_before_a_run(
         ),
         (lambda text: text[:-4], "could not be downloaded or read .*; remove damaged files there first"),
     ],
-    ids=["empty", "some lines", "in mid-line"],
+    ids=["empty", "some lines", "within a line"],
 )
-def test_a_list_that_was_cut_off(
+def test_a_truncated_list(
     file: str, kept: Callable[[str], str], said: str, copies: dict[str, Path], tmp_path: Path, kept_in
 ) -> None:
     shutil.copytree(copies["pets"], kept_in(tmp_path), dirs_exist_ok=True)
@@ -430,15 +432,15 @@ def test_digits_are_those_of_scikit_learn() -> None:
     from sklearn.datasets import load_digits
 
     expected = load_digits()
-    part = load_source("digits").split("all")
-    assert len(part) == 1797
-    assert part.classes == tuple("0123456789")
+    dataset = load_source("digits").split("all")
+    assert len(dataset) == 1797
+    assert dataset.classes == tuple("0123456789")
     seen = set()
-    for i, name in enumerate(part.names):
+    for i, name in enumerate(dataset.names):
         index = int(name.split("/")[1].removesuffix(".png"))
         seen.add(index)
-        assert part.labels[i] == expected.target[index]
-        pixels = np.asarray(part.read(i)).astype(float)
+        assert dataset.labels[i] == expected.target[index]
+        pixels = np.asarray(dataset.read(i)).astype(float)
         assert pixels.shape == (8, 8, 3)
         assert np.abs(pixels - expected.images[index][..., None] * 255 / 16).max() <= 0.5
     assert seen == set(range(1797))
@@ -448,7 +450,7 @@ def test_digits_are_split_by_class() -> None:
     source = load_source("digits")
     assert list(source.splits) == ["train", "val", "test"]
     for label in range(10):
-        counts = {name: int((part.labels == label).sum()) for name, part in source.splits.items()}
+        counts = {name: int((dataset.labels == label).sum()) for name, dataset in source.splits.items()}
         total = sum(counts.values())
         assert 0.2 * total <= counts["test"] < 0.2 * total + 1
         assert 0.1 * (total - counts["test"]) <= counts["val"] < 0.1 * (total - counts["test"]) + 1

@@ -23,7 +23,7 @@ TRAINING = TrainingTransform(image_size=(2, 2), preprocessing=EXACT, crop="none"
 
 
 class Names(Sequence[str]):
-    """Computed when asked for, as no tuple of strings is."""
+    """A sequence of computed names, not a tuple of strings."""
 
     def __len__(self) -> int:
         return 6
@@ -33,7 +33,7 @@ class Names(Sequence[str]):
 
 
 class Squares:
-    """Six images that are made when they are read: image i has the level 10 · i. Image 4 is unreadable."""
+    """Six generated images: image i has the level 10 · i. Image 4 is unreadable."""
 
     __slots__ = ("classes", "in_memory", "labels", "names")
 
@@ -51,7 +51,7 @@ class Squares:
 
 
 class Parity:
-    """Knows the parity of the level."""
+    """Classifies images by the parity of their level."""
 
     image_size, in_channels, num_classes = (2, 2), 3, 2
     metadata = Metadata(preprocessing=EXACT)

@@ -1,4 +1,4 @@
-"""One picture in every guise comes out the same; everything else is refused in one line."""
+"""One image in every format decodes to the same pixels; anything else is rejected with a message of one line."""
 
 import io
 import pickle
@@ -20,7 +20,7 @@ ORIENTATION = 0x0112
 
 
 def quarters(size: tuple[int, int] = (48, 32)) -> Image.Image:
-    """Four colours and unequal sides: every turn and flip of it differs."""
+    """Four colours and unequal sides: every rotation and flip of it differs."""
     image = Image.new("RGB", size, RED)
     width, height = size
     image.paste(GREEN, (width // 2, 0, width, height // 2))
@@ -51,7 +51,7 @@ def assert_same(data: bytes, expected: Image.Image, within: int = 0) -> None:
     assert np.abs(actual - wanted).max() <= within
 
 
-def refusal(data: bytes, name: str = "photos/a.jpg", **options) -> str:
+def rejection(data: bytes, name: str = "photos/a.jpg", **options) -> str:
     with pytest.raises(UnreadableImage) as caught:
         decode(data, name, **options)
     message = str(caught.value)
@@ -63,7 +63,7 @@ def refusal(data: bytes, name: str = "photos/a.jpg", **options) -> str:
 
 
 def png(size: tuple[int, int], bits: int, colour: int, rows: bytes, *extra: tuple[bytes, bytes]) -> bytes:
-    """By hand, for what Pillow cannot write. ``rows``: each with its leading filter byte."""
+    """Encodes a PNG that Pillow cannot write. ``rows``: each with its leading filter byte."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
@@ -74,7 +74,7 @@ def png(size: tuple[int, int], bits: int, colour: int, rows: bytes, *extra: tupl
 
 
 def tiff(width: int, strip: bytes, bits: tuple[int, ...], photometric: int, **extra: tuple[int, ...]) -> bytes:
-    """One row, little-endian, uncompressed, by hand, for what Pillow cannot write. ``extra``: tags as tag_N=values."""
+    """Encodes a TIFF of one row that Pillow cannot write, little-endian, uncompressed. ``extra``: tag_N=values."""
     tags = {256: (width,), 257: (1,), 258: bits, 259: (1,), 262: (photometric,), 277: (len(bits),), 278: (1,)}
     tags |= {279: (len(strip),), 273: (200,)} | {int(name.removeprefix("tag_")): value for name, value in extra.items()}
     entries, tail = b"", strip
@@ -86,14 +86,14 @@ def tiff(width: int, strip: bytes, bits: tuple[int, ...], photometric: int, **ex
     return (b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4)).ljust(200, b"\0") + tail
 
 
-# How to store an upright picture so that the orientation of that number brings it back (EXIF 2.32, tag 0x0112)
+# Orientation (EXIF 2.32, tag 0x0112) → how to store an upright image so that this orientation restores it
 STORED_BY_ORIENTATION = {
     1: lambda a: a,
     2: lambda a: a[:, ::-1],
     3: lambda a: a[::-1, ::-1],
     4: lambda a: a[::-1],
     5: lambda a: a.transpose(1, 0, 2),
-    6: lambda a: np.rot90(a, 1),  # shown after a quarter turn clockwise, so stored turned counter-clockwise
+    6: lambda a: np.rot90(a, 1),  # displayed after a quarter turn clockwise, so stored turned counter-clockwise
     7: lambda a: a[::-1, ::-1].transpose(1, 0, 2),
     8: lambda a: np.rot90(a, -1),
 }
@@ -113,7 +113,7 @@ def test_orientation_is_applied_once(kind: str, orientation: int) -> None:
     }.get(kind, {})
     data = encode(stored, kind.split()[-1], exif=exif, **options)
     assert_same(data, quarters(), within=4 if kind in ("JPEG", "MPO") else 0)
-    assert ORIENTATION not in decode(data, "photo").getexif()  # else the next to look turns it again
+    assert ORIENTATION not in decode(data, "photo").getexif()  # so that it is not applied a second time
 
 
 def test_orientation_of_grey_and_16_bit() -> None:
@@ -144,7 +144,7 @@ def test_formats_agree(kind: str, options: dict, within: int) -> None:
 
 @pytest.mark.parametrize("kind", ["JPEG", "TIFF"])
 def test_cmyk(kind: str) -> None:
-    """Adobe's inverted JPEG (which Pillow too writes) and TIFF's, which is not."""
+    """Inverted in JPEG (by Adobe and Pillow), not inverted in TIFF."""
     data = encode(quarters().convert("CMYK"), kind, **({"quality": 95} if kind == "JPEG" else {}))
     if kind == "JPEG":
         assert b"Adobe" in data
@@ -197,7 +197,7 @@ def test_alpha_over_white() -> None:
 
 
 def test_transparent_colour() -> None:
-    """The tRNS chunk of pictures with neither palette nor alpha, in every depth; other colours keep theirs."""
+    """The tRNS chunk of images with neither palette nor alpha, at every depth. Other colours are unchanged."""
     grey = Image.new("L", (2, 1), 7)
     grey.putpixel((1, 0), 8)
     assert pixels(encode(grey, "PNG", transparency=7))[0, :, 0].tolist() == [255, 8]
@@ -233,9 +233,9 @@ def test_16_bit_grey_is_scaled_not_clipped() -> None:
     assert pixels(twelve)[0, :, 0].tolist() == [255, 128]
 
 
-def test_32_bit_grey_beyond_16_bits_is_refused() -> None:
+def test_32_bit_grey_beyond_16_bits_is_rejected() -> None:
     for value in (-1, 65536):
-        message = refusal(encode(Image.new("I", (2, 2), value), "TIFF"))
+        message = rejection(encode(Image.new("I", (2, 2), value), "TIFF"))
         assert "65535" in message
         assert "save it with 8 or 16 bits" in message
 
@@ -278,39 +278,39 @@ def test_image_names() -> None:
     assert not any(is_image_name(name) for name in ("jpg", "a.txt", "a.jpg.txt", "notes", ".jpg", "a.svg", "a.jpg/b"))
 
 
-@pytest.mark.filterwarnings("ignore:Corrupt EXIF")  # Pillow's, of a TIFF's tags
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")  # Pillow warns about the tags of a truncated TIFF
 def test_truncated() -> None:
     photo = Image.effect_noise((64, 64), 90)
     for kind in ("JPEG", "PNG", "GIF", "BMP"):
         data = encode(photo, kind)
-        message = refusal(data[: len(data) // 2], f"photos/a.{kind.lower()}")
+        message = rejection(data[: len(data) // 2], f"photos/a.{kind.lower()}")
         assert message == f"photos/a.{kind.lower()} cannot be read: the file is truncated; replace it or remove it"
     for kind in FORMATS:
         data = encode(photo, kind)
         for length in (1, 4, 13, 25, len(data) // 2):
-            refusal(data[:length])
+            rejection(data[:length])
 
 
-def test_not_a_picture() -> None:
-    assert "empty" in refusal(b"")
+def test_not_an_image() -> None:
+    assert "empty" in rejection(b"")
     for data in (
         b"hello, this is text",
         encode(quarters(), "PPM"),
         encode(quarters(), "ICO"),
         b"%!PS-Adobe-3.0 EPSF\n",
     ):
-        assert "none of JPEG, PNG" in refusal(data, "photos/a.png")
-    assert "PNG is damaged" in refusal(png((4, 4), 8, 2, b"\0" * 52).replace(b"IDAT", b"IDAX"), "photos/a.png")
+        assert "none of JPEG, PNG" in rejection(data, "photos/a.png")
+    assert "PNG is damaged" in rejection(png((4, 4), 8, 2, b"\0" * 52).replace(b"IDAT", b"IDAX"), "photos/a.png")
 
 
 def test_damaged_png_chunk() -> None:
     data = bytearray(encode(quarters(), "PNG"))
     data[17] ^= 1  # in the header, which a checksum guards
-    assert "the PNG is damaged" in refusal(bytes(data))
+    assert "the PNG is damaged" in rejection(bytes(data))
 
 
-def test_floats_are_refused() -> None:
-    message = refusal(encode(Image.new("F", (2, 2), 0.5), "TIFF"))
+def test_floats_are_rejected() -> None:
+    message = rejection(encode(Image.new("F", (2, 2), 0.5), "TIFF"))
     assert "floats" in message
     assert "save it with 8 or 16 bits" in message
 
@@ -319,7 +319,7 @@ def test_names_with_odd_characters_stay_on_one_line() -> None:
     with pytest.raises(UnreadableImage, match=r"^été\\n\\x1b\[2J\\udcff\.jpg cannot be read") as caught:
         decode(b"", "été\n\x1b[2J\udcff.jpg")
     assert isinstance(caught.value, UserError)
-    copy = pickle.loads(pickle.dumps(caught.value))  # as a worker process hands it over
+    copy = pickle.loads(pickle.dumps(caught.value))  # as a worker process sends it
     assert type(copy) is UnreadableImage
     assert str(copy) == str(caught.value)
 
@@ -328,8 +328,8 @@ def test_size_is_checked_before_decoding() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         started = time.perf_counter()
-        for size in ((30_000, 30_000), (10_000, 10_000)):  # beyond Pillow's error, and beyond its warning
-            message = refusal(png(size, 8, 2, b""), "bomb.png")
+        for size in ((30_000, 30_000), (10_000, 10_000)):  # above Pillow's limits for an error and for a warning
+            message = rejection(png(size, 8, 2, b""), "bomb.png")
             assert f"{size[0]} × {size[1]}" in message
             assert f"{MAX_PIXELS:,}" in message
             assert "--max-pixels N raises the limit" in message
@@ -339,7 +339,7 @@ def test_size_is_checked_before_decoding() -> None:
 def test_size_of_webp_beyond_pillows_limit() -> None:
     canvas = struct.pack("<I", 30_000 - 1)[:3]
     body = b"WEBPVP8X" + struct.pack("<I", 10) + b"\0\0\0\0" + canvas + canvas
-    message = refusal(b"RIFF" + struct.pack("<I", len(body)) + body)
+    message = rejection(b"RIFF" + struct.pack("<I", len(body)) + body)
     assert f"{MAX_PIXELS:,}" in message
     assert "--max-pixels" in message
 
@@ -347,11 +347,11 @@ def test_size_of_webp_beyond_pillows_limit() -> None:
 @pytest.mark.parametrize("kind", FORMATS)
 def test_limit_is_the_callers(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     data = encode(quarters((4, 4)), kind)
-    message = refusal(data, max_pixels=15)
+    message = rejection(data, max_pixels=15)
     assert "4 × 4" in message
     assert "15;" in message
     assert decode(data, "photo", max_pixels=16).size == (4, 4)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4)  # Pillow's own, which errs at twice as many
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4)  # Pillow raises an error at twice this number
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert decode(data, "photo", max_pixels=16).size == (4, 4)
@@ -376,14 +376,14 @@ def test_default_leaves_pillows_limit_alone() -> None:
     ],
 )
 @pytest.mark.filterwarnings("ignore")
-def test_garbled_exif_leaves_the_picture_as_it_is(kind: str, exif: bytes) -> None:
+def test_invalid_exif_is_ignored(kind: str, exif: bytes) -> None:
     options = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True}}.get(kind, {})
     assert_same(encode(quarters(), kind, exif=exif, **options), quarters(), within=4)
 
 
 @pytest.mark.parametrize("kind", [*FORMATS, "MPO", "LZW"])
 @pytest.mark.filterwarnings("ignore")
-def test_damage_decodes_or_is_refused_in_one_line(kind: str) -> None:
+def test_damaged_data_decodes_or_is_rejected_in_one_line(kind: str) -> None:
     exif = Image.Exif()
     exif[ORIENTATION] = 6
     options = {"save_all": True, "append_images": [quarters((8, 8))]} if kind in ("MPO", "GIF", "WEBP") else {}
@@ -394,19 +394,19 @@ def test_damage_decodes_or_is_refused_in_one_line(kind: str) -> None:
     outcomes = {True: 0, False: 0}
     for _ in range(300):
         data = bytearray(whole)
-        for _ in range(rng.randint(1, 4)):  # mostly at the front, where the structure is
+        for _ in range(rng.randint(1, 4)):  # mostly at the front, where the headers are
             data[min(rng.randrange(len(data)), rng.randrange(len(data)))] = rng.randrange(256)
         if rng.random() < 0.2:
             del data[rng.randrange(len(data)) :]
-        refused = None
+        message = None
         try:
             image = decode(bytes(data), "fuzz", max_pixels=1_000_000)
         except UnreadableImage as error:
-            refused = str(error)
-        outcomes[refused is None] += 1
-        if refused is None:
+            message = str(error)
+        outcomes[message is None] += 1
+        if message is None:
             assert image.mode == "RGB"
         else:
-            assert refused.isprintable()
-            assert "object at" not in refused
-    assert all(outcomes.values())  # the damage was neither harmless nor total
+            assert message.isprintable()
+            assert "object at" not in message
+    assert all(outcomes.values())  # some of the damage is harmless, and some is not

@@ -1,4 +1,4 @@
-"""Batches: their order and pixels are functions of the seed, whoever makes them; unreadable images keep their place."""
+"""Batches: order and pixels depend on the seed alone, not on the workers; unreadable images keep their position."""
 
 import hashlib
 import io
@@ -44,7 +44,7 @@ TRAINING = TrainingTransform(image_size=(4, 4), preprocessing=EXACT, crop="incep
 
 @dataclass
 class Holes:
-    """A store of which some images cannot be read."""
+    """A store in which some images cannot be read."""
 
     inner: ArrayStore
     holes: frozenset[str]
@@ -56,7 +56,7 @@ class Holes:
         return self.inner.open(name, max_pixels, min_side)
 
 
-def part_of(n: int, holes: tuple[int, ...] = ()) -> ImageDataset:
+def dataset_of(n: int, holes: tuple[int, ...] = ()) -> ImageDataset:
     names = tuple(f"{i}.png" for i in range(n))
     pixels = np.random.default_rng(0).integers(1, 256, (n, 6, 6, 3), dtype=np.uint8)
     store = ArrayStore(pixels, names)
@@ -117,25 +117,25 @@ def test_an_order_can_start_at_any_step(first_step: int) -> None:
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_workers_change_nothing(workers: int) -> None:
-    part = part_of(10, holes=(4,))
+    dataset = dataset_of(10, holes=(4,))
     options = {"batch_size": 4, "steps": 6, "seed": 5}
-    alone = list(training_batches(part, TRAINING, workers=0, **options))
-    together = list(training_batches(part, TRAINING, workers=workers, **options))
+    alone = list(training_batches(dataset, TRAINING, workers=0, **options))
+    together = list(training_batches(dataset, TRAINING, workers=workers, **options))
     assert len(alone) == len(together) == 6
     assert all(same(a, b) for a, b in zip(alone, together, strict=True))
 
 
 def test_batches_are_the_same_when_started_at_another_step() -> None:
-    part = part_of(10)
-    whole = list(training_batches(part, TRAINING, batch_size=4, steps=6, seed=5, workers=0))
-    rest = list(make_loader(TransformedDataset(part, TRAINING, 5), TrainingOrder(10, 4, 6, 5, first_step=4), 0))
+    dataset = dataset_of(10)
+    whole = list(training_batches(dataset, TRAINING, batch_size=4, steps=6, seed=5, workers=0))
+    rest = list(make_loader(TransformedDataset(dataset, TRAINING, 5), TrainingOrder(10, 4, 6, 5, first_step=4), 0))
     assert len(rest) == 2
     assert all(same(a, b) for a, b in zip(whole[4:], rest, strict=True))
 
 
-def test_torchs_and_numpys_global_generators_play_no_part() -> None:
+def test_global_generators_of_torch_and_numpy_have_no_effect() -> None:
     def batches() -> list[Batch]:
-        return list(training_batches(part_of(10), TRAINING, batch_size=4, steps=5, seed=1, workers=0))
+        return list(training_batches(dataset_of(10), TRAINING, batch_size=4, steps=5, seed=1, workers=0))
 
     torch.manual_seed(1)
     first = batches()
@@ -144,41 +144,41 @@ def test_torchs_and_numpys_global_generators_play_no_part() -> None:
     assert all(same(a, b) for a, b in zip(first, batches(), strict=True))
 
 
-def test_an_image_is_augmented_otherwise_in_each_epoch_and_by_each_seed() -> None:
+def test_augmentation_differs_between_epochs_and_seeds() -> None:
     views = {
         batch.images[0].numpy().tobytes()
         for seed in (1, 2)
-        for batch in training_batches(part_of(1), TRAINING, batch_size=1, steps=8, seed=seed, workers=0)
+        for batch in training_batches(dataset_of(1), TRAINING, batch_size=1, steps=8, seed=seed, workers=0)
     }
     assert len(views) > 12
 
 
 def test_images_of_one_epoch_are_augmented_independently() -> None:
-    part = part_of(1)
+    dataset = dataset_of(1)
     same_image = ImageDataset(
-        store=part.store, names=part.names * 16, labels=np.zeros(16, np.int64), classes=part.classes
+        store=dataset.store, names=dataset.names * 16, labels=np.zeros(16, np.int64), classes=dataset.classes
     )
     (batch,) = training_batches(same_image, TRAINING, batch_size=16, steps=1, seed=0, workers=0)
     assert len({image.numpy().tobytes() for image in batch.images}) > 12
 
 
 def test_pixels_and_labels_are_those_of_the_index() -> None:
-    part = part_of(10)
+    dataset = dataset_of(10)
     plain = TrainingTransform(image_size=(6, 6), preprocessing=EXACT, crop="none", crop_padding=0, flip=False)
-    for batch in training_batches(part, plain, batch_size=4, steps=5, seed=0, workers=0):
+    for batch in training_batches(dataset, plain, batch_size=4, steps=5, seed=0, workers=0):
         assert batch.images.dtype == torch.uint8
         assert batch.labels.dtype == batch.indices.dtype == torch.int64
         assert batch.valid.all()
         for image, label, index in zip(batch.images, batch.labels, batch.indices, strict=True):
-            assert np.array_equal(image.permute(1, 2, 0).numpy(), np.asarray(part.read(int(index))))
-            assert label == part.labels[index]
+            assert np.array_equal(image.permute(1, 2, 0).numpy(), np.asarray(dataset.read(int(index))))
+            assert label == dataset.labels[index]
 
 
-def test_a_batch_larger_than_the_part_goes_on_with_the_next_epoch() -> None:
-    (batch,) = training_batches(part_of(3), TRAINING, batch_size=8, steps=1, seed=0, workers=0)
+def test_a_batch_larger_than_the_dataset_continues_with_the_next_epoch() -> None:
+    (batch,) = training_batches(dataset_of(3), TRAINING, batch_size=8, steps=1, seed=0, workers=0)
     assert batch.images.shape == (8, 3, 4, 4)
     assert sorted(batch.indices[:3].tolist()) == sorted(batch.indices[3:6].tolist()) == [0, 1, 2]
-    assert len({image.numpy().tobytes() for image in batch.images}) == 8  # seen otherwise the second time
+    assert len({image.numpy().tobytes() for image in batch.images}) == 8  # augmented differently in the second epoch
 
 
 # Evaluation batches
@@ -187,27 +187,27 @@ def test_a_batch_larger_than_the_part_goes_on_with_the_next_epoch() -> None:
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("batch_size", [1, 4, 5, 10, 64])
 def test_evaluation_covers_each_image_once_in_order(batch_size: int, workers: int) -> None:
-    part = part_of(10)
-    batches = list(evaluation_batches(part, EVALUATION, batch_size=batch_size, workers=workers))
+    dataset = dataset_of(10)
+    batches = list(evaluation_batches(dataset, EVALUATION, batch_size=batch_size, workers=workers))
     assert torch.cat([batch.indices[batch.valid] for batch in batches]).tolist() == list(range(10))
-    assert torch.cat([batch.labels[batch.valid] for batch in batches]).tolist() == part.labels.tolist()
-    assert {len(batch.images) for batch in batches} == {min(batch_size, 10)}  # the last is filled up
+    assert torch.cat([batch.labels[batch.valid] for batch in batches]).tolist() == dataset.labels.tolist()
+    assert {len(batch.images) for batch in batches} == {min(batch_size, 10)}  # the last is padded
     padding = [index for batch in batches for index in batch.indices[~batch.valid].tolist()]
     assert padding == [PADDING] * (len(batches) * min(batch_size, 10) - 10)
     assert not any(batch.problems for batch in batches)
-    assert torch.equal(torch.cat([batch.images for batch in batches])[7], EVALUATION(part.read(7)))
+    assert torch.equal(torch.cat([batch.images for batch in batches])[7], EVALUATION(dataset.read(7)))
 
 
-def test_of_no_images_there_are_no_batches() -> None:
-    assert list(evaluation_batches(part_of(10).subset(np.arange(0)), EVALUATION, batch_size=4, workers=0)) == []
+def test_an_empty_dataset_gives_no_batches() -> None:
+    assert list(evaluation_batches(dataset_of(10).subset(np.arange(0)), EVALUATION, batch_size=4, workers=0)) == []
 
 
 # Unreadable images
 
 
-def test_an_unreadable_image_keeps_its_place_and_moves_no_other() -> None:
-    (sound,) = evaluation_batches(part_of(6), EVALUATION, batch_size=6, workers=0)
-    (holed,) = evaluation_batches(part_of(6, holes=(1, 4)), EVALUATION, batch_size=6, workers=0)
+def test_an_unreadable_image_keeps_its_position_and_moves_no_other() -> None:
+    (sound,) = evaluation_batches(dataset_of(6), EVALUATION, batch_size=6, workers=0)
+    (holed,) = evaluation_batches(dataset_of(6, holes=(1, 4)), EVALUATION, batch_size=6, workers=0)
     assert holed.valid.tolist() == [True, False, True, True, False, True]
     assert (holed.images[~holed.valid] == 0).all()
     assert torch.equal(holed.images[holed.valid], sound.images[holed.valid])
@@ -224,8 +224,8 @@ def test_an_unreadable_image_keeps_its_place_and_moves_no_other() -> None:
 def test_an_unreadable_image_changes_nothing_of_the_others_in_training() -> None:
     options = {"batch_size": 4, "steps": 5, "seed": 0, "workers": 0}
     pairs = zip(
-        training_batches(part_of(10), TRAINING, **options),
-        training_batches(part_of(10, holes=(3,)), TRAINING, **options),
+        training_batches(dataset_of(10), TRAINING, **options),
+        training_batches(dataset_of(10, holes=(3,)), TRAINING, **options),
         strict=True,
     )
     lost = 0
@@ -237,8 +237,10 @@ def test_an_unreadable_image_changes_nothing_of_the_others_in_training() -> None
 
 
 def test_a_file_that_disappears_is_an_unreadable_image(tmp_path: Path) -> None:
-    part = part_of(2)
-    gone = ImageDataset(store=FolderStore(tmp_path), names=part.names, labels=part.labels, classes=part.classes)
+    dataset = dataset_of(2)
+    gone = ImageDataset(
+        store=FolderStore(tmp_path), names=dataset.names, labels=dataset.labels, classes=dataset.classes
+    )
     (batch,) = evaluation_batches(gone, EVALUATION, batch_size=2, workers=0)
     assert not batch.valid.any()
     assert [index for index, _ in batch.problems] == [0, 1]
@@ -246,19 +248,21 @@ def test_a_file_that_disappears_is_an_unreadable_image(tmp_path: Path) -> None:
 
 
 def test_other_errors_are_not_hidden() -> None:
-    part = part_of(2)
-    broken = ImageDataset(store=part.store, names=("0.png", "no such"), labels=part.labels, classes=part.classes)
+    dataset = dataset_of(2)
+    broken = ImageDataset(
+        store=dataset.store, names=("0.png", "no such"), labels=dataset.labels, classes=dataset.classes
+    )
     with pytest.raises(KeyError):
         list(evaluation_batches(broken, EVALUATION, batch_size=2, workers=0))
 
 
 def problems_of(*indices: int) -> list[tuple[int, str]]:
-    """As a step tells them."""
+    """In the format of ``Batch.problems``."""
     return [(i, f"{i}.png is broken") for i in indices]
 
 
 def test_unreadable_images_count_once_each() -> None:
-    unreadable = UnreadableImages(part_of(10), limit=0.3)
+    unreadable = UnreadableImages(dataset_of(10), limit=0.3)
     assert unreadable.add(problems_of(7, 2)) == ["7.png is broken", "2.png is broken"]
     assert unreadable.add(problems_of(2)) == []
     assert unreadable.add(problems_of(2, 5, 7)) == ["5.png is broken"]
@@ -266,7 +270,7 @@ def test_unreadable_images_count_once_each() -> None:
 
 
 def test_more_unreadable_images_than_allowed_stop_the_run() -> None:
-    unreadable = UnreadableImages(part_of(10), limit=0.3)
+    unreadable = UnreadableImages(dataset_of(10), limit=0.3)
     unreadable.add(problems_of(0, 1, 2))
     message = (
         r"4 of 10 images cannot be read, more than the limit of 0\.3 of them: repair or remove them, or raise "
@@ -277,7 +281,7 @@ def test_more_unreadable_images_than_allowed_stop_the_run() -> None:
 
 
 def test_a_limit_of_zero_allows_none() -> None:
-    unreadable = UnreadableImages(part_of(1000), limit=0)
+    unreadable = UnreadableImages(dataset_of(1000), limit=0)
     assert unreadable.add(problems_of()) == []
     with pytest.raises(UserError, match="1 of 1000 images"):
         unreadable.add(problems_of(3))
@@ -291,17 +295,17 @@ def test_images_in_memory_or_few_need_no_workers(monkeypatch: pytest.MonkeyPatch
         names = tuple(map(str, range(n)))
         return ImageDataset(store=FolderStore(tmp_path), names=names, labels=np.zeros(n, np.int64), classes=("a",))
 
-    def chosen(part: ImageDataset, cores: int | None) -> int:
+    def chosen(dataset: ImageDataset, cores: int | None) -> int:
         monkeypatch.setattr("os.cpu_count", lambda: cores)
-        return default_workers(part)
+        return default_workers(dataset)
 
-    assert chosen(part_of(5000), 8) == 0
+    assert chosen(dataset_of(5000), 8) == 0
     assert chosen(on_disk(99), 8) == 0
     assert [chosen(on_disk(100), cores) for cores in (None, 1, 2, 8, 256)] == [1, 1, 2, 8, 8]
 
 
 def test_a_generator_for_each_sample_is_independent_of_the_order() -> None:
-    views = TransformedDataset(part_of(10), TRAINING, 0)
+    views = TransformedDataset(dataset_of(10), TRAINING, 0)
     forward = [views[(e, i)][0] for e in range(2) for i in range(5)]
     backward = [views[(e, i)][0] for e in (1, 0) for i in reversed(range(5))]
     assert all(torch.equal(a, b) for a, b in zip(forward, reversed(backward), strict=True))
@@ -310,7 +314,7 @@ def test_a_generator_for_each_sample_is_independent_of_the_order() -> None:
 
 @pytest.fixture(scope="session")
 def jpegs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A zip of 30 JPEGs in two classes, noise upon gradients."""
+    """A zip of 30 JPEGs in two classes: noise on gradients."""
     path, rng = tmp_path_factory.mktemp("jpegs") / "images.zip", np.random.default_rng(0)
     with zipfile.ZipFile(path, "w") as archive:
         for i in range(30):
@@ -324,8 +328,8 @@ def jpegs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def samples(jpegs: Path) -> Callable[..., list[tuple[int, str]]]:
-    """The (index, hash of the pixels) of 60 samples, two epochs, with every augmentation there is."""
-    part = load_source(str(jpegs), val_fraction=0, test_fraction=0).splits["train"]
+    """The (index, hash of the pixels) of 60 samples (two epochs) with every kind of augmentation."""
+    dataset = load_source(str(jpegs), val_fraction=0, test_fraction=0).splits["train"]
     view = TrainingTransform(
         image_size=(24, 32),
         preprocessing=Preprocessing(),
@@ -339,7 +343,7 @@ def samples(jpegs: Path) -> Callable[..., list[tuple[int, str]]]:
     @cache
     def made(workers: int = 0, batch_size: int = 12, seed: int = 1) -> list[tuple[int, str]]:
         batches = training_batches(
-            part, view, batch_size=batch_size, steps=60 // batch_size, seed=seed, workers=workers
+            dataset, view, batch_size=batch_size, steps=60 // batch_size, seed=seed, workers=workers
         )
         return [
             (int(index), hashlib.sha256(image.numpy().tobytes()).hexdigest())
@@ -350,7 +354,7 @@ def samples(jpegs: Path) -> Callable[..., list[tuple[int, str]]]:
     return made
 
 
-@pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes")  # on a machine of few cores
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes")  # on a machine with few cores
 @pytest.mark.parametrize(("workers", "batch_size"), [(2, 12), (4, 12), (2, 4)])
 def test_order_and_pixels_are_the_same_for_any_number_of_workers(
     workers: int, batch_size: int, samples: Callable[..., list[tuple[int, str]]]
@@ -367,7 +371,7 @@ def test_order_and_pixels_are_the_same_in_micro_batches(samples: Callable[..., l
 def test_order_and_pixels_are_another_seeds_own(samples: Callable[..., list[tuple[int, str]]]) -> None:
     first, second = samples(seed=1), samples(seed=2)
     assert [index for index, _ in first] != [index for index, _ in second]
-    assert len({pixels for _, pixels in first}) == 60  # each image otherwise in the second epoch
+    assert len({pixels for _, pixels in first}) == 60  # each image differs in the second epoch
     assert not {pixels for _, pixels in first} & {pixels for _, pixels in second}
 
 
@@ -378,7 +382,7 @@ class Silence:
 
 @pytest.fixture(scope="session")
 def trained(jpegs: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, bytes]]:
-    """The weights of a run of five steps with all that is random: augmentation, mixing, dropout, stochastic depth."""
+    """The weights of a run of five steps with everything random: augmentation, mixing, dropout, stochastic depth."""
 
     def weights(workers: int = 0, seed: int = 1) -> dict[str, bytes]:
         sizes = {"patch_size": 8, "num_blocks": 2, "hidden_dim": 8, "tokens_mlp_dim": 6, "channels_mlp_dim": 16}

@@ -9,7 +9,7 @@ from allmlp.data.split import stratified_split
 
 LABELS = np.array([0] * 30 + [1] * 7 + [2] * 2 + [5])
 NAMES = [f"{label}/image {i}.jpg" for i, label in enumerate(LABELS)]
-GOLDEN = {0: [2, 3, 7, 10, 11, 18], 1: [5, 9, 13, 18, 20, 22]}  # of the test below; by a script of its own
+GOLDEN = {0: [2, 3, 7, 10, 11, 18], 1: [5, 9, 13, 18, 20, 22]}  # of the test below, computed by a separate script
 
 
 @pytest.mark.parametrize("fraction", [0, 0.01, 0.1, 0.25, 0.5, 0.9, 0.99])
@@ -59,7 +59,7 @@ def test_seeds_differ() -> None:
     assert len(cuts) == 10
 
 
-def test_every_image_has_its_chance() -> None:
+def test_every_image_is_equally_likely() -> None:
     counts = np.zeros(30)
     for seed in range(400):
         counts[stratified_split(LABELS[:30], NAMES[:30], 0.3, seed)[1]] += 1

@@ -1,4 +1,4 @@
-"""Views of an image: sizes, crops, augmentation, and the input range."""
+"""Image transforms: sizes, crops, augmentation, and the input range."""
 
 from itertools import permutations
 

@@ -1,4 +1,4 @@
-"""Scores against values worked out by hand, with a model that says what it is told to."""
+"""Metrics against values computed by hand, with a model whose predictions are prescribed."""
 
 import math
 from pathlib import Path
@@ -16,7 +16,7 @@ from allmlp.errors import UserError
 from allmlp.evaluation.classification import SplitEvaluator, classify
 from allmlp.metadata import Metadata, Preprocessing
 
-# of each image: its true class (None: unreadable, of class 4), and the classes as the model ranks them
+# true class of each image (None: unreadable, of class 4), and the ranking of the classes that the model predicts
 IMAGES = [
     (0, (0, 1, 2, 3, 4, 5, 6)),
     (1, (2, 1, 0, 3, 4, 5, 6)),
@@ -29,8 +29,8 @@ IMAGES = [
 CLASSES = tuple("abcdefg")
 
 
-class Told(nn.Module):
-    """Finds an image's number in its red, and answers with the logits 7, 6, … 1 down its ranking."""
+class PrescribedModel(nn.Module):
+    """Reads an image's number from its red channel and returns the logits 7, 6, … 1 in the order of its ranking."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,14 +60,18 @@ class Numbered:
         return Image.new("RGB", (4, 4), (number, 0, 0))
 
 
-def part(numbers=range(1, 8)) -> ImageDataset:
+def make_dataset(numbers=range(1, 8)) -> ImageDataset:
     labels = np.array([4 if (label := IMAGES[n - 1][0]) is None else label for n in numbers])
     return ImageDataset(store=Numbered(), names=tuple(map(str, numbers)), labels=labels, classes=CLASSES)
 
 
 def scored(model=None, of=None, **options):
     return classify(
-        model or Told(), part() if of is None else of, device=torch.device("cpu"), precision=torch.float32, **options
+        model or PrescribedModel(),
+        make_dataset() if of is None else of,
+        device=torch.device("cpu"),
+        precision=torch.float32,
+        **options,
     )
 
 
@@ -77,7 +81,7 @@ def test_scores_by_hand(batch_size: int, workers: int) -> None:
     result = scored(batch_size=batch_size, workers=workers)
     assert result.indices.tolist() == [0, 1, 2, 3, 5, 6]
     assert result.labels.tolist() == [0, 1, 2, 2, 6, 3]
-    assert result.best.tolist() == [list(world_size[:5]) for label, world_size in IMAGES if label is not None]
+    assert result.best.tolist() == [list(ranking[:5]) for label, ranking in IMAGES if label is not None]
     assert result.top1 == 3 / 6
     assert result.top5 == 4 / 6
     rest = math.log(sum(math.exp(-k) for k in range(7)))
@@ -99,7 +103,7 @@ def test_scores_by_hand(batch_size: int, workers: int) -> None:
     assert result.unreadable == {"5": "5 cannot be read: it is none; replace it"}
 
 
-def test_top5_of_five_classes_says_nothing() -> None:
+def test_there_is_no_top5_of_five_classes() -> None:
     model = allmlp.create(
         num_classes=5, image_size=4, patch_size=4, num_blocks=1, hidden_dim=4, tokens_mlp_dim=2, channels_mlp_dim=4
     )
@@ -111,11 +115,11 @@ def test_top5_of_five_classes_says_nothing() -> None:
 
 def test_no_image_that_can_be_read() -> None:
     with pytest.raises(UserError, match=r"none of the 1 images can be read; the first: 5 cannot be read"):
-        scored(of=part([5]))
+        scored(of=make_dataset([5]))
 
 
 def test_a_model_without_a_head() -> None:
-    model = Told()
+    model = PrescribedModel()
     model.num_classes = 0
     with pytest.raises(UserError, match="no head"):
         scored(model)
@@ -123,7 +127,7 @@ def test_a_model_without_a_head() -> None:
 
 @pytest.mark.parametrize("training", [True, False])
 def test_the_mode_of_the_model_is_restored(training: bool) -> None:
-    model = Told().train(training)
+    model = PrescribedModel().train(training)
     scored(model, batch_size=2)
     assert model.was_training == [False] * 4
     assert model.training is training
@@ -131,9 +135,9 @@ def test_the_mode_of_the_model_is_restored(training: bool) -> None:
 
 
 def test_progress_reaches_the_number_of_images() -> None:
-    told: list[tuple[int, int]] = []
-    scored(batch_size=3, on_progress=lambda done, total: told.append((done, total)))
-    assert told == [(3, 7), (6, 7), (7, 7)]
+    progress: list[tuple[int, int]] = []
+    scored(batch_size=3, on_progress=lambda done, total: progress.append((done, total)))
+    assert progress == [(3, 7), (6, 7), (7, 7)]
 
 
 def test_gradients_are_not_kept(colour_weights: Path) -> None:
@@ -147,18 +151,18 @@ def test_a_split_evaluator_reports_metrics_of_its_split() -> None:
     progress: list[tuple[int, int]] = []
     evaluator = SplitEvaluator(
         "val",
-        part(),
+        make_dataset(),
         device=torch.device("cpu"),
         precision=torch.float32,
         on_batch=lambda done, total: progress.append((done, total)),
     )
     assert evaluator.name == "val"
     assert evaluator.result is None
-    metrics, expected = evaluator(Told()), scored()
+    metrics, expected = evaluator(PrescribedModel()), scored()
     assert metrics == {"val_top1": expected.top1, "val_loss": expected.loss}
     assert progress == [(7, 7)]
     assert evaluator.result is not None
     assert np.array_equal(evaluator.result.best, expected.best)
     first = evaluator.result
-    evaluator(Told())
+    evaluator(PrescribedModel())
     assert evaluator.result is not first

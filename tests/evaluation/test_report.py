@@ -1,4 +1,4 @@
-"""The report of a run: what it shows, what it leaves out, and that no name in it is taken for markup."""
+"""The report of a run: what it shows, what it omits, and that names in it are never interpreted as markup."""
 
 import base64
 import io
@@ -150,7 +150,7 @@ def test_without_mistakes_says_so(write):
     assert "There are no mistakes on this split." in write(mistakes=[], confusion=np.eye(3, dtype=int)).text
 
 
-def test_counts_belong_to_the_part_they_come_from(write):
+def test_counts_belong_to_their_split(write):
     page = write(split="val", summary=SUMMARY | {"test_top1": None})
     assert "Confusion matrix, validation split" in page.text
     assert re.search(r"validation top-1\s*90.00 %\s*28 of 30 correct", page.text)
@@ -167,7 +167,7 @@ def test_lists_at_most_20_unreadable_images(write):
 @pytest.mark.parametrize(
     "summary", [{}, dict.fromkeys(SUMMARY), {k: float("nan") for k, v in SUMMARY.items() if isinstance(v, int | float)}]
 )
-def test_nothing_known(write, summary):
+def test_a_summary_without_values(write, summary):
     page = write(summary=summary | {"unreadable_images": None, "unreadable": None}, metrics=[], recipe={})
     assert "No measurements were recorded" in page.text
     assert "svg" not in page.tags
@@ -218,14 +218,14 @@ def test_thirty_classes_are_a_table(write):
     assert page.source.count('class="hit') == 30
 
 
-def test_per_class_rates_weakest_first(write):
+def test_per_class_scores_lowest_recall_first(write):
     page = write(confusion=np.array([[3, 1, 0], [0, 0, 0], [4, 0, 4]]))
     table = re.search(r'id="per-class".*?</table>', page.source, re.DOTALL)[0]
     rows = [re.findall(r"<td[^>]*>([^<]*)</td>", row) for row in table.split("<tr>")[2:]]
     assert rows == [["c", "8", "50.0 %", "100.0 %"], ["a", "4", "75.0 %", "42.9 %"], ["b", "0", "—", "0.0 %"]]
 
 
-def test_long_runs_are_thinned_but_keep_their_spikes(write):
+def test_long_curves_are_downsampled_but_keep_their_spikes(write):
     values = np.sin(np.arange(100_000) / 5000)
     values[77_777], values[500:510] = 99, np.nan
     kept = downsample(values)

@@ -13,16 +13,16 @@ from allmlp.evaluation.run_report import choose_examples, find_mistakes, make_ex
 
 
 def result(labels: list[int], predicted: list[int], sure: list[float], classes=("a", "b", "c")) -> Classification:
-    """Readable images are every second of the part, so that rows and indices differ."""
+    """Every second image of the dataset is readable, so that rows and indices differ."""
     count = len(labels)
     names = tuple(f"{i}.png" for i in range(2 * count))
     pixels = np.arange(2 * count, dtype=np.uint8)[:, None, None, None] * np.ones((1, 4, 4, 3), np.uint8)
-    part = ImageDataset(
+    dataset = ImageDataset(
         store=ArrayStore(pixels, names), names=names, labels=np.repeat(labels, 2), classes=tuple(classes)
     )
     best = np.stack([predicted, (np.array(predicted) + 1) % 3], axis=1)
     return Classification(
-        dataset=part,
+        dataset=dataset,
         indices=np.arange(count) * 2 + 1,
         labels=np.array(labels),
         best=best,
@@ -35,12 +35,12 @@ def result(labels: list[int], predicted: list[int], sure: list[float], classes=(
 RESULT = result([0, 0, 0, 1, 1, 2], [0, 1, 0, 1, 2, 0], [0.9, 0.6, 0.7, 0.8, 0.95, 0.6])
 
 
-def test_every_class_is_shown_before_any_twice() -> None:
+def test_examples_cover_every_class_before_any_class_repeats() -> None:
     assert choose_examples(RESULT) == [0, 3, 5, 1, 4, 2]
     assert choose_examples(RESULT, 4) == [0, 3, 5, 1]
 
 
-def test_the_surest_mistakes_come_first() -> None:
+def test_the_most_confident_mistakes_come_first() -> None:
     assert find_mistakes(RESULT) == [4, 1, 5]  # of 0.6 and 0.6, the earlier image first
     assert find_mistakes(RESULT, 1) == [4]
     assert find_mistakes(result([0, 1], [0, 1], [0.9, 0.9])) == []
@@ -64,7 +64,7 @@ def test_examples_as_files(tmp_path: Path) -> None:
     assert len(files[0].encode()) < 255
     with Image.open(tmp_path / "examples" / files[0]) as image:
         assert image.mode == "RGB"
-        assert np.asarray(image).max() == 3  # the second readable image is the fourth of the part
+        assert np.asarray(image).max() == 3  # the second readable image is the fourth of the dataset
 
 
 def test_the_examples_of_a_run_were_never_trained_on(digits_run) -> None:

@@ -1,4 +1,4 @@
-"""Predictions: in order, of any number of images in constant memory, each by itself."""
+"""Predictions: in order, for any number of images in constant memory, independent of the other images in a batch."""
 
 import itertools
 import threading
@@ -50,7 +50,7 @@ def test_any_number_of_images_in_constant_memory() -> None:
 
     options = {"top": 1, "batch_size": batch_size, "device": "cpu", "precision": "float32"}
     stream = predict_stream(small_model(), places(), **options)
-    for consumed, prediction in enumerate(itertools.islice(stream, 2000), 1):  # the rest stays unasked for
+    for consumed, prediction in enumerate(itertools.islice(stream, 2000), 1):  # the rest is never requested
         most = max(most, asked - consumed)
         assert prediction.image == str(consumed - 1)
     stream.close()
@@ -59,13 +59,13 @@ def test_any_number_of_images_in_constant_memory() -> None:
     assert batch_size < most <= 3 * batch_size
 
 
-def test_a_consumer_that_stops_stops_the_reading() -> None:
+def test_reading_stops_with_its_consumer() -> None:
     store = FakeStore()
     asked = 0
 
     def places():
         nonlocal asked
-        while True:  # for ever
+        while True:
             asked += 1
             yield store, str(asked), str(asked)
 
@@ -75,7 +75,7 @@ def test_a_consumer_that_stops_stops_the_reading() -> None:
     assert asked <= 12
 
 
-def test_an_image_alone_and_in_company_is_the_same() -> None:
+def test_predictions_do_not_depend_on_the_batch() -> None:
     model, store = small_model(), FakeStore(frozenset({"5", "9"}))
     places = [(store, str(i), f"image {i}") for i in range(23)]
     options = {"top": 3, "device": "cpu", "precision": "float32"}
@@ -91,7 +91,7 @@ def test_an_image_alone_and_in_company_is_the_same() -> None:
     assert all(sum(value for _, value in p.classes) == pytest.approx(1) for p in one_by_one if not p.problem)
 
 
-def test_nothing_but_unreadable_images_is_no_crash() -> None:
+def test_only_unreadable_images() -> None:
     store = FakeStore(frozenset({"0", "1"}))
     found = list(predict_stream(small_model(), [(store, "0", "0"), (store, "1", "1")], batch_size=1, device="cpu"))
     assert [p.problem for p in found] == [f"{i} cannot be read: it is bad; replace it" for i in "01"]
@@ -106,7 +106,7 @@ def test_agrees_with_the_model_itself() -> None:
     place = (FakeStore(), str(200 + 3 * 256), "x")
     (found,) = predict_stream(model, [place], top=3, device="cpu", precision="float32")
     order = expected.argsort(descending=True).tolist()
-    assert [name for name, _ in found.classes] == [str(i) for i in order]  # numbers, as no names are known
+    assert [name for name, _ in found.classes] == [str(i) for i in order]  # classes without names are numbered
     assert [p for _, p in found.classes] == pytest.approx(expected[order].tolist(), abs=1e-6)
 
 

@@ -14,9 +14,10 @@ from allmlp.config.recipe import Recipe, Transfer
 from allmlp.errors import UserError
 from allmlp.recipes import RECIPES, TRANSFERS, get_recipe, get_transfer
 from allmlp.recipes.finetune import resolution, vtab
-from allmlp.training.fit import make_mixing, make_optimizer, make_view
+from allmlp.runs.result import RunResult
+from allmlp.training.build import build_mixing, build_optimizer, build_training_transform
 from allmlp.training.build import build_initializer
-from allmlp.training.run import Run, train
+from allmlp.training.run import train
 
 PAPER = Path(__file__).resolve().parents[3] / "shared" / "paper"
 OWN = ("digits", "cifar10", "photos")
@@ -302,7 +303,7 @@ class Silent:
         pass
 
 
-def one_step(recipe: Recipe, out: Path) -> Run[Any]:
+def one_step(recipe: Recipe, out: Path) -> RunResult[Any]:
     """Trains the recipe's first step; the evaluations are made up."""
     recipe = changed(changed(recipe, "optimization", steps=1), "run", **LAPTOP)
     return train(recipe, out, lambda *_, **__: SimpleNamespace(top1=0.5, loss=1.0, unreadable={}), Silent())
@@ -334,9 +335,9 @@ def test_what_a_twin_is_trained_with_is_what_its_original_would_be(name: str) ->
     made = []
     for recipe in (get_recipe(name), get_recipe(f"{name}-small")):
         model = build_initializer(get_recipe(f"{name}-small"))(CLASSES)
-        optimizer = make_optimizer(recipe.optimization, model)
+        optimizer = build_optimizer(recipe.optimization, model)
         groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-        made.append((make_view(recipe.data, model), make_mixing(recipe.data), type(optimizer), groups))
+        made.append((build_training_transform(recipe.data, model), build_mixing(recipe.data), type(optimizer), groups))
     assert made[0] == made[1]
     view, mixing, _, _ = made[0]
     regularised = name.startswith("imagenet")

@@ -37,13 +37,13 @@ from allmlp.errors import RunError, Stopped, UserError
 from allmlp.evaluation.classification import classify
 from allmlp.model import Mixer
 from allmlp.runs.records import CONSUMED, METRICS
+from allmlp.runs.result import RunResult
 from allmlp.runs.resume import FREE, check_same, fingerprint, finished, hold
 from allmlp.training import fit, run
 from allmlp.training.ema import EMA
 from allmlp.training.fit import Diverged, make_optimizer
 from allmlp.training.initialization import prepare
 from allmlp.training.optimizer_step import OptimizerStep
-from allmlp.training.run import Run
 from allmlp.training.state import Checkpoint, TrainingState
 from allmlp.weights.native import save
 
@@ -108,7 +108,7 @@ def images(monkeypatch: pytest.MonkeyPatch) -> dict[str, DatasetSplits]:
 
 def train(
     settings: Recipe, out: Path, evaluate: Any = classify, progress: Any = None, resume: bool = True, **options: Any
-) -> Run[Any]:
+) -> RunResult[Any]:
     return run.train(settings, out, evaluate, progress or Silent(), resume=resume, **options)
 
 

@@ -19,8 +19,10 @@ from allmlp.metadata import Metadata, Preprocessing
 from allmlp.model import Mixer
 from allmlp.recipes import get_transfer
 from allmlp.recipes.digits import digits
-from allmlp.training.initialization import prepare, take, view, with_new_head
-from allmlp.training.run import Run, train
+from allmlp.runs.result import RunResult
+from allmlp.training.build import build_initializer, build_preprocessing
+from allmlp.training.initialization import load_weights, with_new_head
+from allmlp.training.run import train
 from allmlp.weights.convert import save_as
 from allmlp.weights.load import load
 from allmlp.weights.native import save
@@ -59,7 +61,7 @@ def finetune(weights: str, data: str) -> Recipe:
 
 
 def started(recipe: Recipe, classes: tuple[str, ...] = DIGITS) -> Mixer:
-    return prepare(recipe)(classes)
+    return build_initializer(recipe)(classes)
 
 
 def assert_transferred(model: Mixer, trained: Mixer, classes: int) -> None:
@@ -134,7 +136,7 @@ def test_the_seed_changes_nothing_and_draws_are_none(weights: str) -> None:
 
 
 def test_each_model_is_one_of_its_own(weights: str) -> None:
-    start = prepare(finetune(weights, "digits"))
+    start = build_initializer(finetune(weights, "digits"))
     first = start(DIGITS)
     with torch.no_grad():
         for parameter in first.parameters():
@@ -143,7 +145,7 @@ def test_each_model_is_one_of_its_own(weights: str) -> None:
     second = start(("a", "b"))
     assert_transferred(second, make(), 2)
     assert second.metadata.provenance["started_from"]["source"]["hub"] == "owner/name"
-    assert_transferred(prepare(finetune(weights, "digits"))(DIGITS), make(), 10)
+    assert_transferred(build_initializer(finetune(weights, "digits"))(DIGITS), make(), 10)
 
 
 def test_frozen_trains_the_head_alone(weights: str) -> None:
@@ -170,7 +172,7 @@ def test_the_bias_of_the_head_is_the_recipes(weights: str, bias: float) -> None:
 def with_zero_head(trained: Mixer, num_classes: int, **changes: Any) -> Mixer:
     """What a run that starts from these weights starts from."""
     model = with_new_head(trained, num_classes, **changes).to_empty(device="cpu")
-    take(model, trained)
+    load_weights(model, trained)
     return model
 
 
@@ -210,7 +212,7 @@ def test_without_a_size_it_is_that_of_the_weights(tmp_path: Path) -> None:
 
 def test_preprocessing_is_that_of_the_weights(weights: str) -> None:
     assert started(finetune(weights, "digits")).metadata.preprocessing == VIEW
-    assert view(finetune(weights, "digits").data) == Preprocessing()
+    assert build_preprocessing(finetune(weights, "digits").data) == Preprocessing()
 
 
 @pytest.mark.parametrize(
@@ -281,7 +283,7 @@ def test_sizes_beside_weights_are_a_mistake(weights: str, tmp_path: Path, name: 
 
 def test_neither_weights_nor_a_size() -> None:
     with pytest.raises(UserError, match="no --image-size: give one, or --weights, whose size is then taken"):
-        prepare(changed(digits(), "model", image_size=None))
+        build_initializer(changed(digits(), "model", image_size=None))
 
 
 @pytest.mark.parametrize(
@@ -299,7 +301,7 @@ def test_mistakes_in_weights_and_size_are_told_before_data_is_read(
 ) -> None:
     recipe = changed(finetune(weights, "no/such/data"), "model", **change)
     with pytest.raises(UserError, match=message):
-        prepare(recipe)
+        build_initializer(recipe)
     with pytest.raises(UserError, match=message):
         carried_out(recipe, tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -317,7 +319,7 @@ def evaluated(model: Mixer, part: Any, **_options: Any) -> Any:
     return SimpleNamespace(top1=0.25, loss=2.0, unreadable={})
 
 
-def carried_out(recipe: Recipe, out: Path) -> Run:
+def carried_out(recipe: Recipe, out: Path) -> RunResult:
     return train(recipe, out, evaluated, Silent())
 
 

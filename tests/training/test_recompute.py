@@ -6,7 +6,7 @@ from torch import Tensor
 
 from allmlp.model import Mixer
 from allmlp.rng import sample_keys
-from allmlp.training.recompute import recompute_blocks
+from allmlp.training.memory import recompute_blocks
 
 SIZES = {"num_classes": 3, "image_size": 8, "patch_size": 2, "num_blocks": 3, "hidden_dim": 8}
 NOISY = {"dropout": 0.3, "stochastic_depth": 0.6}

@@ -1,4 +1,4 @@
-"""One picture in every guise reaches the model as the same numbers, in training, evaluation and prediction."""
+"""One image in every format gives the model the same input in training, evaluation and prediction."""
 
 import io
 import os
@@ -25,7 +25,7 @@ from allmlp.metadata import Preprocessing
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 48, 3)).astype(np.uint8))
-# How to store an upright picture so that the orientation of that number brings it back (EXIF 2.32, tag 0x0112)
+# Orientation (EXIF 2.32, tag 0x0112) → how to store an upright image so that this orientation restores it
 STORED = {
     1: lambda a: a,
     2: lambda a: a[:, ::-1],
@@ -39,7 +39,7 @@ STORED = {
 
 
 def quarters() -> Image.Image:
-    """Four colours, unequal sides: every turn and flip differs, and so does every exchange of channels."""
+    """Four colours and unequal sides: every rotation, flip and permutation of channels of it differs."""
     image = Image.new("RGB", (48, 32), RED)
     image.paste(GREEN, (24, 0, 48, 16))
     image.paste(BLUE, (0, 16, 24, 32))
@@ -47,24 +47,24 @@ def quarters() -> Image.Image:
     return image
 
 
-def behind_alpha(image: Image.Image) -> Image.Image:
-    """The white quarter of it transparent, with black below."""
+def with_transparent_white(image: Image.Image) -> Image.Image:
+    """The image with its white quarter made transparent black."""
     pixels = np.asarray(image.convert("RGBA")).copy()
     pixels[(pixels[..., :3] == 255).all(-1)] = 0
     return Image.fromarray(pixels)
 
 
 def write_colour(folder: Path) -> dict[str, int]:
-    """File name → levels of 255 that its encoding may lose."""
+    """File name → error that its encoding may cause, in levels of 255."""
     image = quarters()
     palette = image.quantize(4)
     exact = {
         "upright.png": (image, {}),
         "palette.png": (palette, {}),
-        "alpha.png": (behind_alpha(image), {}),
+        "alpha.png": (with_transparent_white(image), {}),
         "still.gif": (palette, {}),
         "lossless.webp": (image, {"lossless": True}),
-        "alpha.webp": (behind_alpha(image), {"lossless": True, "exact": True}),
+        "alpha.webp": (with_transparent_white(image), {"lossless": True, "exact": True}),
         "plain.bmp": (image, {}),
         "deflated.tiff": (image, {"compression": "tiff_adobe_deflate"}),
         "animated.gif": (palette, {"save_all": True, "append_images": [NOISE, NOISE]}),
@@ -95,8 +95,8 @@ def write_grey(folder: Path) -> dict[str, int]:
 
 
 @pytest.fixture(scope="module")
-def guises(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, int]]:
-    root = tmp_path_factory.mktemp("guises")
+def formats(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, int]]:
+    root = tmp_path_factory.mktemp("formats")
     limits = {}
     for kind, write in (("colour", write_colour), ("grey", write_grey)):
         (root / kind).mkdir()
@@ -111,11 +111,11 @@ VIEWS = [
 
 
 @pytest.fixture(scope="module", params=VIEWS, ids=["resmall", "resize"])
-def paths(request, guises) -> dict[str, dict[str, Tensor]]:
-    """Way to the model → file → what the model is fed, (3, 16, 24)."""
-    root, limits = guises
-    part = load_source(str(root), val_fraction=0, test_fraction=0).split("train")
-    assert set(part.names) == set(limits)
+def paths(request, formats) -> dict[str, dict[str, Tensor]]:
+    """Code path → file → input of the model, (3, 16, 24)."""
+    root, limits = formats
+    dataset = load_source(str(root), val_fraction=0, test_fraction=0).split("train")
+    assert set(dataset.names) == set(limits)
     model = allmlp.create(
         num_classes=2,
         image_size=(16, 24),
@@ -126,28 +126,30 @@ def paths(request, guises) -> dict[str, dict[str, Tensor]]:
         channels_mlp_dim=4,
     )
     torch.nn.init.normal_(model.head.weight, generator=torch.Generator().manual_seed(0))
-    model.metadata = allmlp.model.Metadata(classes=part.classes, preprocessing=request.param)
+    model.metadata = allmlp.model.Metadata(classes=dataset.classes, preprocessing=request.param)
     seen_by = {"image_size": model.image_size, "preprocessing": request.param}
     view = TrainingTransform(**seen_by, crop="none", crop_padding=0, flip=False)
-    training = training_batches(part, view, batch_size=len(part), steps=1, seed=5)
-    evaluation = evaluation_batches(part, EvaluationTransform(**seen_by), batch_size=7)
+    training = training_batches(dataset, view, batch_size=len(dataset), steps=1, seed=5)
+    evaluation = evaluation_batches(dataset, EvaluationTransform(**seen_by), batch_size=7)
     cpu = torch.device("cpu")
-    classified = fed(model, lambda: classify(model, part, device=cpu, precision=torch.float32, batch_size=5))
+    classified = record_inputs(
+        model, lambda: classify(model, dataset, device=cpu, precision=torch.float32, batch_size=5)
+    )
     options = {"batch_size": 4, "device": "cpu", "precision": "float32"}
     predictions = []
-    predicted = fed(model, lambda: predictions.extend(predict_stream(model, find_images(root), **options)))
+    predicted = record_inputs(model, lambda: predictions.extend(predict_stream(model, find_images(root), **options)))
     assert all(prediction.problem is None for prediction in predictions)
     shown = [Path(prediction.image).relative_to(root).as_posix() for prediction in predictions]
     return {
-        "training": dict(by_name(part, training, request.param)),
-        "evaluation": dict(by_name(part, evaluation, request.param)),
-        "classify": dict(zip(part.names, classified, strict=True)),
-        "predict": dict(zip(shown, predicted[2:], strict=True)),  # the first two are those that check the head
+        "training": dict(by_name(dataset, training, request.param)),
+        "evaluation": dict(by_name(dataset, evaluation, request.param)),
+        "classify": dict(zip(dataset.names, classified, strict=True)),
+        "predict": dict(zip(shown, predicted[2:], strict=True)),  # after the two images that check the head
     }
 
 
-def fed(model, work) -> Tensor:
-    """What the model is called with while the work is done."""
+def record_inputs(model, work) -> Tensor:
+    """The inputs of the model while ``work`` runs."""
     seen: list[Tensor] = []
     hook = model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].clone()))
     work()
@@ -155,31 +157,31 @@ def fed(model, work) -> Tensor:
     return torch.cat(seen)
 
 
-def by_name(part: ImageDataset, batches, preprocessing: Preprocessing) -> Iterator[tuple[str, Tensor]]:
+def by_name(dataset: ImageDataset, batches, preprocessing: Preprocessing) -> Iterator[tuple[str, Tensor]]:
     for batch in batches:
         assert torch.equal(batch.valid, batch.indices != PADDING)
         images = normalise(batch.images[batch.valid], preprocessing)
-        yield from zip((part.names[i] for i in batch.indices[batch.valid].tolist()), images, strict=True)
+        yield from zip((dataset.names[i] for i in batch.indices[batch.valid].tolist()), images, strict=True)
 
 
-def test_each_file_is_the_same_on_every_path(paths, guises) -> None:
+def test_each_file_is_the_same_on_every_path(paths, formats) -> None:
     for way in ("evaluation", "classify", "predict"):
-        assert paths[way].keys() == paths["training"].keys() == guises[1].keys()
+        assert paths[way].keys() == paths["training"].keys() == formats[1].keys()
         for name, expected in paths["training"].items():
             assert torch.equal(paths[way][name], expected), f"{name} differs in {way} from training"
 
 
 @pytest.mark.parametrize("way", ["training", "evaluation", "classify", "predict"])
-def test_every_guise_is_the_same_picture(paths, guises, way: str) -> None:
-    for name, limit in guises[1].items():
+def test_every_format_gives_the_same_image(paths, formats, way: str) -> None:
+    for name, limit in formats[1].items():
         upright = paths[way][f"{name.split('/')[0]}/upright.png"]
-        level = 1 / 255 / 0.2 if upright[0].max() > 1.1 else 2 / 255  # of the smallest std, of std 0.5
+        level = 1 / 255 / 0.2 if upright[0].max() > 1.1 else 2 / 255  # for the smallest std, for std 0.5
         assert paths[way][name].shape == (3, 16, 24)
         difference = (paths[way][name] - upright).abs().max().item()
         assert difference <= limit * level * 1.001, f"{name} in {way}: {difference / level:.1f} levels off"
 
 
-def test_the_upright_picture_is_upright(paths) -> None:
+def test_the_upright_image_is_upright(paths) -> None:
     image = paths["predict"]["colour/upright.png"]
     corners = [image[:, y, x].tolist() for y, x in ((1, 1), (1, -2), (-2, 1), (-2, -2))]
     highest, lowest = image.amax((1, 2)).tolist(), image.amin((1, 2)).tolist()
@@ -191,8 +193,8 @@ def test_the_upright_picture_is_upright(paths) -> None:
     assert all(h > low + 1.9 for h, low in zip(highest, lowest, strict=True))
 
 
-def test_a_large_photograph_is_decoded_at_a_fraction_in_all_three_paths() -> None:
-    """And what is left is as good: the view differs from that of the full decoding by little."""
+def test_a_large_photograph_is_decoded_at_a_smaller_scale() -> None:
+    """In training and evaluation; the result is close to that of decoding at full size."""
     from allmlp.data.decode import decode
     from allmlp.data.transforms import EvaluationTransform, TrainingTransform
 
@@ -226,7 +228,7 @@ def test_a_large_photograph_is_the_same_from_a_folder_and_from_a_zip(tmp_path: P
     assert folder.tobytes() == packed.tobytes()
 
 
-def test_a_pipe_named_like_an_image_is_not_waited_on(tmp_path: Path) -> None:
+def test_opening_a_pipe_with_the_name_of_an_image_does_not_block(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "x.png")
     with pytest.raises(UnreadableImage, match=r"x\.png cannot be read: it is not a regular file; remove it"):
         FolderStore(tmp_path).open("x.png", 10**6)
