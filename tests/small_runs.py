@@ -92,6 +92,15 @@ class FunctionEvaluator:
         return {f"{self.name}_top1": self.result.top1, f"{self.name}_loss": self.result.loss}
 
 
+def evaluator_of(evaluate: Callable[..., Any]) -> Callable[..., FunctionEvaluator]:
+    """What ``train`` makes evaluators with, from a function with the signature of ``classify``."""
+
+    def make(name: str, dataset: Any, *, on_batch: Callable[[int, int], None], **options: Any) -> FunctionEvaluator:
+        return FunctionEvaluator(name, lambda model, split: evaluate(model, dataset, on_progress=on_batch, **options))
+
+    return make
+
+
 @dataclass(frozen=True, kw_only=True)
 class Fitted:
     """How a training went, and the model it ends with."""

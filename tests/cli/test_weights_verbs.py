@@ -22,7 +22,7 @@ def assert_done(answer) -> None:
     assert (answer.status, answer.errors) == (0, []), answer.err
 
 
-def assert_misload_weights(answer, *words: str) -> None:
+def assert_mistake(answer, *words: str) -> None:
     assert answer.status == 2
     assert len(answer.errors) == 1
     assert all(word in answer.last for word in words), answer.last
@@ -76,15 +76,15 @@ def test_classes_and_normalisation_from_the_command_travel(mixer, colour_weights
 def test_convert_mistakes(mixer, colour_weights, tmp_path) -> None:
     names = tmp_path / "names.txt"
     names.write_text("only one\n")
-    assert_misload_weights(mixer("convert", colour_weights, tmp_path / "a.safetensors", "--classes", names), "1 classes", "3")
-    assert_misload_weights(mixer("convert", colour_weights, tmp_path / "a.safetensors", "--std", 0), "--std", "above 0")
-    assert_misload_weights(mixer("convert", colour_weights, tmp_path / "a.safetensors", "--mean", 1, 2), "one number or three")
-    assert_misload_weights(mixer("convert", colour_weights, tmp_path / "a.pth"), "a.pth", ".safetensors")
-    assert_misload_weights(mixer("convert", colour_weights, tmp_path / "a.npz", "--to", "timm"), ".safetensors")
-    assert_misload_weights(mixer("convert", colour_weights, tmp_path / "gone" / "a.npz"), "gone", "create it first")
-    assert_misload_weights(mixer("convert", tmp_path / "gone.npz", tmp_path / "a.npz"), "gone.npz", "does not exist")
+    assert_mistake(mixer("convert", colour_weights, tmp_path / "a.safetensors", "--classes", names), "1 classes", "3")
+    assert_mistake(mixer("convert", colour_weights, tmp_path / "a.safetensors", "--std", 0), "--std", "above 0")
+    assert_mistake(mixer("convert", colour_weights, tmp_path / "a.safetensors", "--mean", 1, 2), "one number or three")
+    assert_mistake(mixer("convert", colour_weights, tmp_path / "a.pth"), "a.pth", ".safetensors")
+    assert_mistake(mixer("convert", colour_weights, tmp_path / "a.npz", "--to", "timm"), ".safetensors")
+    assert_mistake(mixer("convert", colour_weights, tmp_path / "gone" / "a.npz"), "gone", "create it first")
+    assert_mistake(mixer("convert", tmp_path / "gone.npz", tmp_path / "a.npz"), "gone.npz", "does not exist")
     size = ("--image-size", 16, 16, 16)
-    assert_misload_weights(mixer("convert", colour_weights, tmp_path / "a.npz", *size), "16 16 16", "or two")
+    assert_mistake(mixer("convert", colour_weights, tmp_path / "a.npz", *size), "16 16 16", "or two")
     assert [path.name for path in tmp_path.iterdir()] == ["names.txt"]
 
 
@@ -95,7 +95,7 @@ def test_a_rectangular_npz_needs_its_size_and_takes_it(mixer, tmp_path) -> None:
     told = mixer("convert", tmp_path / "wide.safetensors", tmp_path / "wide.npz")
     assert_done(told)
     assert "image_size=(8, 24)" in told.err
-    assert_misload_weights(mixer("convert", tmp_path / "wide.npz", tmp_path / "b.safetensors"), "image_size=")
+    assert_mistake(mixer("convert", tmp_path / "wide.npz", tmp_path / "b.safetensors"), "image_size=")
     assert_done(mixer("convert", tmp_path / "wide.npz", tmp_path / "b.safetensors", "--image-size", 8, 24))
     assert allmlp.load(tmp_path / "b.safetensors").image_size == (8, 24)
 
@@ -119,10 +119,10 @@ def test_resize_writes_what_the_function_makes(mixer, colour_weights, tmp_path) 
 
 def test_resize_mistakes(mixer, colour_weights, tmp_path) -> None:
     out = tmp_path / "a.safetensors"
-    assert_misload_weights(mixer("resize", colour_weights, out, "--image-size", 20), "20×20", "patch size 8×8")
-    assert_misload_weights(mixer("resize", colour_weights, out), "--image-size")
-    assert_misload_weights(mixer("resize", colour_weights, out, "--image-size", 8, 16, 24), "8 16 24")
-    assert_misload_weights(mixer("resize", colour_weights, tmp_path / "a.npz", "--image-size", 32), ".safetensors")
+    assert_mistake(mixer("resize", colour_weights, out, "--image-size", 20), "20×20", "patch size 8×8")
+    assert_mistake(mixer("resize", colour_weights, out), "--image-size")
+    assert_mistake(mixer("resize", colour_weights, out, "--image-size", 8, 16, 24), "8 16 24")
+    assert_mistake(mixer("resize", colour_weights, tmp_path / "a.npz", "--image-size", 32), ".safetensors")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -133,7 +133,7 @@ def test_evaluate_at_another_size(mixer, colour_weights, pictures, tmp_path) -> 
         assert_done(answer)
         assert json.loads(answer.out)["image_size"] == [size, size]
         assert json.loads(answer.out)["top1"] == 1  # plain colours look alike at every size
-    assert_misload_weights(mixer("evaluate", colour_weights, "--data", data, "--image-size", 20), "20×20")
+    assert_mistake(mixer("evaluate", colour_weights, "--data", data, "--image-size", 20), "20×20")
 
 
 def test_info_says_what_a_resize_costs(mixer, colour_weights) -> None:
@@ -189,7 +189,7 @@ def test_evaluate_and_info_take_height_and_width(mixer, colour_weights, pictures
 
 def test_evaluate_refuses_a_head_of_zeros(mixer, tmp_path) -> None:
     allmlp.save(allmlp.create(num_classes=10, image_size=8, **SMALL), tmp_path / "fresh.safetensors")
-    assert_misload_weights(mixer("evaluate", tmp_path / "fresh.safetensors", "--data", "digits"), "all zero", "mixer finetune")
+    assert_mistake(mixer("evaluate", tmp_path / "fresh.safetensors", "--data", "digits"), "all zero", "mixer finetune")
 
 
 def test_odd_provenance_is_no_stumbling_block(mixer, colour_weights, pictures, tmp_path) -> None:
@@ -211,7 +211,7 @@ def test_info_offers_no_published_file_for_weights_that_are_nobody_elses(mixer, 
 
 
 def test_info_of_a_file_has_its_own_head(mixer, colour_weights) -> None:
-    assert_misload_weights(mixer("info", colour_weights, "--num-classes", 5), "--num-classes 5", "leave it out")
+    assert_mistake(mixer("info", colour_weights, "--num-classes", 5), "--num-classes 5", "leave it out")
 
 
 # finetune
@@ -278,15 +278,15 @@ def test_predict_with_what_was_tuned(mixer, tuned) -> None:
 def test_finetune_mistakes_leave_nothing(mixer, colour_weights, pictures, tmp_path, monkeypatch) -> None:
     data = pictures(tmp_path / "data", {"red": 3, "blue": 3})
     monkeypatch.chdir(tmp_path)
-    assert_misload_weights(mixer("finetune"), "no weights")
-    assert_misload_weights(mixer("finetune", colour_weights), "no --data")
+    assert_mistake(mixer("finetune"), "no weights")
+    assert_mistake(mixer("finetune", colour_weights), "no --data")
     rates = ("--learning-rate", 0.1, "--learning-rates", 0.1, 0.2)
-    assert_misload_weights(mixer("finetune", colour_weights, "--data", data, *rates), "both --learning-rate and")
-    assert_misload_weights(mixer("finetune", "gone.npz", "--data", data), "gone.npz", "does not exist")
-    assert_misload_weights(mixer("finetune", colour_weights, "--data", data, "--image-size", 20), "20×20", "patch size")
-    assert_misload_weights(mixer("finetune", colour_weights, "--data", data, "--model", "B/16"), "--model")
-    assert_misload_weights(mixer("train", "--weights", colour_weights, "--data", data, "--num-blocks", 2), "--num-blocks")
-    assert_misload_weights(mixer("finetune", colour_weights, "--data", data, "--optimizer", "adam"), "adam", "sgd")
+    assert_mistake(mixer("finetune", colour_weights, "--data", data, *rates), "both --learning-rate and")
+    assert_mistake(mixer("finetune", "gone.npz", "--data", data), "gone.npz", "does not exist")
+    assert_mistake(mixer("finetune", colour_weights, "--data", data, "--image-size", 20), "20×20", "patch size")
+    assert_mistake(mixer("finetune", colour_weights, "--data", data, "--model", "B/16"), "--model")
+    assert_mistake(mixer("train", "--weights", colour_weights, "--data", data, "--num-blocks", 2), "--num-blocks")
+    assert_mistake(mixer("finetune", colour_weights, "--data", data, "--optimizer", "adam"), "adam", "sgd")
     assert [path.name for path in Path().iterdir()] == ["data"]
 
 
@@ -347,8 +347,8 @@ def test_the_same_command_prints_the_same_and_trains_no_more(mixer, searched) ->
 def test_another_transfer_in_the_folder_is_refused(mixer, searched) -> None:
     out, words, _ = searched
     before = (out / "summary.json").read_bytes()
-    assert_misload_weights(mixer(*words, "--learning-rates", 0.1, 0.2), str(out), "learning_rates differ", "--out")
-    assert_misload_weights(mixer(*words, "--learning-rate", 0.1), str(out), "exists", "--out")
+    assert_mistake(mixer(*words, "--learning-rates", 0.1, 0.2), str(out), "learning_rates differ", "--out")
+    assert_mistake(mixer(*words, "--learning-rate", 0.1), str(out), "exists", "--out")
     assert (out / "summary.json").read_bytes() == before
 
 
@@ -402,18 +402,18 @@ def test_mistakes_in_a_search_leave_nothing(mixer, colour_weights, photographs, 
     out = ("--out", tmp_path / "new" / "run")
     here = ("finetune", colour_weights)
     known = (*here, "--data", photographs)
-    assert_misload_weights(mixer(*here, "pet", "--data", photographs, *out), "unknown recipe 'pet'", "did you mean pets")
-    assert_misload_weights(mixer(*here, "vtab-svnh", *out), "did you mean vtab-svhn")
-    assert_misload_weights(mixer(*here, "vtab-svhn", *out), "no --data")
-    assert_misload_weights(mixer(*here, "imagenet", *out), "no --data")
-    assert_misload_weights(mixer(*here, "pets-small", "--data", tmp_path / "gone", *out), "gone", "give a folder")
-    assert_misload_weights(mixer(*known, "--learning-rates", 0.1, 0.1, *out), "--learning-rates 0.1 0.1", "twice")
-    assert_misload_weights(mixer(*known, "--learning-rates", 0.1, "nan", *out), "--learning-rates 0.1 nan", "above 0")
-    assert_misload_weights(mixer(*known, "--search-fraction", 1, *out), "--search-fraction 1", "below 1")
-    assert_misload_weights(mixer(*known, "--seeds", 0, *out), "--seeds 0", "at least 1")
-    assert_misload_weights(mixer(*known, "--image-size", 20, *out), "20×20", "patch size")
-    assert_misload_weights(mixer(*known, "--micro-batch-size", 5, *out), "--micro-batch-size 5", "--global-batch-size 64")
-    assert_misload_weights(mixer(*known, "--learning-rat", 5, *out), "--learning-rat", "did you mean --learning-rate")
+    assert_mistake(mixer(*here, "pet", "--data", photographs, *out), "unknown recipe 'pet'", "did you mean pets")
+    assert_mistake(mixer(*here, "vtab-svnh", *out), "did you mean vtab-svhn")
+    assert_mistake(mixer(*here, "vtab-svhn", *out), "no --data")
+    assert_mistake(mixer(*here, "imagenet", *out), "no --data")
+    assert_mistake(mixer(*here, "pets-small", "--data", tmp_path / "gone", *out), "gone", "give a folder")
+    assert_mistake(mixer(*known, "--learning-rates", 0.1, 0.1, *out), "--learning-rates 0.1 0.1", "twice")
+    assert_mistake(mixer(*known, "--learning-rates", 0.1, "nan", *out), "--learning-rates 0.1 nan", "above 0")
+    assert_mistake(mixer(*known, "--search-fraction", 1, *out), "--search-fraction 1", "below 1")
+    assert_mistake(mixer(*known, "--seeds", 0, *out), "--seeds 0", "at least 1")
+    assert_mistake(mixer(*known, "--image-size", 20, *out), "20×20", "patch size")
+    assert_mistake(mixer(*known, "--micro-batch-size", 5, *out), "--micro-batch-size 5", "--global-batch-size 64")
+    assert_mistake(mixer(*known, "--learning-rat", 5, *out), "--learning-rat", "did you mean --learning-rate")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -421,7 +421,7 @@ def test_classes_of_one_image_leave_none_to_choose_by(mixer, colour_weights, pic
     data = pictures(tmp_path / "data", {"train/red": 1, "train/blue": 1, "test/red": 1, "test/blue": 1})
     words = ("finetune", colour_weights, "--data", data, "--steps", 1, "--global-batch-size", 2, *QUICK)
     answer = mixer(*words, "--out", tmp_path / "run")
-    assert_misload_weights(answer, "of 2 images leaves none to choose by", "give one --learning-rate")
+    assert_mistake(answer, "of 2 images leaves none to choose by", "give one --learning-rate")
     assert not (tmp_path / "run").exists()
     assert_done(mixer(*words, "--learning-rate", 0.1, "--out", tmp_path / "run"))
 
@@ -445,12 +445,12 @@ def test_a_twin_of_a_pretraining_recipe_trains(mixer, tmp_path) -> None:
 def test_pretraining_without_data_says_what_to_do(mixer, recipe, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)  # where there is no folder of that name
     answer = mixer("train", recipe)
-    assert_misload_weights(answer, "no data at", f"'{recipe.split('-')[0]}'", "give a folder of images")
+    assert_mistake(answer, "no data at", f"'{recipe.split('-')[0]}'", "give a folder of images")
     assert len(answer.err.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_pretraining_recipe_of_no_such_name(mixer) -> None:
-    assert_misload_weights(mixer("train", "imagenet-b61"), "'imagenet-b61'", "did you mean imagenet-", "jft-h14")
-    assert_misload_weights(mixer("train", "imagenet"), "'imagenet'", "did you mean imagenet-")
-    assert_misload_weights(mixer("train", "pets"), "'pets'", "there are digits")  # that is one of finetune's
+    assert_mistake(mixer("train", "imagenet-b61"), "'imagenet-b61'", "did you mean imagenet-", "jft-h14")
+    assert_mistake(mixer("train", "imagenet"), "'imagenet'", "did you mean imagenet-")
+    assert_mistake(mixer("train", "pets"), "'pets'", "there are digits")  # that is one of finetune's

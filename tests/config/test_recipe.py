@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from small_runs import evaluator_of
 
 from allmlp.config.limits import flag
 from allmlp.config.recipe import (
@@ -456,6 +457,6 @@ def test_choosing_by_validation_needs_validation_images(choice: dict[str, Any], 
         recipe, data=dataclasses.replace(recipe.data, val_fraction=0.0), run=RunRecipe(device="cpu", **choice)
     )
     (name,) = choice
-    with pytest.raises(UserError, match=rf"--{name}.* goes by validation .* give a --val-fraction above 0"):
-        train(recipe, tmp_path / "run", lambda *_, **__: None, Silent())
+    with pytest.raises(UserError, match=rf"--{name}.* needs validation .* give a --val-fraction above 0"):
+        train(recipe, tmp_path / "run", evaluator_of(lambda *_, **__: None), Silent())
     assert not (tmp_path / "run").exists()

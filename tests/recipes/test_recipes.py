@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from small_runs import evaluator_of
 
 import allmlp
 from allmlp.config.recipe import Recipe, Transfer
@@ -15,8 +16,7 @@ from allmlp.errors import UserError
 from allmlp.recipes import RECIPES, TRANSFERS, get_recipe, get_transfer
 from allmlp.recipes.finetune import resolution, vtab
 from allmlp.runs.result import RunResult
-from allmlp.training.build import build_mixing, build_optimizer, build_training_transform
-from allmlp.training.build import build_initializer
+from allmlp.training.build import build_initializer, build_mixing, build_optimizer, build_training_transform
 from allmlp.training.run import train
 
 PAPER = Path(__file__).resolve().parents[3] / "shared" / "paper"
@@ -306,7 +306,9 @@ class Silent:
 def one_step(recipe: Recipe, out: Path) -> RunResult[Any]:
     """Trains the recipe's first step; the evaluations are made up."""
     recipe = changed(changed(recipe, "optimization", steps=1), "run", **LAPTOP)
-    return train(recipe, out, lambda *_, **__: SimpleNamespace(top1=0.5, loss=1.0, unreadable={}), Silent())
+    return train(
+        recipe, out, evaluator_of(lambda *_, **__: SimpleNamespace(top1=0.5, loss=1.0, unreadable={})), Silent()
+    )
 
 
 def moved(model: allmlp.Mixer, start: allmlp.Mixer) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from reference import randomise
+from small_runs import evaluator_of
 
 from allmlp.config.recipe import ModelRecipe, Recipe, RunRecipe
 from allmlp.config.serialize import from_json, to_json_object
@@ -282,7 +283,7 @@ def test_sizes_beside_weights_are_a_mistake(weights: str, tmp_path: Path, name: 
 
 
 def test_neither_weights_nor_a_size() -> None:
-    with pytest.raises(UserError, match="no --image-size: give one, or --weights, whose size is then taken"):
+    with pytest.raises(UserError, match="no --image-size: give one, or --weights to use the size of the weights"):
         build_initializer(changed(digits(), "model", image_size=None))
 
 
@@ -320,7 +321,7 @@ def evaluated(model: Mixer, part: Any, **_options: Any) -> Any:
 
 
 def carried_out(recipe: Recipe, out: Path) -> RunResult:
-    return train(recipe, out, evaluated, Silent())
+    return train(recipe, out, evaluator_of(evaluated), Silent())
 
 
 def short(weights: str, **run: Any) -> Recipe:

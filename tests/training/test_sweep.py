@@ -25,13 +25,14 @@ from allmlp.data.dataset import DatasetSplits
 from allmlp.data.sources import load_source
 from allmlp.data.stores import FolderStore
 from allmlp.errors import RunError, UserError
-from allmlp.evaluation.classification import classify
+from allmlp.evaluation.classification import SplitEvaluator
 from allmlp.evaluation.run_report import write_run_report
 from allmlp.files import to_json
 from allmlp.runs.folder import run_folder
-from allmlp.training.fit import Diverged
-from allmlp.training.run import read_source, train
-from allmlp.training.sweep import spread, transfer
+from allmlp.training.build import build_data
+from allmlp.training.run import RunOptions, train
+from allmlp.training.sweep import mean_and_std, sweep
+from allmlp.training.trainer import Diverged
 from allmlp.weights.load import load
 
 RATES = (0.03, 0.003, 0.01)
@@ -110,7 +111,7 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 def test_the_rates_are_tried_in_order_and_then_each_seed_trains_with_the_best(tmp_path: Path) -> None:
     runs = Runs(tmp_path / "out")
-    transfer(plan(), tmp_path / "out", runs)
+    sweep(plan(), tmp_path / "out", runs)
     assert runs.folders == ORDER
     assert [(r.optimization.learning_rate, r.run.seed, r.data.holdout) for r in runs.recipes] == [
         *((rate, 5, 0.3) for rate in RATES),
@@ -120,7 +121,7 @@ def test_the_rates_are_tried_in_order_and_then_each_seed_trains_with_the_best(tm
 
 def test_nothing_else_of_the_recipe_changes(tmp_path: Path) -> None:
     runs, given = Runs(tmp_path / "out"), plan().recipe
-    transfer(plan(), tmp_path / "out", runs)
+    sweep(plan(), tmp_path / "out", runs)
     for recipe in runs.recipes:
         back = dataclasses.replace(
             recipe,
@@ -149,13 +150,13 @@ def test_the_best_held_out_accuracy_chooses_the_smaller_rate_on_ties(
 ) -> None:
     """A rate that is not there diverges: it is no accuracy of 0, which wins where it is the only one."""
     runs = Runs(tmp_path / "out", held_out)
-    assert transfer(plan(), tmp_path / "out", runs)["learning_rate"] == chosen
+    assert sweep(plan(), tmp_path / "out", runs)["learning_rate"] == chosen
     assert {recipe.optimization.learning_rate for recipe in runs.recipes[3:]} == {chosen}
 
 
 def test_without_rates_there_is_no_search(tmp_path: Path) -> None:
     runs = Runs(tmp_path / "out")
-    summary = transfer(plan(rates=()), tmp_path / "out", runs)
+    summary = sweep(plan(rates=()), tmp_path / "out", runs)
     assert runs.folders == ["seed-5", "seed-6", "seed-7"]
     assert {recipe.optimization.learning_rate for recipe in runs.recipes} == {0.2}
     assert (summary["learning_rate"], summary["search"]) == (0.2, {})
@@ -167,7 +168,7 @@ def test_without_rates_there_is_no_search(tmp_path: Path) -> None:
 
 def test_the_summary_is_the_first_seeds_with_the_rates_and_all_seeds(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    summary = transfer(plan(), out, Runs(out))
+    summary = sweep(plan(), out, Runs(out))
     assert json.loads((out / "summary.json").read_text()) == summary
     assert summary["test_top1_mean"] == pytest.approx(0.7)
     assert summary["test_top1_std"] == pytest.approx(0.2)  # (0.2² + 0² + 0.2²) / (3 − 1)
@@ -184,7 +185,7 @@ def test_the_summary_is_the_first_seeds_with_the_rates_and_all_seeds(tmp_path: P
 
 def test_the_folder_holds_the_first_seeds_weights_report_and_examples(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    transfer(plan(), out, Runs(out))
+    sweep(plan(), out, Runs(out))
     assert {path.name for path in out.iterdir()} == {
         *(*COPIED, "examples", "summary.json", "transfer.json", "search", "seed-5", "seed-6", "seed-7")
     }
@@ -198,7 +199,7 @@ def test_the_folder_holds_the_first_seeds_weights_report_and_examples(tmp_path: 
 
 @pytest.mark.parametrize("seeds", [1, 2])
 def test_one_run_has_no_deviation(seeds: int, tmp_path: Path) -> None:
-    summary = transfer(plan(seeds=seeds), tmp_path / "out", Runs(tmp_path / "out"))
+    summary = sweep(plan(seeds=seeds), tmp_path / "out", Runs(tmp_path / "out"))
     assert summary["test_top1s"] == [0.5, 0.7][:seeds]
     assert summary["test_top1_mean"] == pytest.approx(0.5 if seeds == 1 else 0.6)
     assert summary["test_top1_std"] == (None if seeds == 1 else pytest.approx(0.02**0.5))
@@ -206,7 +207,7 @@ def test_one_run_has_no_deviation(seeds: int, tmp_path: Path) -> None:
 
 
 def test_a_source_without_test_images_has_no_accuracies(tmp_path: Path) -> None:
-    summary = transfer(plan(), tmp_path / "out", Runs(tmp_path / "out", test=None))
+    summary = sweep(plan(), tmp_path / "out", Runs(tmp_path / "out", test=None))
     assert summary["test_top1s"] == [None, None, None]
     assert (summary["test_top1"], summary["test_top1_mean"], summary["test_top1_std"]) == (None, None, None)
     assert summary["learning_rate"] == 0.01  # it was chosen all the same
@@ -214,11 +215,11 @@ def test_a_source_without_test_images_has_no_accuracies(tmp_path: Path) -> None:
 
 def test_spread_is_that_of_a_sample() -> None:
     accuracies = [0.25, 0.5, 0.875, 0.375]
-    assert spread([*accuracies]) == {
+    assert mean_and_std([*accuracies]) == {
         "test_top1_mean": statistics.fmean(accuracies),
         "test_top1_std": pytest.approx(torch.tensor(accuracies, dtype=torch.float64).std(correction=1).item()),
     }
-    assert spread([]) == spread([None]) == {"test_top1_mean": None, "test_top1_std": None}
+    assert mean_and_std([]) == mean_and_std([None]) == {"test_top1_mean": None, "test_top1_std": None}
 
 
 # A rate that diverges
@@ -228,7 +229,7 @@ def test_a_rate_that_diverges_counts_as_none_and_is_said(tmp_path: Path, caplog:
     out = tmp_path / "out"
     runs = Runs(out, {0.003: 0.1, 0.01: 0.2})
     with caplog.at_level(logging.INFO, "allmlp"):
-        summary = transfer(plan(), out, runs)
+        summary = sweep(plan(), out, runs)
     assert runs.folders == ORDER
     assert summary["search"] == {"0.03": None, "0.003": 0.1, "0.01": 0.2}
     (said,) = [record for record in caplog.records if record.levelno == logging.WARNING]
@@ -236,15 +237,17 @@ def test_a_rate_that_diverges_counts_as_none_and_is_said(tmp_path: Path, caplog:
     failed = json.loads((out / "search" / "rate-0.03" / "summary.json").read_text())
     assert failed == {"val_top1": None, "test_top1": None, "failed": "step 2: loss nan: diverged at 0.03"}
     again = Runs(out, {})
-    assert transfer(plan(), out, again) == summary
+    assert sweep(plan(), out, again) == summary
     assert again.folders == []  # it would only diverge again
 
 
 def test_all_rates_diverging_is_a_run_error(tmp_path: Path) -> None:
     out = tmp_path / "out"
     runs = Runs(out, {})
-    with pytest.raises(RunError, match=r"every learning rate diverged: 0\.03, 0\.003, 0\.01; give lower --learning-ra"):
-        transfer(plan(), out, runs)
+    with pytest.raises(
+        RunError, match=r"diverged at every learning rate \(0\.03, 0\.003, 0\.01\): give lower --learning-ra"
+    ):
+        sweep(plan(), out, runs)
     assert runs.folders == ORDER[:3]
     assert not (out / "summary.json").exists()
     assert (out / "search" / "rate-0.01" / "checkpoints" / "last.safetensors").exists()  # as its message said
@@ -253,7 +256,7 @@ def test_all_rates_diverging_is_a_run_error(tmp_path: Path) -> None:
 def test_a_last_run_that_diverges_is_a_run_error(tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(RunError, match=r"diverged at 0\.01"):
-        transfer(plan(), out, Runs(out, test={5: 0.5, 7: 0.9}))
+        sweep(plan(), out, Runs(out, test={5: 0.5, 7: 0.9}))
     assert not (out / "summary.json").exists()
     assert (out / "seed-5" / "report.html").exists()
 
@@ -268,16 +271,16 @@ def test_called_again_it_goes_on_where_it_was_stopped(
     number: int, saved: bool, kind: type[BaseException], tmp_path: Path
 ) -> None:
     whole, out = tmp_path / "whole", tmp_path / "new" / "out"
-    expected = transfer(plan(), whole, Runs(whole))
+    expected = sweep(plan(), whole, Runs(whole))
     stopped, then = Runs(out, stop=(number, kind("stopped"), saved)), Runs(out)
     with pytest.raises(kind, match="stopped"):
-        transfer(plan(), out, stopped)
+        sweep(plan(), out, stopped)
     assert stopped.folders == ORDER[: number + 1]
     kept = number > 0 or saved
     assert out.exists() == kept  # of a first run without a checkpoint nothing is kept, nor of the folders on the way
     assert (tmp_path / "new").exists() == kept
     before = {name: content for name, content in tree(out).items() if not name.startswith(ORDER[number])}
-    assert transfer(plan(), out, then) == expected
+    assert sweep(plan(), out, then) == expected
     assert then.folders == ORDER[number:]  # those before are not repeated
     assert tree(out) == tree(whole)
     assert before.items() <= tree(out).items()
@@ -287,7 +290,7 @@ def test_called_again_it_goes_on_where_it_was_stopped(
 def test_a_run_killed_while_its_report_was_written_is_gone_on_with(number: int, tmp_path: Path) -> None:
     """With no chance to take anything away: all is there but the report, which comes last."""
     out = tmp_path / "out"
-    expected = transfer(plan(), out, Runs(out))
+    expected = sweep(plan(), out, Runs(out))
     whole = tree(out)
     for folder in ORDER[number + 1 :]:
         for path in sorted((out / folder).rglob("*"), reverse=True):
@@ -296,20 +299,20 @@ def test_a_run_killed_while_its_report_was_written_is_gone_on_with(number: int, 
     (out / ORDER[number] / "report.html").unlink()
     (out / ORDER[number] / "model.safetensors").write_text("half")
     then = Runs(out)
-    assert transfer(plan(), out, then) == expected
+    assert sweep(plan(), out, then) == expected
     assert then.folders == ORDER[number:]
     assert tree(out) == whole
 
 
 def test_a_whole_transfer_is_not_repeated(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     out = tmp_path / "out"
-    expected, before = transfer(plan(), out, Runs(out)), tree(out)
+    expected, before = sweep(plan(), out, Runs(out)), tree(out)
     again = Runs(out)
     with caplog.at_level(logging.INFO, "allmlp"):
-        assert transfer(plan(), out, again) == expected
+        assert sweep(plan(), out, again) == expected
     assert again.folders == []
     assert tree(out) == before
-    assert f"going on with the transfer in {out}" in caplog.messages
+    assert f"resuming the transfer in {out}" in caplog.messages
 
 
 @pytest.mark.parametrize(
@@ -332,13 +335,13 @@ def test_another_plan_in_the_folder_is_refused_with_the_difference(
 ) -> None:
     out = tmp_path / "out"
     if finished:
-        transfer(plan(), out, Runs(out))
+        sweep(plan(), out, Runs(out))
     else:
         with pytest.raises(KeyboardInterrupt):
-            transfer(plan(), out, Runs(out, stop=(2, KeyboardInterrupt(), True)))
+            sweep(plan(), out, Runs(out, stop=(2, KeyboardInterrupt(), True)))
     before, runs = tree(out), Runs(out)
     with pytest.raises(UserError, match=rf"holds another transfer \({named} differ\): .* or name another --out"):
-        transfer(other, out, runs)
+        sweep(other, out, runs)
     assert runs.folders == []
     assert tree(out) == before
 
@@ -350,13 +353,13 @@ def test_a_folder_of_something_else_is_refused_and_left(name: str, tmp_path: Pat
     (out / name).write_text("precious")
     runs = Runs(out)
     with pytest.raises(UserError, match="holds no unfinished transfer: name another folder with --out, or remove it"):
-        transfer(plan(), out, runs)
+        sweep(plan(), out, runs)
     assert runs.folders == []
     assert tree(out) == {name: b"precious"}
 
 
 def test_an_empty_folder_is_taken(tmp_path: Path) -> None:
-    transfer(plan(), tmp_path, Runs(tmp_path))
+    sweep(plan(), tmp_path, Runs(tmp_path))
     assert (tmp_path / "summary.json").exists()
 
 
@@ -367,7 +370,7 @@ def test_an_empty_folder_is_taken(tmp_path: Path) -> None:
 def test_a_mistake_in_the_first_run_leaves_nothing(kind: type[Exception], tmp_path: Path) -> None:
     out = tmp_path / "new" / "deeper" / "out"
     with pytest.raises(RunError if kind is OSError else kind):  # of the disk, it is told as a failed run
-        transfer(plan(), out, Runs(out, stop=(0, kind("wrong"), False)))
+        sweep(plan(), out, Runs(out, stop=(0, kind("wrong"), False)))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -375,7 +378,7 @@ def test_folders_that_were_there_stay(tmp_path: Path) -> None:
     (tmp_path / "runs").mkdir()
     out = tmp_path / "runs" / "deeper" / "out"
     with pytest.raises(UserError):
-        transfer(plan(), out, Runs(out, stop=(0, UserError("wrong"), False)))
+        sweep(plan(), out, Runs(out, stop=(0, UserError("wrong"), False)))
     assert [path.name for path in tmp_path.rglob("*")] == ["runs"]
 
 
@@ -383,12 +386,12 @@ def test_folders_that_were_there_stay(tmp_path: Path) -> None:
 def test_a_mistake_in_a_later_run_keeps_the_finished_ones(number: int, tmp_path: Path) -> None:
     out = tmp_path / "new" / "out"
     with pytest.raises(UserError):
-        transfer(plan(), out, Runs(out, stop=(number, UserError("wrong"), False)))
+        sweep(plan(), out, Runs(out, stop=(number, UserError("wrong"), False)))
     for folder in ORDER[:number]:
         assert (out / folder / "report.html").exists()
     assert not (out / ORDER[number]).exists()
     then = Runs(out)
-    transfer(plan(), out, then)
+    sweep(plan(), out, then)
     assert then.folders == ORDER[number:]
 
 
@@ -396,7 +399,7 @@ def test_a_mistake_in_a_later_run_keeps_the_finished_ones(number: int, tmp_path:
 def test_a_plan_out_of_range_is_refused_before_a_folder_is_made(wrong: dict[str, Any], tmp_path: Path) -> None:
     runs = Runs(tmp_path / "out")
     with pytest.raises(UserError, match="--"):
-        transfer(plan(**wrong), tmp_path / "out", runs)
+        sweep(plan(**wrong), tmp_path / "out", runs)
     assert runs.folders == []
     assert list(tmp_path.iterdir()) == []
 
@@ -425,7 +428,7 @@ class Real:
 
     def __call__(self, recipe: Recipe, folder: Path) -> dict[str, Any]:
         self.watch(folder.relative_to(self.out).as_posix())
-        done = train(recipe, folder, classify, self.bar, resume=True)
+        done = train(recipe, folder, SplitEvaluator, self.bar, RunOptions(resume=True))
         write_run_report(done)
         self.sources[folder.relative_to(self.out).as_posix()] = done.data
         return done.summary
@@ -464,7 +467,7 @@ def test_the_search_sees_no_test_image_and_the_last_runs_all_training_images(
 
     monkeypatch.setattr(FolderStore, "open", recorded)
     one = Real(out, watch=at.append)
-    summary = transfer(real(colour_weights, photographs, learning_rates=(0.1, 0.01), seeds=2), out, one)
+    summary = sweep(real(colour_weights, photographs, learning_rates=(0.1, 0.01), seeds=2), out, one)
     given = load_source(str(photographs))
     training = set(given.split("train").names)
     assert at == ["search/rate-0.1", "search/rate-0.01", "seed-0", "seed-1"]
@@ -489,8 +492,8 @@ def test_the_search_sees_no_test_image_and_the_last_runs_all_training_images(
 @pytest.mark.parametrize("val_fraction", [0.0, 0.2])
 def test_images_are_held_out_in_place_of_validation_not_beside_it(val_fraction: float) -> None:
     """Whatever --val-fraction says of the runs after the search."""
-    whole = read_source(Recipe(data=DataRecipe(data="digits", val_fraction=0.0)))
-    held = read_source(Recipe(data=DataRecipe(data="digits", val_fraction=val_fraction, holdout=0.3)))
+    whole = build_data(Recipe(data=DataRecipe(data="digits", val_fraction=0.0)))
+    held = build_data(Recipe(data=DataRecipe(data="digits", val_fraction=val_fraction, holdout=0.3)))
     assert set(held.splits) == {"train", "val"}
     assert {*held.split("train").names, *held.split("val").names} == set(whole.split("train").names)
     assert len(held.split("val")) == pytest.approx(0.3 * len(whole.split("train")), abs=10)
@@ -503,12 +506,12 @@ def test_interrupted_amid_training_it_ends_with_the_same_weights(
     settings = real(colour_weights, photographs, learning_rates=(0.1, 0.01))
     whole, out = tmp_path / "whole", tmp_path / "out"
     bar = Bar()
-    expected = transfer(settings, whole, Real(whole, bar))
+    expected = sweep(settings, whole, Real(whole, bar))
     words = bar.told // 3
     for stop in (words + 2, 2 * words):
         with pytest.raises(KeyboardInterrupt):
-            transfer(settings, out, Real(out, Bar(stop)))
-    found = transfer(settings, out, Real(out))
+            sweep(settings, out, Real(out, Bar(stop)))
+    found = sweep(settings, out, Real(out))
     measured = ("learning_rate", "search", "seeds", "test_top1s", "val_top1", "steps", "images", "parameters")
     assert {key: found[key] for key in measured} == {key: expected[key] for key in measured}
     one, other = (load(folder / "model.safetensors").state_dict() for folder in (whole, out))
@@ -523,7 +526,7 @@ def test_a_rate_that_diverges_in_truth(
     """The two classes have the same images, so that no step, however long, ends in peace."""
     data = pictures(tmp_path / "data", {"train/grey": 8, "train/gray": 8})
     settings = real(colour_weights, data, learning_rates=(1e30, 0.01))
-    summary = transfer(settings, tmp_path / "out", Real(tmp_path / "out"))
+    summary = sweep(settings, tmp_path / "out", Real(tmp_path / "out"))
     assert summary["learning_rate"] == 0.01
     assert summary["search"]["1e+30"] is None
     assert summary["search"]["0.01"] is not None
