@@ -33,7 +33,7 @@ from allmlp.data.dataset import DatasetSplits, ImageDataset
 from allmlp.data.stores import ArrayStore
 from allmlp.device import select_precision
 from allmlp.recipes import get_recipe
-from allmlp.training.compilation import made_ready
+from allmlp.training.compilation import compile_model
 from allmlp.training.fit import make_batches, make_mixing, make_optimizer
 from allmlp.training.initialization import prepare
 from allmlp.training.loop import train_steps
@@ -76,7 +76,7 @@ def saving(recipe: Recipe, source: DatasetSplits, stretch: int, pairs: int) -> d
     steps, seconds = stretch * len(kinds), []
     model = prepare(recipe)(source.classes)
     ready = {"batch_size": settings.global_batch_size, "training_flop": 1.0, "device": CPU, "precision": precision}
-    forward, _ = made_ready(model, "on", **ready)
+    forward, _ = compile_model(model, "on", **ready)
     update = OptimizerStep(make_optimizer(settings, model), settings.clip_norm)
     state = TrainingState(model, update, None)
     with tempfile.TemporaryDirectory() as folder:

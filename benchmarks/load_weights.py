@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from common import machine, print_table, write_results
 
-from allmlp.variants import create
+from allmlp.factory import create
 from allmlp.weights.convert import save_as
 
 CONTESTANTS = {  # label → (loader, file)

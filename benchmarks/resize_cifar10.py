@@ -27,6 +27,7 @@ from allmlp.data.dataset import ImageDataset
 from allmlp.data.loader import Batch
 from allmlp.data.sources import load_source
 from allmlp.data.transforms import normalise
+from allmlp.factory import create
 from allmlp.metadata import Preprocessing
 from allmlp.model import Mixer
 from allmlp.training.loop import train_steps
@@ -34,7 +35,6 @@ from allmlp.training.losses import softmax
 from allmlp.training.optimizer import adamw, sgd
 from allmlp.training.optimizer_step import OptimizerStep
 from allmlp.training.schedules import learning_rate
-from allmlp.variants import create
 from allmlp.weights.load import load
 from allmlp.weights.native import save
 from allmlp.weights.resize import resize

@@ -16,7 +16,7 @@ from timm.models.mlp_mixer import MlpMixer
 from torch import Tensor, nn
 
 import allmlp
-from allmlp.training.compilation import made_ready
+from allmlp.training.compilation import compile_model
 from allmlp.training.losses import softmax
 from allmlp.training.recompute import recompute_blocks
 
@@ -47,7 +47,7 @@ def ours(recompute: bool, compile_it: bool, batch: int) -> int:
     if recompute:
         recompute_blocks(model)
     mode = "on" if compile_it else "off"
-    forward, _ = made_ready(model, mode, batch_size=batch, training_flop=1.0, device=CPU, precision=torch.bfloat16)
+    forward, _ = compile_model(model, mode, batch_size=batch, training_flop=1.0, device=CPU, precision=torch.bfloat16)
     keys = torch.zeros(batch, dtype=torch.long)
     return kept_bytes(lambda images: forward(images, keys), model.train(), batch)
 

@@ -31,7 +31,7 @@ from allmlp.data.transforms import normalise
 from allmlp.device import autocast, select_device, select_precision
 from allmlp.metadata import Preprocessing
 from allmlp.recipes import get_recipe
-from allmlp.training.compilation import made_ready
+from allmlp.training.compilation import compile_model
 from allmlp.training.loop import train_steps
 from allmlp.training.losses import softmax
 from allmlp.training.memory import keep_freed_memory
@@ -62,7 +62,7 @@ def random_batches(batch_size: int, image_size: int, classes: int) -> Iterator[B
 
 def ours(sizes: dict[str, int], classes: int, batch: int, device: torch.device, precision: torch.dtype) -> Step:
     model = allmlp.create(num_classes=classes, seed=0, **sizes).to(device)
-    forward, _ = made_ready(model, "on", batch_size=batch, training_flop=1.0, device=device, precision=precision)
+    forward, _ = compile_model(model, "on", batch_size=batch, training_flop=1.0, device=device, precision=precision)
     steps = train_steps(
         model,
         forward,

@@ -1,11 +1,13 @@
-"""MLP-Mixer a second time, from the paper's equations in float64 NumPy: what the tests compare the package with."""
+"""An independent MLP-Mixer in float64 NumPy, from the paper's equations, and small models to compare with it."""
 
 import math
 from collections.abc import Callable
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from allmlp.model import Mixer
 
 Array = np.ndarray
 
@@ -145,3 +147,40 @@ def randomise(model: nn.Module, seed: int) -> None:
                 parameter.normal_(0, parameter[0].numel() ** -0.5, generator=generator)
             else:
                 parameter.normal_(0 if name.endswith("bias") else 1, 0.3, generator=generator)
+
+
+SMALL = {
+    "num_classes": 5,
+    "image_size": 12,
+    "patch_size": 4,
+    "num_blocks": 3,
+    "hidden_dim": 16,
+    "tokens_mlp_dim": 10,
+    "channels_mlp_dim": 24,
+    "seed": 0,
+}
+
+
+def small(**options) -> Mixer:
+    return Mixer(**SMALL | options)
+
+
+def random_model(seed: int = 1, **options) -> Mixer:
+    """Float64, every parameter random: a fresh head is zero, and its logits agree with anything."""
+    model = small(**options).double().eval()
+    randomise(model, seed)
+    return model
+
+
+def random_images(model: Mixer, batch: int = 3, seed: int = 2) -> Tensor:
+    shape = (batch, model.stem.in_channels, *model.image_size)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def close(actual: Tensor, expected: Tensor | np.ndarray, tolerance: float = 1e-10) -> bool:
+    expected = torch.as_tensor(expected)
+    return actual.shape == expected.shape and (actual - expected).abs().max().item() <= tolerance

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from allmlp.flops import cost
+from allmlp.factory import build_meta
+from allmlp.flops import Cost, cost
 from allmlp.model import Mixer
 from allmlp.variants import VARIANTS
 
@@ -23,6 +24,10 @@ def config(name: str, image_size: int = 224, num_classes: int = 1000) -> dict:
     return VARIANTS[name] | {"image_size": image_size, "num_classes": num_classes}
 
 
+def cost_of(settings: dict) -> Cost:
+    return cost(build_meta(settings))
+
+
 def macs(c: dict) -> int:
     """Of the stem, both MLPs of every block, and the head."""
     height, width = (c["image_size"],) * 2 if isinstance(c["image_size"], int) else c["image_size"]
@@ -35,19 +40,19 @@ def macs(c: dict) -> int:
 
 @pytest.mark.parametrize("settings", [config("B/16"), config("B/32", 448), config("S/16", num_classes=0), TINY])
 def test_macs_are_those_of_the_formula(settings: dict) -> None:
-    found = cost(settings)
+    found = cost_of(settings)
     assert found.macs == macs(settings)
     assert found.flops == 2 * found.macs
 
 
 def test_b16_takes_12_6_billion_multiplications() -> None:
-    found = cost(config("B/16"))
+    found = cost_of(config("B/16"))
     assert found.macs / 1e9 == pytest.approx(12.6, abs=0.05)
     assert found.parameters == 59_880_472
 
 
 def test_parameters_are_those_of_the_model() -> None:
-    assert cost(TINY).parameters == sum(p.numel() for p in Mixer(**TINY, seed=0).parameters())
+    assert cost_of(TINY).parameters == sum(p.numel() for p in Mixer(**TINY, seed=0).parameters())
 
 
 def saved_bytes(settings: dict) -> int:
@@ -69,11 +74,11 @@ def saved_bytes(settings: dict) -> int:
 
 @pytest.mark.parametrize("options", [{}, {"num_blocks": 1}, {"gelu": "erf"}, {"in_channels": 1}, {"num_classes": 0}])
 def test_activation_bytes_are_those_of_a_real_forward_pass(options: dict) -> None:
-    assert cost(TINY | options).activation_bytes == saved_bytes(TINY | options)
+    assert cost_of(TINY | options).activation_bytes == saved_bytes(TINY | options)
 
 
 def test_activation_bytes_grow_by_the_same_for_every_block() -> None:
-    found = [cost(TINY | {"num_blocks": n}).activation_bytes for n in (1, 2, 3, 6)]
+    found = [cost_of(TINY | {"num_blocks": n}).activation_bytes for n in (1, 2, 3, 6)]
     assert found[1] - found[0] == found[2] - found[1] == (found[3] - found[2]) / 3 > 0
     tokens, channels = 6, 16
     hidden = tokens * TINY["channels_mlp_dim"] + channels * TINY["tokens_mlp_dim"]
@@ -82,7 +87,11 @@ def test_activation_bytes_grow_by_the_same_for_every_block() -> None:
 
 
 def test_nothing_is_computed_and_no_random_number_is_drawn_for_h14() -> None:
-    found = cost(config("H/14"))
+    found = cost_of(config("H/14"))
     assert found.parameters == 432_350_952
     assert found.macs == macs(config("H/14"))
     assert torch.empty(0).device.type == "cpu"
+
+
+def test_a_model_with_memory_costs_the_same() -> None:
+    assert cost(Mixer(**TINY, seed=0)) == cost_of(TINY)

@@ -7,8 +7,8 @@ import torch
 from reference import randomise
 from torch import Tensor
 
+from allmlp.factory import create
 from allmlp.model import Mixer
-from allmlp.variants import create
 
 timm = pytest.importorskip("timm")
 

@@ -1,25 +1,26 @@
 """MLP-Mixer (arXiv:2105.01601): create, train, load, save, predict.
 
-Names are resolved when they are used (PEP 562): importing the package imports no torch.
+Names are resolved on first use (PEP 562): importing the package does not import torch.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from allmlp.factory import create
     from allmlp.inference.predict import predict
-    from allmlp.model import Mixer
-    from allmlp.variants import create
+    from allmlp.model import Mixer, MixerBlock
     from allmlp.weights.load import load
     from allmlp.weights.native import save
     from allmlp.weights.push_to_hub import push_to_hub
     from allmlp.weights.resize import resize
 
-__all__ = ["Mixer", "create", "load", "predict", "push_to_hub", "resize", "save"]
+__all__ = ["Mixer", "MixerBlock", "create", "load", "predict", "push_to_hub", "resize", "save"]
 
-HOMES = {
+MODULES = {
     "Mixer": "allmlp.model",
-    "create": "allmlp.variants",
+    "MixerBlock": "allmlp.model",
+    "create": "allmlp.factory",
     "load": "allmlp.weights.load",
     "predict": "allmlp.inference.predict",
     "push_to_hub": "allmlp.weights.push_to_hub",
@@ -29,9 +30,9 @@ HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in HOMES:
+    if name not in MODULES:
         raise AttributeError(f"module 'allmlp' has no attribute {name!r}; it has {', '.join(__all__)}")
-    return getattr(importlib.import_module(HOMES[name]), name)
+    return getattr(importlib.import_module(MODULES[name]), name)
 
 
 def __dir__() -> list[str]:

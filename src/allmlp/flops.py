@@ -1,12 +1,22 @@
-"""What a Mixer costs, counted on the meta device: nothing is computed and no memory is used."""
+"""What a model costs. On the meta device (``factory.build_meta``) this computes nothing and uses no memory."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from allmlp.model import Mixer
+
+class ImageModel(Protocol):
+    """What is needed of a model to count its cost."""
+
+    in_channels: int
+    image_size: tuple[int, int]
+
+    def __call__(self, images: Tensor, /) -> Tensor: ...
+    def parameters(self) -> Iterator[nn.Parameter]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,28 +24,27 @@ class Cost:
     parameters: int
     macs: int  # multiply-accumulates of one image's forward pass, in matrix products and the stem; 1 MAC = 2 FLOP
     flops: int
-    activation_bytes: int  # kept for the backward pass of one image in float32, without parameters
+    activation_bytes: int  # kept for the backward pass of one image, in the model's precision, without parameters
 
 
-def cost(config: dict) -> Cost:
-    """The cost of ``Mixer(**config)`` for one image of its size."""
-    with torch.device("meta"):
-        model = Mixer(**config)
-        image = torch.empty(1, model.config["in_channels"], *model.image_size)
-    kept: dict[int, Tensor] = {}
-    own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+def cost(model: ImageModel) -> Cost:
+    """Counts the cost of one image of the model's size."""
+    parameters = list(model.parameters())
+    image = torch.empty(1, model.in_channels, *model.image_size, device=parameters[0].device)
+    parameter_storages = {parameter.untyped_storage()._cdata for parameter in parameters}
+    saved: dict[int, Tensor] = {}
 
-    def keep(tensor: Tensor) -> Tensor:
-        if tensor.untyped_storage()._cdata not in own:
-            kept[tensor.untyped_storage()._cdata] = tensor  # one storage may be saved through several views
+    def record(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage()._cdata not in parameter_storages:
+            saved[tensor.untyped_storage()._cdata] = tensor  # one storage may be saved through several views
         return tensor
 
-    with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+    with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(record, lambda t: t):
         model(image)
     flops = counter.get_total_flops()
     return Cost(
-        parameters=sum(p.numel() for p in model.parameters()),
+        parameters=sum(parameter.numel() for parameter in parameters),
         macs=flops // 2,
         flops=flops,
-        activation_bytes=sum(t.untyped_storage().nbytes() for t in kept.values()),
+        activation_bytes=sum(tensor.untyped_storage().nbytes() for tensor in saved.values()),
     )

@@ -3,62 +3,39 @@
 B images, S patches ("tokens"), C channels. One MLP mixes across patches, one across channels; nothing else does.
 """
 
-import hashlib
-import math
-import operator
-from collections.abc import Callable, Sequence
-from typing import Literal
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from allmlp.errors import UserError
+from allmlp.dropout import Dropout, DropPath
+from allmlp.initial_weights import init_weights
 from allmlp.metadata import Metadata
-from allmlp.rng import uniform
-
-Gelu = Literal["tanh", "erf"]
-Size = int | tuple[int, int]
-
-
-def gelu(x: Tensor, form: Gelu) -> Tensor:
-    """σ of Eq. 1: the tanh approximation (flax's default, the authors' choice) or the exact erf form (timm's)."""
-    if form == "erf":
-        return F.gelu(x)
-    if torch.compiler.is_compiling():  # ½(1 + tanh u) = sigmoid(2u): the same function, twice as fast once compiled
-        return x * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x))
-    return F.gelu(x, approximate="tanh")
+from allmlp.sizes import Gelu, Size, check_any_present, check_config, check_images, check_mask
 
 
 class MlpBlock(nn.Module):
-    """Two dense layers with a GELU between them, over the last axis: (…, dim) → (…, dim)."""
+    """W₂ σ(W₁ x), two dense layers with a GELU between them, over the last axis: (B, …, dim) → (B, …, dim)."""
 
-    def __init__(self, dim: int, hidden_dim: int, form: Gelu, dropout: float = 0.0, place: int = 0) -> None:
+    def __init__(self, dim: int, hidden_dim: int, gelu: Gelu = "tanh", dropout: float = 0.0, stream: int = 0) -> None:
         super().__init__()
         self.dense_0 = nn.Linear(dim, hidden_dim)
         self.dense_1 = nn.Linear(hidden_dim, dim)
-        self.form: Gelu = form
-        self.dropout, self.place = dropout, place
+        self.gelu = nn.GELU(approximate="tanh" if gelu == "tanh" else "none")
+        self.dropout_0, self.dropout_1 = Dropout(dropout, stream), Dropout(dropout, stream + 1)
 
     def forward(self, x: Tensor, keys: Tensor | None = None) -> Tensor:
-        hidden = self.dense_0(x)
-        if self.training and torch.compiler.is_compiling():  # there, the GELU is cheaper computed twice than kept
-            return checkpoint(self.second, hidden, keys, use_reentrant=False, preserve_rng_state=keys is None)
-        return self.second(hidden, keys)
-
-    def second(self, hidden: Tensor, keys: Tensor | None) -> Tensor:
-        return self.drop(self.dense_1(self.drop(gelu(hidden, self.form), keys, 0)), keys, 1)
-
-    def drop(self, x: Tensor, keys: Tensor | None, which: int) -> Tensor:
-        if not self.training or self.dropout == 0:
-            return x
-        keep = uniform(keys, self.place + which, x) >= self.dropout
-        return torch.where(keep, x / (1 - self.dropout), 0.0)
+        hidden = self.dropout_0(self.gelu(self.dense_0(x)), keys)
+        return self.dropout_1(self.dense_1(hidden), keys)
 
 
 class MixerBlock(nn.Module):
-    """Eq. 1: a token-mixing and a channel-mixing MLP, each behind a LayerNorm and a skip connection."""
+    """Eq. 1: a token-mixing and a channel-mixing MLP, each behind a LayerNorm and a skip connection.
+
+    Args:
+        tokens, channels, tokens_mlp_dim, channels_mlp_dim: S, C, D_S and D_C.
+        gelu, norm_eps, dropout, rescale: as for ``Mixer``.
+        drop_path: probability to drop a branch of this block in training.
+        index: of the block in its model; blocks with different indices draw different random masks.
+    """
 
     def __init__(
         self,
@@ -66,7 +43,8 @@ class MixerBlock(nn.Module):
         channels: int,
         tokens_mlp_dim: int,
         channels_mlp_dim: int,
-        form: Gelu = "tanh",
+        *,
+        gelu: Gelu = "tanh",
         norm_eps: float = 1e-6,
         dropout: float = 0.0,
         drop_path: float = 0.0,
@@ -74,23 +52,49 @@ class MixerBlock(nn.Module):
         index: int = 0,
     ) -> None:
         super().__init__()
-        self.place = 6 * index  # of its six random masks
+        stream = 6 * index  # a block has six random masks
         self.norm1 = nn.LayerNorm(channels, eps=norm_eps)
-        self.token_mixing = MlpBlock(tokens, tokens_mlp_dim, form, dropout, self.place + 2)
+        self.token_mixing = MlpBlock(tokens, tokens_mlp_dim, gelu, dropout, stream + 2)
+        self.token_drop_path = DropPath(drop_path, stream, rescale)
         self.norm2 = nn.LayerNorm(channels, eps=norm_eps)
-        self.channel_mixing = MlpBlock(channels, channels_mlp_dim, form, dropout, self.place + 4)
-        self.drop_path, self.rescale = drop_path, rescale
+        self.channel_mixing = MlpBlock(channels, channels_mlp_dim, gelu, dropout, stream + 4)
+        self.channel_drop_path = DropPath(drop_path, stream + 1, rescale)
 
-    def forward(self, x: Tensor, keys: Tensor | None = None) -> Tensor:  # (B, S, C); S patches, C channels
-        x = x + self.survive(self.token_mixing(self.norm1(x).mT, keys).mT, keys, 0)  # across patches, for all channels
-        return x + self.survive(self.channel_mixing(self.norm2(x), keys), keys, 1)  # across channels, for all patches
+    def forward(self, x: Tensor, keys: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """(B, S, C) → (B, S, C).
 
-    def survive(self, branch: Tensor, keys: Tensor | None, which: int) -> Tensor:
-        """Stochastic depth (Huang et al. 2016): training, an image loses this branch with probability drop_path."""
-        if not self.training or self.drop_path == 0:
-            return branch
-        keep = (uniform(keys, self.place + which, branch[:, :1, :1]) >= self.drop_path).to(branch.dtype)
-        return branch * (keep / (1 - self.drop_path) if self.rescale else keep)
+        ``mask``, (B, S) bool, is true where a token is present: what absent tokens hold, even NaN, then has no effect
+        on present ones or on gradients, and the output at absent tokens has no meaning. ``keys``: see ``Mixer.tokens``.
+        """
+        x = zero_absent(x, mask)
+        normed = zero_absent(self.norm1(x), mask)
+        x = x + self.token_drop_path(self.token_mixing(normed.mT, keys).mT, keys)  # across patches, for each channel
+        x = zero_absent(x, mask)
+        normed = zero_absent(self.norm2(x), mask)
+        return x + self.channel_drop_path(self.channel_mixing(normed, keys), keys)  # across channels, for each patch
+
+
+def zero_absent(x: Tensor, mask: Tensor | None) -> Tensor:
+    """(B, S, C) with zeros where the mask (B, S) is false; not by a product, which would keep a NaN."""
+    if mask is None:
+        return x
+    check_mask(mask, x)
+    return torch.where(mask.unsqueeze(-1), x, 0.0)
+
+
+def mean_pool(x: Tensor, mask: Tensor | None = None) -> Tensor:
+    """(B, S, C) → (B, C): the mean over the tokens that are present, by default all.
+
+    Raises:
+        UserError: a mask that is not (B, S) bool, or has a row with no token present.
+    """
+    if mask is None:
+        return x.mean(1)
+    x = zero_absent(x, mask)
+    check_any_present(mask)
+    present = mask.sum(1, keepdim=True).to(torch.promote_types(x.dtype, torch.float32))
+    scale = torch.full_like(present, x.shape[1]) / present  # exactly 1 if all are; a number / present would round
+    return (x.mean(1) * scale).to(x.dtype)
 
 
 class Mixer(nn.Module):
@@ -98,21 +102,21 @@ class Mixer(nn.Module):
 
     Args:
         num_classes: size of the head; 0 leaves it out.
-        image_size: height and width in pixels, or one number for both; each a multiple of the patch's.
+        image_size: in pixels, (height, width) or one number for both; a multiple of the patch size.
         patch_size: likewise; S = (H / patch height) · (W / patch width).
-        num_blocks, hidden_dim, tokens_mlp_dim, channels_mlp_dim: Table 1's layers, C, D_S and D_C.
+        num_blocks, hidden_dim, tokens_mlp_dim, channels_mlp_dim: Table 1's number of layers, C, D_S and D_C.
         in_channels: of the images.
-        gelu: "tanh" as the authors, "erf" for weights trained with timm.
+        gelu: "tanh" as in the authors' code, "erf" for weights trained with timm.
         norm_eps: added to the variance in every LayerNorm (1e-5 in lucidrains' port).
         dropout: after each dense layer of an MLP block (0 in every published setting).
-        stochastic_depth: probability to drop a branch; rises linearly over the blocks from 0 to this.
-        rescale: divide surviving branches by 1 − p (timm does, the authors' code does not).
+        stochastic_depth: probability to drop a branch in training; rises linearly over the blocks from 0 to this.
+        rescale: divide the branches that are kept by 1 − p (timm does, the authors' code does not).
         seed: of the initial weights; None draws one from torch's generator.
 
     Raises:
-        UserError: a size that is not a multiple of the patch's, not positive, or a rate outside [0, 1).
+        UserError: a size that is not positive or not a multiple of the patch size, or a rate outside [0, 1).
 
-    The attribute ``card`` holds class names and preprocessing, ``config`` these arguments, as ``save`` stores them.
+    The attribute ``metadata`` holds class names and preprocessing, ``config`` these arguments (without the seed).
     """
 
     def __init__(
@@ -134,15 +138,15 @@ class Mixer(nn.Module):
         seed: int | None = None,
     ) -> None:
         super().__init__()
-        self.config = {key: value for key, value in locals().items() if key not in ("self", "seed", "__class__")}
-        self.config |= {"image_size": as_pair(image_size), "patch_size": as_pair(patch_size)}
-        check(self.config)
+        arguments = {key: value for key, value in locals().items() if key not in ("self", "seed", "__class__")}
+        self.config = check_config(arguments)
+        self.num_classes, self.in_channels = self.config["num_classes"], self.config["in_channels"]
         self.image_size, self.patch_size = self.config["image_size"], self.config["patch_size"]
         self.grid = (self.image_size[0] // self.patch_size[0], self.image_size[1] // self.patch_size[1])
         self.metadata = Metadata()
 
-        where = torch.get_default_device()
-        with torch.device("meta"):  # no time is spent on initial weights that are not the authors'
+        device = torch.get_default_device()
+        with torch.device("meta"):  # PyTorch's default initial weights would only be overwritten
             self.stem = nn.Conv2d(in_channels, hidden_dim, self.patch_size, self.patch_size)
             self.blocks = nn.ModuleList(
                 MixerBlock(
@@ -150,32 +154,28 @@ class Mixer(nn.Module):
                     hidden_dim,
                     tokens_mlp_dim,
                     channels_mlp_dim,
-                    gelu,
-                    norm_eps,
-                    dropout,
-                    stochastic_depth * i / max(num_blocks - 1, 1),
-                    rescale,
+                    gelu=gelu,
+                    norm_eps=norm_eps,
+                    dropout=dropout,
+                    drop_path=stochastic_depth * i / max(num_blocks - 1, 1),
+                    rescale=rescale,
                     index=i,
                 )
                 for i in range(num_blocks)
             )
             self.pre_head_layer_norm = nn.LayerNorm(hidden_dim, eps=norm_eps)
             self.head = nn.Linear(hidden_dim, num_classes) if num_classes else nn.Identity()
-        if where.type != "meta":
-            self.to_empty(device=where)
+        if device.type != "meta":
+            self.to_empty(device=device)
             init_weights(self, int(torch.randint(2**62, (), device="cpu")) if seed is None else seed)
 
     def tokens(self, images: Tensor, keys: Tensor | None = None) -> Tensor:
-        """(B, in_channels, H, W) → (B, S, C): the tokens that the last block leaves, row by row.
+        """(B, in_channels, H, W) → (B, S, C): the tokens after the last block, in row-major order.
 
-        ``keys``, (B,) int64, say which masks of dropout and stochastic depth each image gets in training (see
-        ``masks.sample_keys``); without them torch's generator draws the masks.
+        ``keys``, (B,) int64, select each image's masks of dropout and stochastic depth in training (see
+        ``rng.sample_keys``); without them torch's generator draws the masks.
         """
-        if images.ndim != 4 or images.shape[2:] != self.image_size or images.shape[1] != self.stem.in_channels:
-            raise UserError(
-                f"images of shape {tuple(images.shape)}: this model takes (batch, {self.stem.in_channels}, "
-                f"{self.image_size[0]}, {self.image_size[1]}); resize the images, or create the model for their size"
-            )
+        check_images(images, self.in_channels, self.image_size)
         x = self.stem(images.to(self.stem.weight.dtype)).flatten(2).mT
         for block in self.blocks:
             x = block(x, keys)
@@ -183,76 +183,7 @@ class Mixer(nn.Module):
 
     def features(self, images: Tensor, keys: Tensor | None = None) -> Tensor:
         """(B, in_channels, H, W) → (B, C): the pre-logits, the mean over patches of the normalised tokens."""
-        return self.pre_head_layer_norm(self.tokens(images, keys)).mean(1)
+        return mean_pool(self.pre_head_layer_norm(self.tokens(images, keys)))
 
     def forward(self, images: Tensor, keys: Tensor | None = None) -> Tensor:
         return self.head(self.features(images, keys))
-
-
-def copy(parameter: Tensor, value: Tensor) -> None:
-    with torch.no_grad():
-        parameter.copy_(value)
-
-
-def init_weights(model: nn.Module, seed: int, put: Callable[[Tensor, Tensor], None] = copy) -> None:
-    """The authors' initial weights, each a function of (seed, its name) alone, on any device.
-
-    ``put`` writes a drawn value into its parameter, which may hold only a share of it.
-
-    Kernels and stem: LeCun normal as flax draws it, a normal cut at 2σ, corrected to variance 1/fan_in; the head's
-    kernel and every bias 0; LayerNorm scales 1.
-    """
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias") or name == "head.weight":
-            nn.init.zeros_(parameter)
-        elif parameter.ndim == 1:
-            nn.init.ones_(parameter)
-        else:
-            digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-            generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-            std = parameter.shape[1:].numel() ** -0.5 / 0.87962566  # the standard deviation of a normal cut at ±2
-            drawn = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
-            nn.init.trunc_normal_(drawn, std=std, a=-2 * std, b=2 * std, generator=generator)
-            put(parameter, drawn)
-
-
-def as_pair(size: Size) -> tuple[int, int]:
-    """(height, width) from one number for both, or from two."""
-    try:
-        if isinstance(size, Sequence):
-            height, width = size
-        else:
-            height = width = size
-        return operator.index(height), operator.index(width)
-    except (TypeError, ValueError):
-        raise UserError(f"size {size!r}: give a whole number of pixels, or two, (height, width)") from None
-
-
-def check(config: dict) -> None:
-    """Holds the arguments of ``Mixer`` to what they may be; counts become plain integers."""
-    counts = ("num_blocks", "hidden_dim", "tokens_mlp_dim", "channels_mlp_dim", "in_channels")
-    for key in (*counts, "num_classes"):
-        least = 1 if key in counts else 0
-        try:
-            config[key] = operator.index(config[key])
-        except TypeError:
-            raise UserError(f"{key} = {config[key]!r}: a whole number, at least {least}") from None
-        if config[key] < least:
-            raise UserError(f"{key} = {config[key]}: a whole number, at least {least}")
-    for key in ("image_size", "patch_size"):
-        if min(config[key]) < 1:
-            raise UserError(f"{key} = {config[key]}: at least 1 pixel")
-    (height, width), (patch_height, patch_width) = config["image_size"], config["patch_size"]
-    if height % patch_height or width % patch_width:
-        fit = [max(round(s / p), 1) * p for s, p in zip(config["image_size"], config["patch_size"], strict=True)]
-        raise UserError(
-            f"image size {height}×{width} is not a multiple of the patch size {patch_height}×{patch_width}: "
-            f"use {fit[0]}×{fit[1]}, or another patch size"
-        )
-    for key in ("dropout", "stochastic_depth"):
-        if not 0 <= config[key] < 1:
-            raise UserError(f"{key} = {config[key]}: a probability, at least 0 and below 1")
-    if not 0 < config["norm_eps"] < 1:
-        raise UserError(f"norm_eps = {config['norm_eps']}: a small positive number, 1e-6 in the authors' code")
-    if config["gelu"] not in ("tanh", "erf"):
-        raise UserError(f"gelu = {config['gelu']!r}: 'tanh' (the authors') or 'erf' (timm's)")

@@ -16,8 +16,9 @@ from allmlp.checkpointing.checkpoint import read, write
 from allmlp.distributed.context import SINGLE_PROCESS, DistributedContext
 from allmlp.distributed.parallelize import copy_to_shard, full_model, is_sharded, local_shard, norm, shard
 from allmlp.errors import RunError
+from allmlp.initial_weights import init_weights
 from allmlp.metadata import Metadata
-from allmlp.model import Mixer, init_weights
+from allmlp.model import Mixer
 from allmlp.training.ema import EMA
 from allmlp.training.optimizer import adamw
 from allmlp.training.optimizer_step import OptimizerStep

@@ -147,8 +147,8 @@ def test_pretraining_makes_the_model_of_table_1(name: str) -> None:
         model, plain = prepare(recipe)(CLASSES), allmlp.create(TABLE_4[name][0], num_classes=10)
     depth = recipe.model.stochastic_depth
     assert model.config == plain.config | {"stochastic_depth": depth}
-    assert model.blocks[0].drop_path == 0.0
-    assert model.blocks[-1].drop_path == depth
+    assert model.blocks[0].token_drop_path.rate == 0.0
+    assert model.blocks[-1].token_drop_path.rate == depth
 
 
 DATA_SETS = {"ImNet": "imagenet-", "ImNet-21k": "imagenet21k-", "JFT-300M": "jft-"}
@@ -323,7 +323,7 @@ def test_a_twin_trains(name: str, tmp_path: Path) -> None:
     assert done.metrics[0]["gradient_norm"] > 0
     assert moved(done.model, prepare(check(twin))(done.source.classes))
     assert all(parameter.isfinite().all() for parameter in done.model.parameters())
-    assert [block.drop_path for block in done.model.blocks] == [0.0, original.model.stochastic_depth]
+    assert [block.token_drop_path.rate for block in done.model.blocks] == [0.0, original.model.stochastic_depth]
     # at the start the logits are the head's bias alone, so the loss is what the sigmoid makes of it, mixed or not
     bias = torch.tensor(twin.model.head_bias)
     expected = 10 * torch.nn.functional.softplus(bias) - bias

@@ -11,7 +11,7 @@ from torch._dynamo.exc import TorchDynamoException
 
 from allmlp.errors import RunError
 from allmlp.model import Mixer
-from allmlp.training.compilation import WORTHWHILE_FLOP, made_ready
+from allmlp.training.compilation import WORTHWHILE_FLOP, compile_model
 
 MANY = 1e18
 
@@ -23,7 +23,7 @@ def tiny() -> Mixer:
 
 def compile_it(model: Mixer, mode: Any, flop: float = MANY) -> Callable[[Tensor, Tensor], Tensor]:
     cpu = torch.device("cpu")
-    return made_ready(model, mode, batch_size=5, training_flop=flop, device=cpu, precision=torch.float32)[0]
+    return compile_model(model, mode, batch_size=5, training_flop=flop, device=cpu, precision=torch.float32)[0]
 
 
 class NoCompiler(TorchDynamoException):

@@ -115,8 +115,8 @@ def test_sizes_gelu_and_epsilon_are_those_of_the_weights(tmp_path: Path) -> None
         "rescale": False,
     }
     assert model.config == trained.config | kept
-    assert [block.drop_path for block in model.blocks] == [0.0, 0.25]
-    assert model.blocks[0].token_mixing.form == "erf"
+    assert [block.token_drop_path.rate for block in model.blocks] == [0.0, 0.25]
+    assert model.blocks[0].token_mixing.gelu.approximate == "none"
 
 
 def test_all_of_it_is_trained(weights: str) -> None:

@@ -34,6 +34,7 @@ class Arguments:
 
 def run(args: Sequence[str]) -> None:
     chosen = parse(Arguments, args, verb="info", description=DESCRIPTION)
+    from allmlp.factory import build_meta
     from allmlp.flops import cost
     from allmlp.weights.resize import resized_config
 
@@ -46,7 +47,7 @@ def run(args: Sequence[str]) -> None:
     after = resized_config(before, pair(chosen.image_size)) if chosen.image_size else before
     # a variant is made for the size, and so keeps Table 1's D_S; weights have to be resized
     config = after if model else before | {"image_size": after["image_size"]}
-    found: dict[str, Any] = {"model": chosen.model, **asdict(cost(config)), **config}
+    found: dict[str, Any] = {"model": chosen.model, **asdict(cost(build_meta(config))), **config}
     found |= {"variant": model and variant(model), **(about(model) if model else {})}
     if after["image_size"] != before["image_size"]:
         found["resize"] = compare_costs(before, after)
@@ -69,7 +70,7 @@ def variant_config(name: str) -> dict[str, Any]:
     """The arguments of ``Mixer`` for a variant of Table 1 as the paper pre-trains it."""
     import torch
 
-    from allmlp.variants import create
+    from allmlp.factory import create
 
     with torch.device("meta"):
         return dict(create(name).config)
@@ -96,10 +97,11 @@ def about(model: "Mixer") -> dict[str, Any]:
 
 def compare_costs(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
     """What a resize changes: sizes and counts of both, and how many times as much."""
+    from allmlp.factory import build_meta
     from allmlp.flops import cost
 
     keys = ("image_size", "tokens_mlp_dim")
-    old, new = asdict(cost(before)), asdict(cost(after))
+    old, new = asdict(cost(build_meta(before))), asdict(cost(build_meta(after)))
     return {
         "from": {key: before[key] for key in keys} | old,
         "to": {key: after[key] for key in keys} | new,

@@ -20,6 +20,7 @@ from allmlp.data.sources import ImageDataset
 from allmlp.data.stores import ArrayStore
 from allmlp.data.transforms import EvaluationView, TrainingView
 from allmlp.errors import UserError
+from allmlp.rng import rng_stream
 
 PADDING = -1  # the index of no image
 
@@ -57,16 +58,11 @@ class ViewedDataset(Dataset):
 
 
 def sample_generator(seed: int, epoch: int, index: int) -> np.random.Generator:
-    return philox(seed, epoch << 40 | index)
+    return rng_stream(seed, epoch << 40 | index)
 
 
 def permutation(seed: int, epoch: int, images: int) -> np.ndarray:
-    return philox(seed, 1 << 63 | epoch).permutation(images)
-
-
-def philox(seed: int, stream: int) -> np.random.Generator:
-    """A generator of its own for each (seed, stream): Salmon et al. 2011, counter-based, so cheap to make."""
-    return np.random.Generator(np.random.Philox(key=np.array([seed, stream], dtype=np.uint64)))
+    return rng_stream(seed, 1 << 63 | epoch).permutation(images)
 
 
 def collate(samples: list[tuple[Tensor, int, int, str | None]]) -> Batch:

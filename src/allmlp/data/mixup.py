@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from allmlp.data.loader import philox
+from allmlp.rng import rng_stream
 
 STREAM = 1 << 62  # of the generators' streams, those that belong to steps; samples and permutations have others
 
@@ -45,7 +45,7 @@ class Mixing:
 
     def draw(self, seed: int, step: int, height: int, width: int) -> Draw:
         """The step's share, and CutMix's box within the image."""
-        rng = philox(seed, STREAM | step)
+        rng = rng_stream(seed, STREAM | step)
         if self.cutmix is None or (self.mixup is not None and rng.random() < 0.5):
             assert self.mixup is not None
             share = float(rng.beta(self.mixup, self.mixup))

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from allmlp.distributed.context import DistributedContext
+from allmlp.factory import build_meta
 from allmlp.model import Mixer
 
 
@@ -45,8 +46,7 @@ def full_model(model: Mixer) -> Mixer:
     if not isinstance(model, FSDPModule):
         return model
     state = {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in model.state_dict().items()}
-    with torch.device("meta"):
-        plain = Mixer(**model.config)
+    plain = build_meta(model.config)
     plain.load_state_dict(state, assign=True)
     plain.metadata = model.metadata
     return plain

@@ -21,12 +21,13 @@ from allmlp.data.transforms import TrainingView
 from allmlp.distributed.context import SINGLE_PROCESS, DistributedContext
 from allmlp.distributed.parallelize import full_model, is_sharded
 from allmlp.errors import RunError
+from allmlp.factory import build_meta
 from allmlp.flops import cost
 from allmlp.model import Mixer
 from allmlp.runs.provenance import versions
 from allmlp.runs.records import Records
 from allmlp.runs.resume import fingerprint
-from allmlp.training.compilation import made_ready
+from allmlp.training.compilation import compile_model
 from allmlp.training.ema import EMA
 from allmlp.training.loop import train_steps
 from allmlp.training.losses import LOSSES
@@ -102,11 +103,11 @@ def fit(
     begin = time.perf_counter()
     with memory_errors(part):
         context.heartbeat("compiling", slow=True)
-        forward, is_compiled = made_ready(
+        forward, is_compiled = compile_model(
             model,
             recipe.run.compile,
             batch_size=part,
-            training_flop=3.0 * cost(model.config).flops * steps * settings.global_batch_size,
+            training_flop=3.0 * cost(build_meta(model.config)).flops * steps * settings.global_batch_size,
             device=device,
             precision=precision,
             context=context,

@@ -10,9 +10,10 @@ import torch
 from allmlp.config.recipe import DataRecipe, Recipe, to_json_object
 from allmlp.distributed.parallelize import copy_to_shard
 from allmlp.errors import UserError
+from allmlp.factory import build_meta, create
+from allmlp.initial_weights import init_weights
 from allmlp.metadata import Metadata, Preprocessing
-from allmlp.model import Mixer, init_weights
-from allmlp.variants import create
+from allmlp.model import Mixer
 from allmlp.weights.load import load
 from allmlp.weights.resize import resize
 
@@ -118,8 +119,7 @@ def with_new_head(trained: Mixer, num_classes: int, **changes: Any) -> Mixer:
 
     Weights of 16 bits become float32, exactly: the small steps of training would be lost in them.
     """
-    with torch.device("meta"):
-        model = Mixer(**{**trained.config, "num_classes": num_classes, **changes})
+    model = build_meta({**trained.config, "num_classes": num_classes, **changes})
     return model.to(torch.promote_types(trained.stem.weight.dtype, torch.float32))
 
 

@@ -15,7 +15,7 @@ from allmlp.distributed.context import SINGLE_PROCESS, DistributedContext
 from allmlp.distributed.parallelize import grad_sync
 from allmlp.metadata import Preprocessing
 from allmlp.model import Mixer
-from allmlp.rng import mixed, sample_keys
+from allmlp.rng import sample_keys, splitmix64
 from allmlp.training.optimizer_step import OptimizerStep
 
 T = TypeVar("T")
@@ -108,7 +108,7 @@ def train_steps(
 
 def digest(samples: Tensor, indices: Tensor) -> int:
     """Of which image was which sample; that of several batches is the sum of theirs, modulo 2⁶⁴, in any order."""
-    return int(mixed(mixed(samples) + indices).sum())
+    return int(splitmix64(splitmix64(samples) + indices).sum())
 
 
 def in_groups(items: Iterable[T], size: int) -> Iterator[Iterator[T]]:

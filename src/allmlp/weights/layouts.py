@@ -6,12 +6,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from allmlp.errors import UserError, printable
+from allmlp.factory import build_meta
 from allmlp.metadata import Preprocessing
-from allmlp.model import Gelu, Mixer, Size, as_pair
+from allmlp.sizes import Gelu, Size, as_pair
 
 # Columns: native · the authors' (flax linen) · the authors' older (flax nn) · timm · lucidrains. {i} is a block's
 # number. lucidrains' names are positions in one nn.Sequential: {b} = i + 2, {n} = blocks + 2, {h} = blocks + 4.
@@ -228,8 +228,7 @@ def expected_shapes(config: Mapping[str, Any], tensors: int, file_name: str) -> 
     try:
         if config["num_blocks"] > tensors:
             raise ValueError(f"{config['num_blocks']} blocks in {tensors} tensors")
-        with torch.device("meta"):
-            return {name: tuple(tensor.shape) for name, tensor in Mixer(**config).state_dict().items()}
+        return {name: tuple(tensor.shape) for name, tensor in build_meta(config).state_dict().items()}
     except (ValueError, TypeError, KeyError, RuntimeError, OverflowError) as error:
         raise not_a_mixer(file_name, error) from None
 

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from allmlp.errors import UserError, printable
-from allmlp.model import Mixer, Size, as_pair
+from allmlp.factory import build_meta
+from allmlp.model import Mixer
+from allmlp.sizes import Size, as_pair
 from allmlp.weights import layouts, native
 from allmlp.weights.containers import Container, open_container, require_floats
 from allmlp.weights.foreign_metadata import foreign_metadata
@@ -49,7 +51,7 @@ def load(path: str | Path, *, image_size: Size | None = None, in_channels: int |
         model.metadata.provenance["source"] = (
             saved if isinstance(saved, dict) else {"description": saved}
         ) | file.source
-    if model.config["num_classes"] and not torch.count_nonzero(model.get_parameter("head.weight")):
+    if model.num_classes and not torch.count_nonzero(model.get_parameter("head.weight")):
         log.warning("%s: its head is all zero: it gives features, but no classes until it is trained", path)
     return model.requires_grad_(True).eval()
 
@@ -101,8 +103,7 @@ def read_foreign(container: Container, file: WeightsFile, image_size: Size | Non
         tensor = layout.to_native(name, container.read(stored_names[theirs]), patch)
         tensors[name] = tensor.to(tensor.dtype if metadata else dtype).contiguous()
         native.check_finite(tensors[name], theirs, file_name)
-    with torch.device("meta"):
-        model = Mixer(**config)
+    model = build_meta(config)
     model.load_state_dict(tensors, assign=True)
     model.metadata = metadata or foreign_metadata(container, file, layout, model)
     return model

@@ -19,9 +19,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from allmlp.errors import RunError, UserError, printable
+from allmlp.factory import build_meta
 from allmlp.files import atomic_write
 from allmlp.metadata import Metadata, Preprocessing
-from allmlp.model import Mixer, as_pair
+from allmlp.model import Mixer
+from allmlp.sizes import as_pair
 from allmlp.weights.containers import Container, require_floats
 from allmlp.weights.layouts import check_shapes, expected_shapes, not_a_mixer
 
@@ -52,8 +54,8 @@ def save(model: Mixer, path: str | Path, classes: Sequence[str] | None = None, *
     names = tuple(classes) if classes is not None else model.metadata.classes
     if names is not None and (isinstance(classes, str) or not all(isinstance(name, str) for name in names)):
         raise UserError(f"classes {names[:5]}: give a list of strings, one name for each logit")
-    if names is not None and len(names) != model.config["num_classes"]:
-        raise UserError(f"{len(names)} class names for a head of {model.config['num_classes']}: give one for each")
+    if names is not None and len(names) != model.num_classes:
+        raise UserError(f"{len(names)} class names for a head of {model.num_classes}: give one for each")
     metadata = dataclasses.replace(model.metadata, classes=names, provenance=model.metadata.provenance | provenance)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     write(path, tensors, make_header(model.config, metadata, tensors))
@@ -97,8 +99,7 @@ def read(container: Container) -> Mixer:
     check_shapes(expected, {name: info.shape for name, info in container.infos.items()}, (), {}, path)
     for name, tensor in tensors.items():
         check_finite(tensor, name, path)
-    with torch.device("meta"):
-        model = Mixer(**config)
+    model = build_meta(config)
     model.load_state_dict(tensors, assign=True)
     model.metadata = metadata
     return model

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from allmlp.errors import RunError, UserError, printable
+from allmlp.factory import build_meta
 from allmlp.flops import cost
 from allmlp.model import Mixer
 from allmlp.weights.hub import first_line, import_huggingface_hub
@@ -63,7 +64,7 @@ def push_to_hub(
 def model_card(model: Mixer, repo: str, license: str) -> str:
     """The repository's README.md: YAML metadata for the hub, then the same in words."""
     hub = import_huggingface_hub()
-    provenance, num_classes = model.metadata.provenance, model.config["num_classes"]
+    provenance, num_classes = model.metadata.provenance, model.num_classes
     variant = variant_of(model.config)
     name = f"Mixer-{variant}" if variant else "MLP-Mixer"
     data = provenance.get("data") or section(section(provenance, "recipe"), "data").get("data")
@@ -117,14 +118,14 @@ def usage_example(repo: str, has_head: bool) -> str:
 
 
 def model_rows(model: Mixer, name: str) -> list[str]:
-    config, view, counted = model.config, model.metadata.preprocessing, cost(model.config)
+    config, view, counted = model.config, model.metadata.preprocessing, cost(build_meta(model.config))
     keys = ("num_blocks", "hidden_dim", "tokens_mlp_dim", "channels_mlp_dim")
     sizes = ", ".join(f"{key} {config[key]}" for key in keys)
     return [
         f"{name}, {counted.parameters:,} parameters, {counted.macs / 1e9:.3g} GMAC per image",
         f"Resolution: {model.image_size[0]} × {model.image_size[1]} px, patches of "
         f"{model.patch_size[0]} × {model.patch_size[1]} px; {sizes}; {config['gelu']} GELU",
-        f"Classes: {config['num_classes'] or 'none, features only'}",
+        f"Classes: {model.num_classes or 'none, features only'}",
         f"Input: {view.crop} crop, ratio {view.crop_ratio:g}, {view.interpolation}; mean {view.mean}, std {view.std}",
     ]
 

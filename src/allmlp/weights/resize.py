@@ -25,7 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from allmlp.model import Mixer, Size, as_pair, check
+from allmlp.factory import build_meta
+from allmlp.model import Mixer
+from allmlp.sizes import Size, as_pair, check_config
 
 Part = tuple[Tensor, Tensor]  # to_old (n, m), to_new (m, n), float64
 
@@ -53,8 +55,7 @@ def resize(model: Mixer, image_size: Size) -> Mixer:
         for i in range(config["num_blocks"]):
             names = [f"blocks.{i}.token_mixing.dense_{j}.{kind}" for j in (0, 1) for kind in ("weight", "bias")]
             state |= dict(zip(names, resize_token_mixing(*(state[name] for name in names), parts), strict=True))
-    with torch.device("meta"):
-        resized = Mixer(**config)
+    resized = build_meta(config)
     resized.load_state_dict(state, assign=True)
     for parameter, original in zip(resized.parameters(), model.parameters(), strict=True):
         parameter.requires_grad_(original.requires_grad)
@@ -70,8 +71,7 @@ def resize(model: Mixer, image_size: Size) -> Mixer:
 
 def resized_config(config: dict[str, Any], image_size: Size) -> dict[str, Any]:
     """The arguments of the Mixer that ``resize`` returns: the new image size, and D_S times the number of parts."""
-    resized = dict(config) | {"image_size": as_pair(image_size)}
-    check(resized)
+    resized = check_config(config | {"image_size": image_size})
     (h, w), (new_h, new_w) = patch_grid(config), patch_grid(resized)
     parts = (new_h // h if new_h % h == 0 else 1) * (new_w // w if new_w % w == 0 else 1)
     return resized | {"tokens_mlp_dim": config["tokens_mlp_dim"] * parts}

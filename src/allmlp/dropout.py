@@ -1,0 +1,44 @@
+"""Dropout and stochastic depth with masks that belong to a sample, whatever batch or device it is computed on.
+
+In training both take the samples' keys (``rng.sample_keys``); without keys, torch's generator draws the masks. Each
+module needs a stream number of its own, so that no two masks of a model are the same.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from allmlp.rng import uniform
+
+
+class Dropout(nn.Module):
+    """In training, zeroes each element of (B, …) with probability ``rate`` and divides the others by 1 − rate."""
+
+    def __init__(self, rate: float, stream: int) -> None:
+        super().__init__()
+        self.rate, self.stream = rate, stream
+
+    def forward(self, x: Tensor, keys: Tensor | None = None) -> Tensor:
+        if not self.training or self.rate == 0:
+            return x
+        keep = uniform(keys, self.stream, x) >= self.rate
+        return torch.where(keep, x / (1 - self.rate), 0.0)
+
+
+class DropPath(nn.Module):
+    """Stochastic depth (Huang et al. 2016): in training, a sample of (B, S, C) loses the whole branch.
+
+    Args:
+        rate: the probability of that.
+        stream: of the random numbers.
+        rescale: whether branches that are kept are divided by 1 − rate.
+    """
+
+    def __init__(self, rate: float, stream: int, rescale: bool = False) -> None:
+        super().__init__()
+        self.rate, self.stream, self.rescale = rate, stream, rescale
+
+    def forward(self, branch: Tensor, keys: Tensor | None = None) -> Tensor:
+        if not self.training or self.rate == 0:
+            return branch
+        keep = (uniform(keys, self.stream, branch[:, :1, :1]) >= self.rate).to(branch.dtype)
+        return branch * (keep / (1 - self.rate) if self.rescale else keep)
