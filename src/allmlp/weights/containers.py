@@ -62,7 +62,7 @@ class Container:
     infos: dict[str, TensorInfo]
     read: Callable[[str], Tensor]
     metadata: Mapping[str, str] = field(default_factory=dict)
-    ignored: tuple[str, ...] = ()  # names of entries beside the state dict
+    ignored: tuple[str, ...] = ()  # names of other entries next to the state dict
     stack: ExitStack = field(default_factory=ExitStack)
 
     @property

@@ -21,7 +21,7 @@ def foreign_metadata(container: Container, file: WeightsFile, layout: Layout, mo
 
     Logs a warning where the preprocessing is an assumption.
     """
-    name, num_classes = printable(str(container.path.name)), model.config["num_classes"]
+    name, num_classes = printable(str(container.path.name)), model.num_classes
     checkpoint = identify_checkpoint(container, file, layout)
     source: dict[str, Any] = {"file": container.path.name, "layout": layout.title, "publisher": layout.publisher}
     classes = class_names(num_classes) if layout.publisher else None
@@ -35,7 +35,7 @@ def foreign_metadata(container: Container, file: WeightsFile, layout: Layout, mo
     if file.config:
         labels = label_names(file.config)
         classes = labels if labels and len(labels) == num_classes else classes
-        preprocessing = timm_preprocessing(file.config, preprocessing, model.config["in_channels"])
+        preprocessing = timm_preprocessing(file.config, preprocessing, model.in_channels)
     elif layout is TIMM and (num_classes == MIIL_CLASSES or (checkpoint and "miil" in checkpoint.file)):
         preprocessing = MIIL
     elif layout is TIMM and not checkpoint and candidates(model.config, authors=False):

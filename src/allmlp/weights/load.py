@@ -51,7 +51,7 @@ def load(path: str | Path, *, image_size: Size | None = None, in_channels: int |
         model.metadata.provenance["source"] = (
             saved if isinstance(saved, dict) else {"description": saved}
         ) | file.source
-    if model.config["num_classes"] and not torch.count_nonzero(model.get_parameter("head.weight")):
+    if model.num_classes and not torch.count_nonzero(model.get_parameter("head.weight")):
         log.warning("%s: its head is all zero: it gives features, but no classes until it is trained", path)
     return model.requires_grad_(True).eval()
 

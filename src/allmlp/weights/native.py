@@ -54,8 +54,8 @@ def save(model: Mixer, path: str | Path, classes: Sequence[str] | None = None, *
     names = tuple(classes) if classes is not None else model.metadata.classes
     if names is not None and (isinstance(classes, str) or not all(isinstance(name, str) for name in names)):
         raise UserError(f"classes {names[:5]}: give a list of strings, one name for each logit")
-    if names is not None and len(names) != model.config["num_classes"]:
-        raise UserError(f"{len(names)} class names for a head of {model.config['num_classes']}: give one for each")
+    if names is not None and len(names) != model.num_classes:
+        raise UserError(f"{len(names)} class names for a head of {model.num_classes}: give one for each")
     metadata = dataclasses.replace(model.metadata, classes=names, provenance=model.metadata.provenance | provenance)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     write(path, tensors, make_header(model.config, metadata, tensors))

@@ -64,7 +64,7 @@ def push_to_hub(
 def model_card(model: Mixer, repo: str, license: str) -> str:
     """The repository's README.md: YAML metadata for the hub, then the same in words."""
     hub = import_huggingface_hub()
-    provenance, num_classes = model.metadata.provenance, model.config["num_classes"]
+    provenance, num_classes = model.metadata.provenance, model.num_classes
     variant = variant_of(model.config)
     name = f"Mixer-{variant}" if variant else "MLP-Mixer"
     data = provenance.get("data") or section(section(provenance, "recipe"), "data").get("data")
@@ -125,7 +125,7 @@ def model_rows(model: Mixer, name: str) -> list[str]:
         f"{name}, {counted.parameters:,} parameters, {counted.macs / 1e9:.3g} GMAC per image",
         f"Resolution: {model.image_size[0]} × {model.image_size[1]} px, patches of "
         f"{model.patch_size[0]} × {model.patch_size[1]} px; {sizes}; {config['gelu']} GELU",
-        f"Classes: {config['num_classes'] or 'none, features only'}",
+        f"Classes: {model.num_classes or 'none, features only'}",
         f"Input: {view.crop} crop, ratio {view.crop_ratio:g}, {view.interpolation}; mean {view.mean}, std {view.std}",
     ]
 

@@ -71,7 +71,7 @@ def resize(model: Mixer, image_size: Size) -> Mixer:
 
 def resized_config(config: dict[str, Any], image_size: Size) -> dict[str, Any]:
     """The arguments of the Mixer that ``resize`` returns: the new image size, and D_S times the number of parts."""
-    resized = check_config(dict(config) | {"image_size": image_size})
+    resized = check_config(config | {"image_size": image_size})
     (h, w), (new_h, new_w) = patch_grid(config), patch_grid(resized)
     parts = (new_h // h if new_h % h == 0 else 1) * (new_w // w if new_w % w == 0 else 1)
     return resized | {"tokens_mlp_dim": config["tokens_mlp_dim"] * parts}
