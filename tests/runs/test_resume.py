@@ -8,10 +8,12 @@ import os
 import shutil
 import signal
 import time
+import types
+import typing
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -27,7 +29,8 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from allmlp.checkpointing.checkpoint import STATE, read, verify, write
 from allmlp.checkpointing.manager import name, steps_in
 from allmlp.config.limits import flag
-from allmlp.config.recipe import Recipe
+from allmlp.config.recipe import ModelRecipe, Recipe
+from allmlp.config.serialize import to_json_object
 from allmlp.data.dataset import DatasetSplits, ImageDataset
 from allmlp.data.decode import UnreadableImage
 from allmlp.data.loader import permutation
@@ -396,16 +399,33 @@ FIELDS = [
 ]
 
 
+def another(value: Any, hint: Any) -> Any:
+    """Another valid value of a recipe's field."""
+    kinds = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+    choices = [choice for kind in kinds if typing.get_origin(kind) is Literal for choice in typing.get_args(kind)]
+    if choices:
+        return next(choice for choice in choices if choice != value)
+    if bool in kinds:
+        return not value
+    if str in kinds:
+        return "other"
+    if float in kinds:
+        return 0.5 if value is None else value / 2 + 0.03
+    return 1 if value is None else value + 1
+
+
 def test_every_field_that_decides_the_result_is_held(tmp_path: Path) -> None:
     out = tmp_path / "run"
     out.mkdir()
     plain = recipe()
-    (out / "recipe.json").write_text(json.dumps(dataclasses.asdict(plain)))
-    hold(dataclasses.replace(plain, name="another"), out)
+    from_weights = dataclasses.replace(plain, model=ModelRecipe(weights="w.npz", image_size=8))
     for section, field in FIELDS:
-        other = dataclasses.replace(
-            plain, **{section: dataclasses.replace(getattr(plain, section), **{field: "other"})}
-        )
+        before = from_weights if field in ("weights", "frozen") else plain
+        (out / "recipe.json").write_text(json.dumps(to_json_object(before)))
+        hold(dataclasses.replace(before, name="another"), out)
+        settings = getattr(before, section)
+        value = another(getattr(settings, field), typing.get_type_hints(type(settings))[field])
+        other = dataclasses.replace(before, **{section: dataclasses.replace(settings, **{field: value})})
         if field in FREE.get(section, ()):
             hold(other, out)
         else:
@@ -426,7 +446,7 @@ def test_what_may_differ_is_taken_over(tmp_path: Path) -> None:
     settings = recipe(micro_batch_size=6, recompute=True, workers=1, log_every_steps=2, keep_checkpoints=5)
     done = train(settings, out)
     assert done.summary["steps"] == 6
-    assert json.loads((out / "recipe.json").read_text()) == json.loads(json.dumps(dataclasses.asdict(settings)))
+    assert json.loads((out / "recipe.json").read_text()) == json.loads(json.dumps(to_json_object(settings)))
 
 
 def other_source(how: str) -> DatasetSplits:
