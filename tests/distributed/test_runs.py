@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from allmlp.training.fit import fit
+from allmlp.training.signals import SignalState
 from PIL import Image
 from ranks import values
 
@@ -34,10 +36,8 @@ from allmlp.distributed.parallelize import full_model, shard
 from allmlp.errors import UserError
 from allmlp.evaluation.classification import Classification, classify
 from allmlp.model import Mixer
-from allmlp.training.fit import fit
 from allmlp.training.initialization import prepare
 from allmlp.training.preemption import Control
-from allmlp.training.signals import SignalState
 from allmlp.weights.native import save
 
 CLASSES = ("a", "b", "c")

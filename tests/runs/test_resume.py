@@ -18,6 +18,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
+from allmlp.training.fit import Diverged, make_optimizer
 from PIL import Image
 from safetensors.torch import load_file
 from test_fit import CLASSES, NOISY, Silent, part, recipe, same, source
@@ -44,7 +45,6 @@ from allmlp.runs.result import RunResult
 from allmlp.runs.resume import FREE, check_same, fingerprint, finished, hold
 from allmlp.training import fit, run
 from allmlp.training.ema import EMA
-from allmlp.training.fit import Diverged, make_optimizer
 from allmlp.training.initialization import prepare
 from allmlp.training.optimizer_step import OptimizerStep
 from allmlp.training.state import Checkpoint, TrainingState

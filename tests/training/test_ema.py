@@ -83,7 +83,7 @@ def test_shown_and_put_back_bit_for_bit(fails: bool) -> None:
     places = [p.data_ptr() for p in followed.parameters()]
     for _ in range(3):
         try:
-            with average.shown():
+            with average.swapped_in():
                 assert same(weights(followed), averaged)
                 assert same(average.tensors, trained)
                 if fails:
@@ -106,7 +106,7 @@ def test_gradients_and_what_is_frozen_are_left_alone() -> None:
     for step in (1, 2):
         change(followed, step)
         average.update()
-    with average.shown():
+    with average.swapped_in():
         assert [p.requires_grad for p in followed.parameters()] == [True, True, False, False, True, True]
     assert all(p.grad is g for p, g in zip(followed.parameters(), gradients, strict=True))
     assert torch.equal(average.tensors["1.weight"], frozen)

@@ -3,16 +3,17 @@
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from small_runs import CPU, NOISY, Fitted, Silent, Watched, recipe, same, splits, state
+from small_runs import CPU, NOISY, Fitted, Silent, Watched, preemption_of, recipe, same, splits, state
 from torch import Tensor
 
+from allmlp.data.loader import Batch
 from allmlp.errors import RunError
 from allmlp.evaluation.classification import SplitEvaluator, classify
 from allmlp.training import build
@@ -109,6 +110,28 @@ def test_steps_override_epochs(tmp_path: Path) -> None:
     assert seen.splits == ["val"] * 2  # after an epoch, and at the end
     rates = [line["learning_rate"] for line in fitted.metrics if "learning_rate" in line]
     assert rates == pytest.approx([0.01, 0.01 * 2 / 3, 0.01 / 3])  # the schedule has their length
+
+
+def test_a_step_takes_its_own_micro_batches_and_no_more(tmp_path: Path) -> None:
+    """So that an image is loaded only when a step needs it, and a run that ends early waits for none."""
+    taken: list[int] = []
+    at_steps: list[int] = []
+
+    def load(steps_done: int) -> Iterator[Batch]:
+        for i, batch in enumerate(build.build_batches(settings, seen.data, seen.model, 6, steps_done)):
+            taken.append(i)
+            yield batch
+
+    settings = recipe(micro_batch_size=4)
+    seen = Watched(tmp_path / "run", settings)
+    preemption = preemption_of(settings, seen.out)
+    trainer = build.build(settings, seen.data, seen.model, CPU, torch.float32, [], preemption, seen).trainer
+    trainer.batches.load = load
+    step = trainer.step.optimizer_step.update_weights
+    trainer.step.optimizer_step.update_weights = lambda: (at_steps.append(len(taken)), step())[1]
+    assert taken == []
+    trainer.fit()
+    assert at_steps == [3, 6, 9, 12, 15, 18]
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from allmlp.config.recipe import Recipe, Transfer
+from allmlp.config.serialize import check_version
 from allmlp.distributed.context import SINGLE_PROCESS, DistributedContext
 from allmlp.errors import RunError, UserError
 from allmlp.files import to_json, write_text
@@ -110,10 +111,14 @@ def claim_folder(plan: Transfer, out: Path) -> None:
         write_text(path, text)
     elif not path.is_file():
         raise UserError(f"{out} exists and holds no unfinished transfer: name another folder with --out, or remove it")
-    elif (stored := json.loads(path.read_text(encoding="utf-8"))) != json.loads(text):
-        changed = ", ".join(differing_fields(stored, json.loads(text)))
-        raise UserError(f"{out} holds another transfer ({changed} differ): repeat its options, or name another --out")
     else:
+        stored, wanted = json.loads(path.read_text(encoding="utf-8")), json.loads(text)
+        check_version(stored["recipe"], path)
+        if stored != wanted:
+            fields = ", ".join(differing_fields(stored, wanted))
+            raise UserError(
+                f"{out} holds another transfer ({fields} differ): repeat its options, or name another folder with --out"
+            )
         log.info("resuming the transfer in %s", out)
 
 
