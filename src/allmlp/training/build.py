@@ -247,9 +247,9 @@ def build_initializer(recipe: Recipe) -> ModelInitializer:
     if pretrained.config["in_channels"] != 3:
         channels = pretrained.config["in_channels"]
         raise UserError(f"{settings.weights} takes images of {channels} channels: training reads RGB images, of 3")
+    pretrained = resize(pretrained, size or pretrained.image_size)
     before = copy.deepcopy(pretrained.metadata.provenance)
     before.pop("recipe", None)
-    pretrained = resize(pretrained, size or pretrained.image_size)
     return from_weights(
         pretrained,
         {"dropout": settings.dropout, "stochastic_depth": settings.stochastic_depth, "rescale": settings.rescale},

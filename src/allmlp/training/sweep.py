@@ -116,9 +116,7 @@ def claim_folder(plan: Transfer, out: Path) -> None:
         check_version(stored["recipe"], path)
         if stored != wanted:
             fields = ", ".join(differing_fields(stored, wanted))
-            raise UserError(
-                f"{out} holds another transfer ({fields} differ): repeat its options, or name another folder with --out"
-            )
+            raise UserError(f"{out} holds another transfer ({fields} differ): repeat its options, or name another --out")
         log.info("resuming the transfer in %s", out)
 
 
