@@ -15,16 +15,18 @@ import pytest
 ROOT = "allmlp"
 SOURCES = Path(__file__).resolve().parents[1] / "src" / ROOT
 
-FOUNDATION = ("errors", "metadata", "device", "files", "rng")
+FOUNDATION = ("errors", "metadata", "device", "files", "rng", "sizes", "dropout", "initial_weights", "flops")
 CHAIN = (
-    "model", "variants", "flops", "weights", "data", "config", "distributed", "checkpointing", "runs", "training",
+    "model", "variants", "factory", "weights", "data", "config", "distributed", "checkpointing", "runs", "training",
     "evaluation",
 )  # fmt: skip
 
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(FOUNDATION, FOUNDATION),
     **{name: (*FOUNDATION, *CHAIN[:i]) for i, name in enumerate(CHAIN)},
-    "inference": (*FOUNDATION, "model", "variants", "weights", "data"),
+    "model": ("errors", "metadata", "rng", "sizes", "dropout", "initial_weights"),
+    "variants": FOUNDATION,
+    "inference": (*FOUNDATION, "model", "variants", "factory", "weights", "data"),
     "recipes": (*FOUNDATION, "config"),
     "cli": (*FOUNDATION, *CHAIN, "inference", "recipes"),
 }
@@ -102,6 +104,13 @@ def test_importing_the_package_imports_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 
 
+def test_the_model_needs_torch_and_numpy_alone() -> None:
+    heavy = ("PIL", "jinja2", "matplotlib", "rich", "safetensors", "sklearn", "timm", "tyro")
+    code = f"import sys, {ROOT}.model; sys.exit(','.join(name for name in {heavy} if name in sys.modules) or 0)"
+    done = subprocess.run([sys.executable, "-c", code], timeout=60, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 # The checker itself
 
 
@@ -109,7 +118,10 @@ def test_importing_the_package_imports_no_torch() -> None:
     ("path", "source"),
     [
         ("errors.py", "from allmlp.model import Mixer"),
-        ("model.py", "from allmlp.variants import create"),
+        ("model.py", "from allmlp.factory import create"),
+        ("variants.py", "from allmlp.model import Mixer"),
+        ("flops.py", "from allmlp.model import Mixer"),
+        ("factory.py", "from allmlp.weights.load import load"),
         ("model.py", "import allmlp.variants as names"),
         ("model.py", "from allmlp import variants"),
         ("model.py", "from . import errors, variants"),
@@ -132,8 +144,8 @@ def test_importing_the_package_imports_no_torch() -> None:
         ("recipes/digits.py", "from allmlp.model import Mixer"),
         ("evaluation/report.py", "from allmlp.cli import main"),
         ("recipes/digits.py", "import allmlp.cli.main"),
-        ("__init__.py", "from allmlp.variants import create"),
-        ("__init__.py", "from .variants import create"),
+        ("__init__.py", "from allmlp.factory import create"),
+        ("__init__.py", "from .factory import create"),
         ("__init__.py", "import torch.nn"),
         ("__init__.py", "try:\n    import torch\nexcept ImportError:\n    pass"),
         ("__init__.py", "if TYPE_CHECKING:\n    pass\nelse:\n    import torch"),
@@ -147,7 +159,7 @@ def test_checker_catches_a_violation(path: str, source: str) -> None:
     ("path", "source"),
     [
         ("device.py", "import torch\nfrom allmlp.errors import UserError"),
-        ("variants.py", "from allmlp.model import Mixer\nfrom . import errors"),
+        ("factory.py", "from allmlp.model import Mixer\nfrom . import errors, variants"),
         (
             "weights/npz.py",
             "from allmlp.weights.layout import names\nfrom .layout import names\nfrom . import layout",
@@ -165,7 +177,7 @@ def test_checker_catches_a_violation(path: str, source: str) -> None:
         ("__init__.py", "def __getattr__(name):\n    from allmlp import variants\n    import torch"),
         (
             "__init__.py",
-            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from allmlp.variants import create",
+            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from allmlp.factory import create",
         ),
     ],
 )

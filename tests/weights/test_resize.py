@@ -14,6 +14,7 @@ from torch import Tensor
 
 import allmlp
 from allmlp.errors import UserError
+from allmlp.factory import build_meta
 from allmlp.flops import cost
 from allmlp.metadata import Metadata, Preprocessing
 from allmlp.model import Mixer
@@ -380,7 +381,7 @@ def test_d_s_grows_by_the_parts_of_the_image_alone(old: Pair, new: Pair, times: 
     assert resized.grid == new
     assert resized.config == model.config | {"image_size": on_grid(model, new), "tokens_mlp_dim": 5 * times}
     assert resized.config == resized_config(model.config, on_grid(model, new))
-    counted = cost(resized_config(model.config, on_grid(model, new))).parameters
+    counted = cost(build_meta(resized_config(model.config, on_grid(model, new)))).parameters
     assert counted == sum(parameter.numel() for parameter in resized.parameters())
     assert all(tensor.isfinite().all() for tensor in resized.state_dict().values())
     with torch.no_grad():
@@ -409,7 +410,7 @@ def config_of(name: str, num_classes: int) -> dict:
 def test_what_table_1_costs_at_448(name: str) -> None:
     resized = resized_config(config_of(name, num_classes=0), 448)
     assert resized["tokens_mlp_dim"] == 4 * VARIANTS[name]["tokens_mlp_dim"]
-    counted = cost(resized)
+    counted = cost(build_meta(resized))
     assert round(counted.parameters / 1e6, 3) == AT_448[name][0]
     assert round(counted.macs / 1e9, 3) == AT_448[name][1]
 
@@ -419,9 +420,9 @@ def test_b_16_at_448() -> None:
     config = config_of("B/16", num_classes=1000)
     resized = resized_config(config, 448)
     assert resized["tokens_mlp_dim"] == 1536
-    assert cost(config).parameters == 59_880_472
+    assert cost(build_meta(config)).parameters == 59_880_472
     old, new = 2 * 196 * 384 + 384 + 196, 2 * 784 * 1536 + 1536 + 784  # of one block's token mixing
-    assert cost(resized).parameters == 59_880_472 + 12 * (new - old)
+    assert cost(build_meta(resized)).parameters == 59_880_472 + 12 * (new - old)
 
 
 def test_resized_config_changes_no_config() -> None:
