@@ -1,4 +1,4 @@
-"""Imports run one way through the package (docs/architecture); this reads the sources and holds it.
+"""Imports run one way through the package (docs/architecture); this reads the sources and checks it.
 
 errors, card, device ← model ← variants ← weights ← data ← training ← evaluation; beside them inference and recipes;
 cli on all. Imports inside functions and under TYPE_CHECKING count. Within one module's or package's own name, free.

@@ -40,12 +40,12 @@ def compile_it(model: Mixer, mode: Any, flop: float = MANY) -> Callable[[Tensor,
 
 
 class NoCompiler(TorchDynamoException):
-    """As where there is no C++ compiler."""
+    """What torch.compile raises without a C++ compiler."""
 
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, Tensor]]:
-    """torch.compile that works: the images and keys it was warmed up with."""
+    """A torch.compile that works; the images and keys it was called with."""
     seen: list[tuple[Tensor, Tensor]] = []
 
     def fake(model: Mixer) -> Callable[[Tensor, Tensor], Tensor]:
@@ -61,7 +61,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, Tensor]]:
 
 @pytest.fixture
 def broken(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch.compile that fails when the model is first called."""
+    """A torch.compile that fails when the model is first called."""
 
     def fake(model: Mixer) -> Callable[[Tensor, Tensor], Tensor]:
         def forward(images: Tensor, keys: Tensor) -> Tensor:
@@ -72,13 +72,13 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", fake)
 
 
-def test_off_is_the_model_itself(calls: list[tuple[Tensor, Tensor]]) -> None:
+def test_off_returns_the_model_itself(calls: list[tuple[Tensor, Tensor]]) -> None:
     model = tiny()
     assert compile_it(model, "off") is model
     assert calls == []
 
 
-def test_auto_leaves_a_short_run_alone(calls: list[tuple[Tensor, Tensor]]) -> None:
+def test_auto_does_not_compile_a_short_run(calls: list[tuple[Tensor, Tensor]]) -> None:
     model = tiny()
     assert compile_it(model, "auto", flop=WORTHWHILE_FLOP["cpu"] * 0.99) is model
     assert calls == []
@@ -101,7 +101,7 @@ def test_a_compiled_model_is_warmed_up_on_a_batch_of_its_size(
     assert torch.equal(forward(images, keys), model(images, keys))
 
 
-def test_auto_trains_without_a_compiler_that_does_not_work(broken: None, caplog: pytest.LogCaptureFixture) -> None:
+def test_auto_continues_without_a_compiler_that_fails(broken: None, caplog: pytest.LogCaptureFixture) -> None:
     model = tiny()
     with caplog.at_level(logging.WARNING, "allmlp"):
         assert compile_it(model, "auto") is model
@@ -112,14 +112,14 @@ def test_auto_trains_without_a_compiler_that_does_not_work(broken: None, caplog:
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_on_fails_with_a_compiler_that_does_not_work(broken: None) -> None:
+def test_on_raises_with_a_compiler_that_fails(broken: None) -> None:
     with pytest.raises(
         RunError, match=r"^torch\.compile failed \(no compiler found\): install a C\+\+ compiler, or use"
     ):
         compile_it(tiny(), "on")
 
 
-def test_a_compiler_that_fails_without_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiler_that_fails_without_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
     def fake(model: Mixer) -> Callable[[Tensor, Tensor], Tensor]:
         def forward(images: Tensor, keys: Tensor) -> Tensor:
             raise NoCompiler
@@ -131,7 +131,7 @@ def test_a_compiler_that_fails_without_a_word(monkeypatch: pytest.MonkeyPatch) -
     assert compile_it(model, "auto") is model
 
 
-def test_errors_of_the_model_are_not_taken_for_the_compilers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_of_the_model_are_not_reported_as_the_compilers(monkeypatch: pytest.MonkeyPatch) -> None:
     def fake(model: Mixer) -> Callable[[Tensor, Tensor], Tensor]:
         def forward(images: Tensor, keys: Tensor) -> Tensor:
             raise ZeroDivisionError("ours")
