@@ -47,9 +47,9 @@ def numpy_gradients(
     patch_size: int | tuple[int, int],
     of_logits: Callable[[Array], Array],
 ) -> tuple[Array, dict[str, Array]]:
-    """The logits, and each weight's gradient, derived by hand: no automatic differentiation has a part in it.
+    """Returns the logits and each weight's gradient, derived by hand, without automatic differentiation.
 
-    The GELU is the tanh form. ``of_logits`` is the gradient in the logits, (B, classes) → (B, classes).
+    The GELU is the tanh form. ``of_logits`` is the gradient with respect to the logits, (B, classes) → (B, classes).
     """
     w = {name: np.asarray(value, np.float64) for name, value in weights.items()}
     gradients: dict[str, Array] = {}

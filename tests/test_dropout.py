@@ -14,7 +14,7 @@ from allmlp.rng import sample_keys
 
 
 def mark_branches(block: MixerBlock) -> MixerBlock:
-    """Makes the token branch add 1 and the channel branch 10, so that a sum tells which of them survived."""
+    """Makes the token branch add 1 and the channel branch 10, so that the sum shows which of them were kept."""
     with torch.no_grad():
         for mlp, value in ((block.token_mixing, 1.0), (block.channel_mixing, 10.0)):
             mlp.dense_1.weight.zero_()
@@ -22,8 +22,8 @@ def mark_branches(block: MixerBlock) -> MixerBlock:
     return block.double().train()
 
 
-def survivors(block: MixerBlock, batch: int, seed: int | None = None) -> Tensor:
-    """(batch,) sums of the marks of the surviving branches; fails if a branch survives for part of an image."""
+def kept_marks(block: MixerBlock, batch: int, seed: int | None = None) -> Tensor:
+    """(batch,) sums of the marks of the branches that are kept; fails if a branch is kept for part of an image."""
     tokens, channels = block.token_mixing.dense_0.in_features, block.channel_mixing.dense_0.in_features
     with torch.no_grad():
         keys = None if seed is None else sample_keys(seed, torch.arange(batch))
@@ -44,7 +44,7 @@ def test_branches_are_dropped_per_image_and_independently(rescale: bool, seed: i
     n, p = 20_000, 0.3
     block = MixerBlock(4, 6, 5, 7, drop_path=p, rescale=rescale)
     scale = 1 / (1 - p) if rescale else 1
-    sums = survivors(block, n, seed)
+    sums = kept_marks(block, n, seed)
     token = (sums - scale).abs().lt(1e-9) | (sums - 11 * scale).abs().lt(1e-9)
     channel = (sums - 10 * scale).abs().lt(1e-9) | (sums - 11 * scale).abs().lt(1e-9)
     assert (token | channel | (sums == 0)).all()
@@ -55,10 +55,10 @@ def test_branches_are_dropped_per_image_and_independently(rescale: bool, seed: i
     assert sums.mean().item() == pytest.approx(11 if rescale else 11 * (1 - p), rel=0.02)
 
 
-def test_another_draw_drops_other_images() -> None:
+def test_without_keys_each_pass_drops_other_images() -> None:
     torch.manual_seed(0)
     block = MixerBlock(4, 6, 5, 7, drop_path=0.5)
-    assert not torch.equal(survivors(block, 100), survivors(block, 100))
+    assert not torch.equal(kept_marks(block, 100), kept_marks(block, 100))
 
 
 @pytest.mark.parametrize("seed", [None, 0, 1, 2**31 - 1])
@@ -68,7 +68,7 @@ def test_stochastic_depth_rises_linearly_from_zero_over_the_blocks(rescale: bool
     n = 8000
     model = small(num_blocks=4, stochastic_depth=0.6, rescale=rescale, image_size=8)
     for block, rate in zip(model.blocks, (0, 0.2, 0.4, 0.6), strict=True):
-        sums = survivors(block, n, seed)
+        sums = kept_marks(block, n, seed)
         marks = (sums * (1 - rate) if rescale else sums).round()  # 0, 1, 10 or 11
         for branch in (marks % 10 == 0, marks < 10):  # where the token branch's 1 is missing, the channel branch's 10
             assert branch.sum() == 0 if rate == 0 else within(branch.sum(), n, rate)
@@ -76,34 +76,34 @@ def test_stochastic_depth_rises_linearly_from_zero_over_the_blocks(rescale: bool
         assert sums.max().item() == pytest.approx(11 / (1 - rate) if rescale else 11)
 
 
-def test_blocks_drop_other_images() -> None:
+def test_blocks_drop_images_independently() -> None:
     n, rate = 8000, 0.5
     model = small(num_blocks=5, stochastic_depth=rate, image_size=8)
     for block in model.blocks:
         block.token_drop_path.rate = block.channel_drop_path.rate = rate
-    dropped = [survivors(block, n, seed=4) == 0 for block in model.blocks]
+    dropped = [kept_marks(block, n, seed=4) == 0 for block in model.blocks]
     for i, first in enumerate(dropped):
         for second in dropped[:i]:
             assert within((first & second).sum(), n, rate**4)
 
 
-def test_each_mask_of_the_model_has_a_place_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    places = []
+def test_each_mask_of_the_model_has_a_different_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    streams = []
 
-    def uniform(keys: Tensor, place: int, like: Tensor) -> Tensor:
-        places.append((place, tuple(like.shape)))
-        return rng.uniform(keys, place, like)
+    def uniform(keys: Tensor, stream: int, like: Tensor) -> Tensor:
+        streams.append((stream, tuple(like.shape)))
+        return rng.uniform(keys, stream, like)
 
     monkeypatch.setattr("allmlp.dropout.uniform", uniform)
     model = small(dropout=0.1, stochastic_depth=0.5).train()  # 9 tokens, 16 channels
     model(torch.zeros(2, 3, 12, 12), torch.arange(2))
-    assert len({place for place, _ in places}) == len(places) == 3 * 4 + 2 * 2  # the first block drops no branch
+    assert len({stream for stream, _ in streams}) == len(streams) == 3 * 4 + 2 * 2  # the first block drops no branch
     block = [(2, 16, 10), (2, 16, 9), (2, 1, 1), (2, 9, 24), (2, 9, 16), (2, 1, 1)]
-    assert [shape for _, shape in places] == [s for s in block if s != (2, 1, 1)] + block + block
+    assert [shape for _, shape in streams] == [s for s in block if s != (2, 1, 1)] + block + block
 
 
 @pytest.mark.parametrize("options", [{"dropout": 0.4}, {"stochastic_depth": 0.6}, {"dropout": 0.2, "rescale": True}])
-def test_an_images_masks_follow_its_key_and_not_the_batch(options: dict) -> None:
+def test_an_images_masks_depend_on_its_key_and_not_on_the_batch(options: dict) -> None:
     model = random_model(**options).train()
     images, keys = random_images(model, 16), sample_keys(0, torch.arange(16))
     with torch.no_grad():
@@ -113,11 +113,11 @@ def test_an_images_masks_follow_its_key_and_not_the_batch(options: dict) -> None
         assert close(model(images[order], keys[order]), whole[order], 1e-12)
         assert close(torch.cat([model(images[i : i + 4], keys[i : i + 4]) for i in range(0, 16, 4)]), whole, 1e-12)
         assert not close(model(images, keys.roll(1)), whole, 1e-3)
-        assert torch.equal(model.eval()(images, keys), model(images))  # in evaluation they say nothing
+        assert torch.equal(model.eval()(images, keys), model(images))  # in evaluation they have no effect
 
 
 def test_stochastic_depth_of_a_single_block_is_zero() -> None:
-    assert (survivors(small(num_blocks=1, stochastic_depth=0.9).blocks[0], 200) == 11).all()
+    assert (kept_marks(small(num_blocks=1, stochastic_depth=0.9).blocks[0], 200) == 11).all()
 
 
 @pytest.mark.parametrize("rescale", [False, True])
@@ -139,7 +139,7 @@ def test_training_without_rates_is_deterministic_and_equal_to_evaluation() -> No
 
 
 @pytest.mark.parametrize("seed", [None, 0, 1])
-def test_dropout_comes_after_each_dense_layer_and_in_training_alone(seed: int | None) -> None:
+def test_dropout_comes_after_each_dense_layer_and_only_in_training(seed: int | None) -> None:
     torch.manual_seed(0)
     n, p, shift = 40_000, 0.4, 3.0
     mlp = MlpBlock(1, 1, "erf", p).double()

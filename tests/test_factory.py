@@ -17,7 +17,7 @@ def on_meta(variant: str | None, **options) -> Mixer:
 @pytest.mark.parametrize(
     "name", ["B/16", "b/16", "B_16", "b_16", "Mixer-B/16", "mixer-b/16", "Mixer-B_16", "mixer_b_16"]
 )
-def test_spellings_of_a_variant_are_one(name: str) -> None:
+def test_spellings_of_a_variant_are_equivalent(name: str) -> None:
     assert resolve_variant(name) == "B/16"
     assert on_meta(name).config == on_meta("B/16").config
 
@@ -31,17 +31,17 @@ def test_defaults_are_the_papers() -> None:
     assert config["dropout"] == config["stochastic_depth"] == 0
 
 
-def test_options_override_the_variants_sizes_and_none_leaves_them() -> None:
+def test_options_override_the_variants_sizes_unless_none() -> None:
     plain = on_meta("B/16").config
     model = on_meta("B/16", num_classes=10, image_size=(32, 48), num_blocks=2, hidden_dim=None, gelu="erf")
     changes = {"num_classes": 10, "image_size": (32, 48), "num_blocks": 2, "gelu": "erf"}
     assert model.config == plain | changes
     assert len(model.blocks) == 2
     assert model.grid == (2, 3)
-    assert VARIANTS["B/16"]["num_blocks"] == 12  # the table itself is left alone
+    assert VARIANTS["B/16"]["num_blocks"] == 12  # the table itself does not change
 
 
-def test_sizes_of_ones_own_need_no_variant() -> None:
+def test_custom_sizes_need_no_variant() -> None:
     sizes = {"num_blocks": 2, "patch_size": 4, "hidden_dim": 8, "tokens_mlp_dim": 6, "channels_mlp_dim": 12}
     options = {"num_classes": 3, "image_size": 8, "in_channels": 1, "seed": 4}
     model, direct = create(**sizes, **options), Mixer(**sizes, **options)
@@ -67,14 +67,14 @@ def test_missing_sizes_are_named() -> None:
 @pytest.mark.parametrize(
     ("name", "nearest"), [("B/61", "B/16"), ("B16", "B/16"), ("H/16", "H/14"), ("mixer-l/14", "L/16")]
 )
-def test_unknown_variant_is_told_the_nearest_and_all(name: str, nearest: str) -> None:
+def test_an_unknown_variant_is_refused_with_the_nearest_and_all_names(name: str, nearest: str) -> None:
     with pytest.raises(
         UserError, match=rf"unknown variant '{name}'; the nearest: [^;]*{nearest}.*; valid names are S/32, .*H/14"
     ):
         create(name)
 
 
-def test_variant_like_no_other_is_told_them_all() -> None:
+def test_a_variant_unlike_all_others_is_refused_with_all_names() -> None:
     with pytest.raises(UserError, match=r"'zzz'; valid names are S/32, S/16, B/32, B/16, L/32, L/16, H/14"):
         create("zzz")
 
@@ -82,14 +82,14 @@ def test_variant_like_no_other_is_told_them_all() -> None:
 @pytest.mark.parametrize(
     ("option", "nearest"), [("hiden_dim", "hidden_dim"), ("drop_out", "dropout"), ("blocks", "num_blocks")]
 )
-def test_unknown_option_is_told_the_nearest(option: str, nearest: str) -> None:
+def test_an_unknown_option_is_refused_with_the_nearest(option: str, nearest: str) -> None:
     with pytest.raises(
         UserError, match=rf"unknown option '{option}' of a Mixer: the nearest are {nearest}(, \w+){{0,2}}$"
     ):
         create("S/32", **{option: 1})
 
 
-def test_option_like_no_other_is_told_them_all() -> None:
+def test_an_option_unlike_all_others_is_refused_with_all_names() -> None:
     with pytest.raises(UserError, match=r"unknown option 'zzz' .*channels_mlp_dim, .*stochastic_depth, tokens_mlp_dim"):
         create("S/32", zzz=1)
 

@@ -1,4 +1,4 @@
-"""What a Mixer costs, against the formulas and against a real forward pass."""
+"""The cost of a Mixer, compared with the formulas and with a real forward pass."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def cost_of(settings: dict) -> Cost:
 
 
 def macs(c: dict) -> int:
-    """Of the stem, both MLPs of every block, and the head."""
+    """The formula: stem, both MLPs of every block, and head."""
     height, width = (c["image_size"],) * 2 if isinstance(c["image_size"], int) else c["image_size"]
     patch, channels = c["patch_size"], c["hidden_dim"]
     tokens = height // patch * (width // patch)
@@ -39,7 +39,7 @@ def macs(c: dict) -> int:
 
 
 @pytest.mark.parametrize("settings", [config("B/16"), config("B/32", 448), config("S/16", num_classes=0), TINY])
-def test_macs_are_those_of_the_formula(settings: dict) -> None:
+def test_macs_equal_the_formula(settings: dict) -> None:
     found = cost_of(settings)
     assert found.macs == macs(settings)
     assert found.flops == 2 * found.macs
@@ -51,12 +51,12 @@ def test_b16_takes_12_6_billion_multiplications() -> None:
     assert found.parameters == 59_880_472
 
 
-def test_parameters_are_those_of_the_model() -> None:
+def test_parameters_equal_the_models() -> None:
     assert cost_of(TINY).parameters == sum(p.numel() for p in Mixer(**TINY, seed=0).parameters())
 
 
 def saved_bytes(settings: dict) -> int:
-    """Of what autograd keeps in a real forward pass of one image, each piece of memory once, without parameters."""
+    """What autograd keeps in a real forward pass of one image, each storage once, without parameters."""
     model = Mixer(**settings, seed=0)
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: list[Tensor] = []
@@ -73,7 +73,7 @@ def saved_bytes(settings: dict) -> int:
 
 
 @pytest.mark.parametrize("options", [{}, {"num_blocks": 1}, {"gelu": "erf"}, {"in_channels": 1}, {"num_classes": 0}])
-def test_activation_bytes_are_those_of_a_real_forward_pass(options: dict) -> None:
+def test_activation_bytes_equal_those_of_a_real_forward_pass(options: dict) -> None:
     assert cost_of(TINY | options).activation_bytes == saved_bytes(TINY | options)
 
 
@@ -82,7 +82,7 @@ def test_activation_bytes_grow_by_the_same_for_every_block() -> None:
     assert found[1] - found[0] == found[2] - found[1] == (found[3] - found[2]) / 3 > 0
     tokens, channels = 6, 16
     hidden = tokens * TINY["channels_mlp_dim"] + channels * TINY["tokens_mlp_dim"]
-    least = 4 * (2 * hidden + 2 * tokens * channels)  # around each GELU, and what each LayerNorm is given
+    least = 4 * (2 * hidden + 2 * tokens * channels)  # before and after each GELU, and the input of each LayerNorm
     assert least <= found[1] - found[0] <= 3 * least
 
 

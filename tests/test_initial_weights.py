@@ -15,7 +15,7 @@ def kernels(model: Mixer) -> dict[str, Tensor]:
     return {k: w for k, w in weights_of(model).items() if w.ndim > 1 and k != "head.weight"}
 
 
-def test_initial_kernels_are_lecun_normal_cut_at_two_sigma() -> None:
+def test_initial_kernels_are_lecun_normal_truncated_at_two_sigma() -> None:
     model = Mixer(
         num_classes=10,
         image_size=(48, 40),
@@ -35,7 +35,7 @@ def test_initial_kernels_are_lecun_normal_cut_at_two_sigma() -> None:
         assert 0.95 * cut < kernel.abs().max().item() <= cut * (1 + 1e-6), name
 
 
-def test_other_initial_parameters_are_those_of_the_authors() -> None:
+def test_other_initial_parameters_are_zeros_and_ones() -> None:
     for name, value in weights_of(small()).items():
         if name.endswith("bias") or name == "head.weight":
             assert (value == 0).all(), name
@@ -56,7 +56,7 @@ def test_initial_weights_are_a_function_of_seed_and_name() -> None:
     )
 
 
-def test_more_blocks_or_classes_leave_the_other_initial_weights_alone() -> None:
+def test_more_blocks_or_classes_do_not_change_the_other_initial_weights() -> None:
     weights, larger = weights_of(small(num_blocks=2)), weights_of(small(num_blocks=4, num_classes=0))
     common = weights.keys() & larger.keys()
     assert len(common) == len(weights) - 2  # all but the head
@@ -64,7 +64,7 @@ def test_more_blocks_or_classes_leave_the_other_initial_weights_alone() -> None:
         assert torch.equal(weights[name], larger[name]), name
 
 
-def test_without_a_seed_initial_weights_follow_torchs_generator() -> None:
+def test_without_a_seed_initial_weights_depend_on_torchs_generator() -> None:
     def stem(torch_seed: int | None = None) -> Tensor:
         if torch_seed is not None:
             torch.manual_seed(torch_seed)
@@ -83,11 +83,11 @@ def test_without_a_seed_the_size_of_the_head_changes_no_other_weight() -> None:
         found.append((kernels(small(seed=None, num_classes=num_classes)), torch.rand(4)))
     (first, first_next), *others = found
     for weights, following in others:
-        assert torch.equal(following, first_next)  # torch's generator is left at the same place, too
+        assert torch.equal(following, first_next)  # torch's generator ends in the same state, too
         assert all(torch.equal(first[name], weights[name]) for name in first)
 
 
-def test_with_a_seed_torchs_generator_stays_where_it_was() -> None:
+def test_with_a_seed_torchs_generator_does_not_change() -> None:
     before = torch.get_rng_state()
     small(seed=1)
     create("S/32", num_classes=3, image_size=32, num_blocks=1, hidden_dim=8, seed=1)

@@ -75,7 +75,7 @@ def test_without_classes_the_output_is_the_features() -> None:
     assert model(images).shape == (3, 16)
 
 
-def test_every_parameter_reaches_the_logits_but_the_dead_one() -> None:
+def test_every_parameter_but_the_dead_one_reaches_the_logits() -> None:
     model = random_model()
     model(random_images(model)).square().sum().backward()
     dead = {name for name, p in model.named_parameters() if p.grad is None or p.grad.abs().max() < 1e-10}
@@ -95,7 +95,7 @@ def test_second_token_mixing_bias_shifts_tokens_but_never_reaches_the_logits() -
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_order_of_patches_is_free_if_token_mixing_follows_it(seed: int) -> None:
+def test_permuting_patches_and_token_mixing_alike_changes_nothing(seed: int) -> None:
     model = random_model(image_size=(12, 8))
     images = random_images(model)
     order = torch.randperm(6, generator=torch.Generator().manual_seed(seed))
@@ -103,7 +103,7 @@ def test_order_of_patches_is_free_if_token_mixing_follows_it(seed: int) -> None:
     moved = grid[:, :, order].unflatten(2, (3, 2)).transpose(3, 4).flatten(4, 5).flatten(2, 3)
     with torch.no_grad():
         tokens, logits = model.tokens(images), model(images)
-        assert not close(model(moved), logits, 1e-3)  # token mixing does tell the places apart
+        assert not close(model(moved), logits, 1e-3)  # token mixing depends on the order
         for block in model.blocks:
             first, second = block.token_mixing.dense_0, block.token_mixing.dense_1
             first.weight.copy_(first.weight[:, order])
@@ -128,7 +128,7 @@ def test_under_the_meta_device_nothing_is_allocated() -> None:
     }
 
 
-def test_config_makes_the_same_model_again() -> None:
+def test_config_builds_the_same_model_again() -> None:
     model = small(image_size=(8, 20), gelu="erf", dropout=0.1, stochastic_depth=0.2, rescale=True, in_channels=2)
     again = Mixer(**model.config, seed=0)
     assert again.config == model.config
@@ -139,7 +139,7 @@ def test_config_makes_the_same_model_again() -> None:
         assert torch.equal(value, weights_of(again)[name]), name
 
 
-def test_attributes_that_a_classifier_has() -> None:
+def test_has_the_attributes_of_a_classifier() -> None:
     model = small(image_size=(8, 20), in_channels=2, num_classes=np.int64(7))
     assert (model.num_classes, model.in_channels, model.image_size) == (7, 2, (8, 20))
     assert type(model.num_classes) is int

@@ -1,5 +1,6 @@
-"""The masks' random numbers: their definition, their statistics, and what they depend on."""
+"""Random streams: their definition, their statistics, and what they depend on."""
 
+import hashlib
 import math
 import shutil
 import subprocess
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from allmlp.rng import sample_keys, uniform
+from allmlp.rng import parameter_generator, rng_stream, sample_keys, uniform
 
 SEEDS = (0, 1, 2**31 - 1)
 WRAP = (1 << 64) - 1
@@ -18,7 +19,7 @@ GOLDEN = 0x9E3779B97F4A7C15
 
 
 def splitmix(z: int) -> int:
-    """Steele et al. 2014's finaliser of 64 bits, in Python's whole numbers."""
+    """Steele et al. 2014's finaliser of 64 bits, in Python's integers."""
     z &= WRAP
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & WRAP
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & WRAP
@@ -29,8 +30,8 @@ def keys_of(samples: int = 256, seed: int = 0, first: int = 0) -> Tensor:
     return sample_keys(seed, torch.arange(first, first + samples))
 
 
-def drawn(keys: Tensor, place: int = 0, shape: tuple[int, ...] = (16, 64)) -> np.ndarray:
-    return uniform(keys, place, torch.empty(len(keys), *shape)).numpy()
+def drawn(keys: Tensor, stream: int = 0, shape: tuple[int, ...] = (16, 64)) -> np.ndarray:
+    return uniform(keys, stream, torch.empty(len(keys), *shape)).numpy()
 
 
 def correlation(a: np.ndarray, b: np.ndarray) -> float:
@@ -46,10 +47,10 @@ def test_keys_are_their_definition(seed: int) -> None:
     assert [key & WRAP for key in sample_keys(seed, torch.tensor(samples)).tolist()] == expected
 
 
-@pytest.mark.parametrize("place", [0, 1, 2, 71, 6 * 32 + 5])
-def test_each_place_has_numbers_of_its_own(place: int) -> None:
+@pytest.mark.parametrize("stream", [0, 1, 2, 71, 6 * 32 + 5])
+def test_each_stream_has_different_numbers(stream: int) -> None:
     key = keys_of(3)
-    first, other = drawn(key, place), drawn(key, place + 1)
+    first, other = drawn(key, stream), drawn(key, stream + 1)
     assert not (first == other).all(axis=(1, 2)).any()
     assert correlation(first, other) < 5
 
@@ -63,9 +64,9 @@ def test_shape_type_and_range() -> None:
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("place", [0, 70])
-def test_the_numbers_are_uniform(seed: int, place: int) -> None:
-    values = drawn(keys_of(512, seed), place).astype(np.float64)
+@pytest.mark.parametrize("stream", [0, 70])
+def test_the_numbers_are_uniform(seed: int, stream: int) -> None:
+    values = drawn(keys_of(512, seed), stream).astype(np.float64)
     n = values.size
     assert abs(values.mean() - 1 / 2) < 5 * math.sqrt(1 / 12 / n)
     assert abs(((values - 1 / 2) ** 2).mean() - 1 / 12) < 5 * math.sqrt(1 / 180 / n)
@@ -80,8 +81,8 @@ def test_the_numbers_are_uniform(seed: int, place: int) -> None:
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_one_number_a_sample_is_uniform_over_the_samples(seed: int) -> None:
-    for place in (0, 1, 42):  # what stochastic depth draws
-        values = drawn(keys_of(100_000, seed), place, (1, 1)).ravel().astype(np.float64)
+    for stream in (0, 1, 42):  # what stochastic depth draws
+        values = drawn(keys_of(100_000, seed), stream, (1, 1)).ravel().astype(np.float64)
         counts = np.histogram(values, bins=100, range=(0, 1))[0]
         assert abs(((counts - 1000) ** 2 / 1000).sum() - 99) < 5 * math.sqrt(2 * 99)
         for lag in (1, 2, 8, 64):
@@ -94,7 +95,7 @@ def test_neighbours_are_independent() -> None:
         "samples": (values[1:], values[:-1]),
         "rows": (values[:, 1:], values[:, :-1]),
         "elements": (values[:, :, 1:], values[:, :, :-1]),
-        "places": (values, drawn(keys_of(512), 1)),
+        "streams": (values, drawn(keys_of(512), 1)),
         "blocks": (values, drawn(keys_of(512), 6)),
         "steps": (values, drawn(keys_of(512, first=512))),
         "seeds": (values, drawn(keys_of(512, seed=1))),
@@ -113,7 +114,7 @@ def test_a_samples_numbers_do_not_depend_on_the_batch_around_it() -> None:
         assert np.array_equal(drawn(keys[i : i + 1], 5)[0], whole[i])
 
 
-def test_torchs_generator_plays_no_part_with_keys() -> None:
+def test_with_keys_torchs_generator_is_not_used() -> None:
     torch.manual_seed(1)
     before = torch.get_rng_state()
     first = drawn(keys_of(4), 2)
@@ -122,7 +123,7 @@ def test_torchs_generator_plays_no_part_with_keys() -> None:
     assert np.array_equal(drawn(keys_of(4), 2), first)
 
 
-def test_without_keys_torchs_generator_draws() -> None:
+def test_without_keys_torchs_generator_is_used() -> None:
     torch.manual_seed(1)
     first = uniform(None, 0, torch.empty(3, 4))
     assert not torch.equal(uniform(None, 0, torch.empty(3, 4)), first)
@@ -136,13 +137,34 @@ def test_keys_are_distinct_over_seeds_and_samples() -> None:
     assert len(keys.unique()) == len(keys) == 4 * 3 * 100_000
 
 
+def test_numpy_streams_are_philox_with_seed_and_stream_for_a_key() -> None:
+    def first(seed: int, stream: int) -> int:
+        return int(rng_stream(seed, stream).integers(2**62))
+
+    expected = np.random.Generator(np.random.Philox(key=np.array([3, 1 << 63 | 5], dtype=np.uint64)))
+    assert first(3, 1 << 63 | 5) == int(expected.integers(2**62)) == first(3, 1 << 63 | 5)
+    assert len({first(seed, stream) for seed in (0, 1, 2**31) for stream in (0, 1, 1 << 62, WRAP)}) == 12
+
+
+def test_a_parameters_generator_is_seeded_by_the_digest_of_seed_and_name() -> None:
+    def first(seed: int, name: str) -> float:
+        return torch.rand((), generator=parameter_generator(seed, name), dtype=torch.float64).item()
+
+    state = torch.get_rng_state()
+    digest = hashlib.sha256(b"7/stem.weight").digest()
+    expected = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    assert first(7, "stem.weight") == torch.rand((), generator=expected, dtype=torch.float64).item()
+    assert len({first(seed, name) for seed in (0, 1, 11) for name in ("a", "b", "1/a")}) == 9
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 COMPILED = """
 import torch
 from allmlp.rng import sample_keys, uniform
 from allmlp.model import Mixer
 
 def masks(keys, x):
-    return [uniform(keys, place, x) for place in (0, 1, 50)] + [(uniform(keys, 2, x) >= 0.3).to(x.dtype) * x]
+    return [uniform(keys, stream, x) for stream in (0, 1, 50)] + [(uniform(keys, 2, x) >= 0.3).to(x.dtype) * x]
 
 keys, x = sample_keys(3, torch.arange(8)), torch.ones(8, 5, 7)
 for found, expected in zip(torch.compile(masks)(keys, x), masks(keys, x), strict=True):
@@ -153,6 +175,7 @@ COMPILED_MODEL = """
 import torch
 from allmlp.rng import sample_keys
 from allmlp.model import Mixer
+from allmlp.training.compilation import compile_model
 from allmlp.training.memory import recompute_blocks
 
 def gradients(recompute, compiled):
@@ -162,7 +185,9 @@ def gradients(recompute, compiled):
     if recompute:
         recompute_blocks(model)
     images = torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(1))
-    logits = (torch.compile(model) if compiled else model)(images, sample_keys(3, torch.arange(6)))
+    forward, _ = compile_model(model, "on" if compiled else "off", batch_size=6, training_flop=1.0,
+                               device=torch.device("cpu"), precision=torch.float32)
+    logits = forward(images, sample_keys(3, torch.arange(6)))
     logits.logsumexp(1).sum().backward()
     return [logits.detach()] + [p.grad for p in model.parameters()]
 
@@ -177,6 +202,6 @@ for found in (gradients(False, True), gradients(True, True)):
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 @pytest.mark.parametrize("program", [COMPILED, COMPILED_MODEL], ids=["masks", "model"])
 def test_compiled_code_draws_the_same(program: str) -> None:
-    """In a process of its own: what the compiler gets wrong may be written anywhere in memory."""
+    """In a separate process: wrong code may write anywhere in memory."""
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert ended.returncode == 0, (ended.returncode, ended.stderr[-500:])

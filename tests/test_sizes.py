@@ -15,7 +15,7 @@ from allmlp.errors import UserError
     ("image", "patch", "suggested"),
     [((29, 21), (4, 8), (28, 24)), ((12, 13), (4, 4), (12, 12)), ((3, 8), (8, 8), (8, 8)), (225, 16, (224, 224))],
 )
-def test_image_size_that_is_no_multiple_names_both_sizes_and_one_that_fits(image, patch, suggested) -> None:
+def test_image_size_that_is_not_a_multiple_names_both_sizes_and_one_that_fits(image, patch, suggested) -> None:
     (h, w), (ph, pw) = ((s, s) if isinstance(s, int) else s for s in (image, patch))
     message = f"image size {h}×{w} is not a multiple of the patch size {ph}×{pw}: use {suggested[0]}×{suggested[1]}, or"
     with pytest.raises(UserError, match=re.escape(message)):
@@ -25,7 +25,7 @@ def test_image_size_that_is_no_multiple_names_both_sizes_and_one_that_fits(image
 
 @pytest.mark.parametrize("shape", [(2, 3, 12, 16), (2, 3, 16, 12), (2, 1, 12, 12), (3, 12, 12), (2, 1, 3, 12, 12)])
 @pytest.mark.parametrize("method", ["forward", "features", "tokens"])
-def test_images_of_another_shape_are_told_the_models(shape: tuple[int, ...], method: str) -> None:
+def test_images_of_another_shape_are_refused_with_the_models_shape(shape: tuple[int, ...], method: str) -> None:
     message = f"images of shape {shape}: this model takes (batch, 3, 12, 12); resize the images"
     with pytest.raises(UserError, match=re.escape(message)):
         getattr(small(), method)(torch.zeros(shape))
@@ -73,19 +73,19 @@ def test_sizes_of_another_type_are_refused(name: str, size: object) -> None:
         small(**{name: size})
 
 
-def test_numpys_whole_numbers_are_sizes_too_and_are_stored_as_pythons() -> None:
+def test_numpy_integers_are_sizes_too_and_are_stored_as_python_integers() -> None:
     model = small(image_size=np.int64(64), patch_size=(np.int32(4), np.int64(8)))
     assert model.config["image_size"] == model.image_size == (64, 64)
     assert model.patch_size == (4, 8)
     assert {type(side) for key in ("image_size", "patch_size") for side in model.config[key]} == {int}
 
 
-def test_unknown_gelu_is_told_both_forms() -> None:
+def test_an_unknown_gelu_is_refused_with_both_forms() -> None:
     with pytest.raises(UserError, match=r"gelu = 'relu': must be 'tanh' .* or 'erf'"):
         small(gelu="relu")
 
 
-def test_mistakes_of_the_caller_are_value_errors_of_one_line() -> None:
+def test_user_errors_are_value_errors_of_one_line() -> None:
     with pytest.raises(ValueError, match="multiple") as caught:
         small(image_size=13)
     assert "\n" not in str(caught.value)

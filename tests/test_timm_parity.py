@@ -1,4 +1,4 @@
-"""With gelu="erf" and the same weights, all random, the model is timm's."""
+"""With gelu="erf" and the same random weights, the model computes what timm's does."""
 
 import gc
 
@@ -71,7 +71,7 @@ def test_agrees_with_timm(variant: str, name: str) -> None:
     assert (expected_logits[0] - expected_logits[1]).abs().max() > 0.01
 
 
-def test_the_authors_gelu_is_told_from_timms() -> None:
+def test_the_authors_gelu_differs_from_timms() -> None:
     model = random_float32("S/32", gelu="tanh")
     images = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(12))
     with torch.no_grad():

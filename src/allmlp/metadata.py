@@ -1,4 +1,4 @@
-"""What travels with weights, beside the tensors: everything that is needed to predict with them."""
+"""What a weights file holds besides the tensors: everything that is needed to predict with them."""
 
 import math
 from dataclasses import dataclass, field
@@ -12,10 +12,10 @@ Crop = Literal["resmall", "resize"]
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocessing:
-    """From an upright RGB image to the model's input: evaluation, prediction, and training without augmentation.
+    """How an upright RGB image becomes the model's input: evaluation, prediction, and training without augmentation.
 
-    With ``crop="resmall"`` the shorter side is resized to ``image size / crop_ratio`` and the centre is cut out (the
-    paper's Table 3, 256 → 224); with ``"resize"`` both sides are, so the aspect changes (Table 2).
+    ``crop="resmall"`` resizes the shorter side to ``image size / crop_ratio`` and cuts out the centre (the paper's
+    Table 3, 256 → 224); ``"resize"`` resizes both sides, which changes the aspect ratio (Table 2).
     """
 
     crop: Crop = "resmall"
@@ -25,25 +25,25 @@ class Preprocessing:
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
 
     def __post_init__(self) -> None:
-        """Raises a UserError that names the field, for a card may come from any file."""
+        """Raises a UserError that names the field, since metadata may come from any file."""
         for name, kind in (("crop", Crop), ("interpolation", Interpolation)):
             if getattr(self, name) not in get_args(kind):
-                raise UserError(f"{name} = {getattr(self, name)!r}: use one of {', '.join(get_args(kind))}")
+                raise UserError(f"{name} = {getattr(self, name)!r}: must be one of {', '.join(get_args(kind))}")
         ratio = self.crop_ratio
         if not (isinstance(ratio, int | float) and 0 < ratio <= 1):
-            raise UserError(f"crop_ratio = {ratio!r}: a number above 0 and at most 1")
+            raise UserError(f"crop_ratio = {ratio!r}: must be a number above 0 and at most 1")
         for name in ("mean", "std"):
             values = getattr(self, name)
             numbers = isinstance(values, tuple) and all(isinstance(v, int | float) and math.isfinite(v) for v in values)
             if not (numbers and values):
-                raise UserError(f"{name} = {values!r}: a number for each channel")
+                raise UserError(f"{name} = {values!r}: must be a tuple of numbers, one for each channel")
         if len(self.mean) != len(self.std) or min(self.std) <= 0:
-            raise UserError(f"std = {self.std!r}: as many positive numbers as the mean, {self.mean!r}, has")
+            raise UserError(f"std = {self.std!r}: must be as many positive numbers as the mean, {self.mean!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Metadata:
-    """Class names in the order of the logits (None: not known), preprocessing, and where the weights come from."""
+    """Class names in the order of the logits (None: unknown), preprocessing, and where the weights come from."""
 
     classes: tuple[str, ...] | None = None
     preprocessing: Preprocessing = field(default_factory=Preprocessing)

@@ -26,7 +26,7 @@ def images() -> Tensor:
 
 def gradients(model: Mixer, seed: int = 3) -> list[Tensor]:
     logits = model(images(), sample_keys(seed, torch.arange(5)))
-    torch.manual_seed(9)  # what torch's generator gives in the backward pass plays no part
+    torch.manual_seed(9)  # the state of torch's generator in the backward pass does not matter
     logits.logsumexp(1).sum().backward()
     return [logits.detach()] + [p.grad for p in model.parameters() if p.grad is not None]
 

@@ -18,6 +18,7 @@ from markdown_it.token import Token
 import allmlp
 from allmlp.config.serialize import to_json_object
 from allmlp.errors import RunError, UserError
+from allmlp.factory import build_meta
 from allmlp.flops import cost
 from allmlp.metadata import Metadata, Preprocessing
 from allmlp.model import Mixer
@@ -86,7 +87,13 @@ def test_the_card_of_a_run_is_complete() -> None:
     assert "Licence of the weights: cc-by-4.0" in text
     assert 'allmlp.load("hf-hub:owner/name")' in found["How to load"]
     assert "mixer predict hf-hub:owner/name" in found["How to load"]
-    for words in (f"{cost(model).parameters:,} parameters", "8 × 12 px", "4 × 4 px", "erf GELU", "Classes: 3"):
+    for words in (
+        f"{cost(build_meta(model.config)).parameters:,} parameters",
+        "8 × 12 px",
+        "4 × 4 px",
+        "erf GELU",
+        "Classes: 3",
+    ):
         assert words in found["Model"], words
     for key in ("num_blocks", "hidden_dim", "tokens_mlp_dim", "channels_mlp_dim"):
         assert f"{key} {model.config[key]}" in found["Model"]
@@ -129,7 +136,7 @@ def test_a_variant_of_table_1_is_named(name: str) -> None:
         model = allmlp.create(name)
     text = model_card(model, REPO, "apache-2.0")
     assert f"# Mixer-{name}\n" in text
-    assert f"{cost(model).parameters:,}" in text
+    assert f"{cost(build_meta(model.config)).parameters:,}" in text
     assert "# MLP-Mixer\n" in model_card(make(), REPO, "apache-2.0")
 
 

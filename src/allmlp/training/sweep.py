@@ -116,7 +116,9 @@ def claim_folder(plan: Transfer, out: Path) -> None:
         check_version(stored["recipe"], path)
         if stored != wanted:
             fields = ", ".join(differing_fields(stored, wanted))
-            raise UserError(f"{out} holds another transfer ({fields} differ): repeat its options, or name another --out")
+            raise UserError(
+                f"{out} holds another transfer ({fields} differ): repeat its options, or name another --out"
+            )
         log.info("resuming the transfer in %s", out)
 
 
