@@ -1,6 +1,7 @@
 """Training runs of a few steps on made-up images, for the tests of several folders."""
 
 import dataclasses
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
@@ -18,18 +20,24 @@ from allmlp.data.loader import Batch
 from allmlp.data.mixup import Mixing
 from allmlp.data.stores import ArrayStore
 from allmlp.distributed.context import SINGLE_PROCESS, DistributedContext
-from allmlp.evaluation.classification import classify
+from allmlp.evaluation.classification import SplitEvaluator, classify
 from allmlp.metadata import Preprocessing
 from allmlp.model import Mixer
+from allmlp.runs.result import RunResult
 from allmlp.runs.resume import Checkpoint
+from allmlp.training import build as build_module
+from allmlp.training import run as run_module
 from allmlp.training.build import build, build_initializer
 from allmlp.training.optimizer_step import OptimizerStep
 from allmlp.training.preemption import Preemption, SignalState
+from allmlp.training.run import RunOptions
 from allmlp.training.step import Forward, InputPreparation, Loss, StepResult, TrainingStep
 from allmlp.training.trainer import Progress
 
 CLASSES = ("a", "b", "c")
 CPU = torch.device("cpu")
+SIZES = ("patch_size", "num_blocks", "hidden_dim", "tokens_mlp_dim", "channels_mlp_dim")
+FROM_WEIGHTS: dict[str, Any] = dict.fromkeys(SIZES) | {"weights": "weights.safetensors"}  # changes of a recipe
 NOISY = {"dropout": 0.2, "stochastic_depth": 0.4, "mixup": 0.5, "cutmix": 1.0, "mix_group_size": 3}
 
 
@@ -217,3 +225,60 @@ def train_steps(
         model.train()
         group = micro_batches[(number - 1) * accumulate : number * accumulate]
         yield step(number, group, requests(), measure=measure(number))
+
+
+class Interrupted(Exception):
+    """Ends a run at a chosen moment."""
+
+
+def interrupt() -> None:
+    raise Interrupted
+
+
+class InterruptAt:
+    """Progress that interrupts the run when it reports a step, or the n-th text with a given beginning.
+
+    Args:
+        moment: the step, or the beginning of the text.
+        n: which of these reports, from 1.
+        action: called at that moment; by default it raises ``Interrupted``.
+    """
+
+    def __init__(self, moment: int | str, n: int = 1, action: Callable[[], None] = interrupt) -> None:
+        self.moment, self.reports_left, self.action = moment, n, action
+
+    def update(self, done: int, total: int, text: str) -> None:
+        evaluates = text.startswith("evaluating")
+        if (done == self.moment and not evaluates) if isinstance(self.moment, int) else text.startswith(self.moment):
+            self.reports_left -= 1
+            if self.reports_left == 0:
+                self.action()
+
+
+def replace_data(monkeypatch: pytest.MonkeyPatch) -> dict[str, DatasetSplits]:
+    """Gives all runs made-up images, which the test may replace under "data", and makes them faster."""
+    current = {"data": splits(train=24, val=6, test=6)}
+    monkeypatch.setattr(build_module, "load_source", lambda *words, **options: current["data"])
+    for module in (run_module, build_module):
+        monkeypatch.setattr(module, "versions", lambda: {"all": "versions"})  # reading them takes 0.3 s each time
+    monkeypatch.setattr(os, "fsync", lambda handle: None)  # test_checkpoint.py tests that it is called
+    return current
+
+
+def train(
+    settings: Recipe,
+    out: Path,
+    make_evaluator: Any = SplitEvaluator,
+    progress: Any = None,
+    resume: bool = True,
+    **options: Any,
+) -> RunResult[Any]:
+    """``training.run.train`` without progress, resuming the run in the folder by default."""
+    return run_module.train(settings, out, make_evaluator, progress or Silent(), RunOptions(resume=resume, **options))
+
+
+def stopped_run(out: Path, **changes: Any) -> Path:
+    """Makes a run that was stopped after step 3."""
+    with pytest.raises(Interrupted):
+        train(recipe(save_every_steps=1, **changes), out, progress=InterruptAt(4))
+    return out

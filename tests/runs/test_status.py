@@ -1,5 +1,6 @@
-"""Where a run is, told from its folder alone, whatever state that is in."""
+"""The status of a run, read from its folder alone, whatever the state of the folder."""
 
+import contextlib
 import fcntl
 import json
 import os
@@ -12,11 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from test_fit import recipe
-from test_trust import LINUX, without_privileges
+from processes import LINUX, locked_by_another_process, without_privileges
+from small_runs import recipe
 
-from allmlp.checkpointing.checkpoint import STATE, write
-from allmlp.checkpointing.manager import name
+from allmlp.checkpointing.checkpoint import STATE, write_checkpoint
+from allmlp.checkpointing.manager import checkpoint_name
 from allmlp.cli.status import format_duration, status_lines
 from allmlp.config.serialize import to_json_object
 from allmlp.distributed.context import SINGLE_PROCESS
@@ -24,7 +25,7 @@ from allmlp.errors import RunError, UserError
 from allmlp.files import to_json
 from allmlp.runs.folder import LOCK, is_locked, locked, run_folder
 from allmlp.runs.records import METRICS
-from allmlp.runs.status import status
+from allmlp.runs.status import run_status
 
 RECORDS = [
     {"step": 2, "epoch": 1.0, "loss": 1.5},
@@ -38,45 +39,28 @@ RECORDS = [
 
 @pytest.fixture
 def out(tmp_path: Path) -> Path:
-    """A run of 12 images a step, stopped after step 6 of 10."""
+    """A run with 12 images per step, stopped after step 6 of 10."""
     folder = tmp_path / "my run"
     (folder / "checkpoints").mkdir(parents=True)
     (folder / "recipe.json").write_text(to_json(to_json_object(recipe())))
     (folder / METRICS).write_text("".join(to_json(record) + "\n" for record in RECORDS))
     for step in (2, 4, 6):
         state = {"step": step, "steps": 10, "seconds": 10.0 * step}
-        write(folder / "checkpoints" / name(step), {"w": torch.zeros(3)}, state, SINGLE_PROCESS)
+        write_checkpoint(folder / "checkpoints" / checkpoint_name(step), {"w": torch.zeros(3)}, state, SINGLE_PROCESS)
     return folder
-
-
-HOLDER = """
-import fcntl, sys
-with open(sys.argv[1], "a") as file:
-    fcntl.lockf(file, fcntl.LOCK_EX)
-    print("held", flush=True)
-    sys.stdin.read()
-"""
 
 
 @pytest.fixture
 def training(out: Path) -> Iterator[subprocess.Popen[str]]:
-    """Another process that trains the run."""
-    yield from hold(out)
+    """Another process that holds the run's lock, as if it trained the run."""
+    with locked_by_another_process(out) as process:
+        yield process
 
 
-def hold(out: Path) -> Iterator[subprocess.Popen[str]]:
-    pipe = subprocess.PIPE
-    process = subprocess.Popen([sys.executable, "-c", HOLDER, out / LOCK], stdin=pipe, stdout=pipe, text=True)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "held\n"
-    yield process
-    process.communicate()
-
-
-def test_all_that_is_known_of_a_stopped_run(out: Path) -> None:
-    told = status(out)
-    assert 0 <= told.pop("saved_seconds_ago") < 60
-    assert told == {
+def test_all_fields_of_a_stopped_run(out: Path) -> None:
+    status = run_status(out)
+    assert 0 <= status.pop("saved_seconds_ago") < 60
+    assert status == {
         "run": str(out),
         "recipe": "custom",
         "state": "stopped",
@@ -87,88 +71,88 @@ def test_all_that_is_known_of_a_stopped_run(out: Path) -> None:
         "val_top1": 0.75,
         "images_per_second": 24.0,
         "data_wait": 0.5,
-        "best": (4, 0.75),  # the first of equals
+        "best": (4, 0.75),  # the first one with the highest accuracy
         "checkpoints": [6, 4, 2],
         "seconds": 60.0,
         "left_seconds": 4 * 12 / 24,
     }
-    json.loads(to_json(told))
+    json.loads(to_json(status))
 
 
 def test_running_stopped_and_finished(out: Path, training: subprocess.Popen[str]) -> None:
-    assert status(out)["state"] == "running"
+    assert run_status(out)["state"] == "running"
     training.communicate()
-    assert status(out)["state"] == "stopped"
+    assert run_status(out)["state"] == "stopped"
     (out / "summary.json").write_text("{}")
-    told = status(out)
-    assert (told["state"], told["left_seconds"]) == ("finished", None)
+    status = run_status(out)
+    assert (status["state"], status["left_seconds"]) == ("finished", None)
 
 
-def test_a_run_killed_by_force_is_stopped(out: Path, training: subprocess.Popen[str]) -> None:
-    assert status(out)["state"] == "running"
+def test_a_killed_run_is_stopped(out: Path, training: subprocess.Popen[str]) -> None:
+    assert run_status(out)["state"] == "running"
     training.kill()
     training.wait()
-    assert status(out)["state"] == "stopped"
+    assert run_status(out)["state"] == "stopped"
 
 
-def test_asking_takes_nothing_from_the_run(out: Path) -> None:
-    """The process that trains may ask too, and keeps its lock (POSIX's go when any descriptor is closed)."""
+def test_the_process_that_trains_keeps_its_lock(out: Path) -> None:
+    """It may read the status too, although POSIX releases a lock when any descriptor of the file is closed."""
     with locked(out):
-        status(out)
-        held = subprocess.run([sys.executable, "-c", TRY, out / LOCK], capture_output=True, text=True)
-    assert held.stdout == "taken\n"
+        run_status(out)
+        tried = subprocess.run([sys.executable, "-c", TRY_LOCK, out / LOCK], capture_output=True, text=True)
+    assert tried.stdout == "locked\n"
 
 
-TRY = """
+TRY_LOCK = """
 import fcntl, sys
 try:
     fcntl.lockf(open(sys.argv[1], "a"), fcntl.LOCK_EX | fcntl.LOCK_NB)
     print("free")
 except OSError:
-    print("taken")
+    print("locked")
 """
 
 
-def test_asking_leaves_the_folder_as_it_is(out: Path) -> None:
+def test_reading_the_status_does_not_change_the_folder(out: Path) -> None:
     before = sorted(path.name for path in out.iterdir())
-    status(out, verify=True)
+    run_status(out, verify=True)
     assert sorted(path.name for path in out.iterdir()) == before
 
 
 @LINUX
-def test_who_may_only_read_may_ask(out: Path) -> None:
+def test_read_permission_is_enough(out: Path) -> None:
     (out / LOCK).touch(0o444)
     out.chmod(0o555)
     with without_privileges():
-        assert status(out)["step"] == 6
+        assert run_status(out)["step"] == 6
     out.chmod(0o755)
 
 
-def test_a_run_that_has_just_begun(out: Path) -> None:
+def test_a_run_that_has_just_started(out: Path) -> None:
     (out / METRICS).unlink()
     for path in sorted((out / "checkpoints").rglob("*"), reverse=True):
         path.rmdir() if path.is_dir() else path.unlink()
-    told = status(out, verify=True)
-    assert (told["step"], told["steps"], told["checkpoints"], told["sound"]) == (0, None, [], None)
-    assert all(told[key] is None for key in ("epoch", "loss", "val_top1", "best", "saved_seconds_ago", "seconds"))
-    words = dict(status_lines(told))
-    assert (words["step"], words["checkpoints"], words["verified"]) == ("0", "none yet", "nothing to verify")
+    status = run_status(out, verify=True)
+    assert (status["step"], status["steps"], status["checkpoints"], status["sound"]) == (0, None, [], None)
+    assert all(status[key] is None for key in ("epoch", "loss", "val_top1", "best", "saved_seconds_ago", "seconds"))
+    lines = dict(status_lines(status))
+    assert (lines["step"], lines["checkpoints"], lines["verified"]) == ("0", "none yet", "nothing to verify")
     (out / "checkpoints").rmdir()
-    assert status(out, verify=True)["checkpoints"] == []
+    assert run_status(out, verify=True)["checkpoints"] == []
 
 
-def test_what_is_no_run(tmp_path: Path) -> None:
+def test_a_folder_without_a_run(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for path in (tmp_path, tmp_path / "gone", tmp_path / "file"):
-        with pytest.raises(UserError, match="is no run: name a folder that mixer train has made"):
-            status(path)
+        with pytest.raises(UserError, match="is not the folder of a run: name one that mixer train has created"):
+            run_status(path)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"nmae": ""}', "\0\0\0"])
-def test_a_damaged_recipe_is_told(text: str, out: Path) -> None:
+def test_a_damaged_recipe_is_reported(text: str, out: Path) -> None:
     (out / "recipe.json").write_text(text)
     with pytest.raises(UserError, match="recipe"):
-        status(out)
+        run_status(out)
 
 
 @pytest.mark.parametrize(
@@ -176,67 +160,69 @@ def test_a_damaged_recipe_is_told(text: str, out: Path) -> None:
     [b'{"step": 7, "lo', b"\0" * 100 + b"\n", b"5\n", b"null\n", b"[]\n", b'"step"\n', b"\xff\xfe\n", b"\n"],
     ids=repr,
 )
-def test_lines_that_are_none_are_passed_over(ending: bytes, out: Path) -> None:
+def test_malformed_lines_are_skipped(ending: bytes, out: Path) -> None:
     with (out / METRICS).open("ab") as file:
         file.write(ending)
-    assert (status(out)["step"], status(out)["loss"]) == (6, 1.0)
+    assert (run_status(out)["step"], run_status(out)["loss"]) == (6, 1.0)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null"])
-def test_a_damaged_checkpoint_is_passed_over(text: str, out: Path) -> None:
-    (out / "checkpoints" / name(6) / STATE).write_text(text)
-    told = status(out)
-    assert (told["steps"], told["seconds"], told["checkpoints"]) == (10, 40.0, [6, 4, 2])
+def test_a_checkpoint_with_a_damaged_state_is_skipped(text: str, out: Path) -> None:
+    (out / "checkpoints" / checkpoint_name(6) / STATE).write_text(text)
+    status = run_status(out)
+    assert (status["steps"], status["seconds"], status["checkpoints"]) == (10, 40.0, [6, 4, 2])
 
 
 def test_verifying_reads_every_file(out: Path, caplog: pytest.LogCaptureFixture) -> None:
-    assert status(out, verify=True)["sound"] == 6
-    assert "sound" not in status(out)
-    content = (out / "checkpoints" / name(6) / "__0_0.distcp").read_bytes()
-    (out / "checkpoints" / name(6) / "__0_0.distcp").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    assert status(out)["checkpoints"] == [6, 4, 2]
-    assert status(out, verify=True)["sound"] == 4
+    assert run_status(out, verify=True)["sound"] == 6
+    assert "sound" not in run_status(out)
+    content = (out / "checkpoints" / checkpoint_name(6) / "__0_0.distcp").read_bytes()
+    (out / "checkpoints" / checkpoint_name(6) / "__0_0.distcp").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert run_status(out)["checkpoints"] == [6, 4, 2]
+    assert run_status(out, verify=True)["sound"] == 4
     assert "SHA-256 differs" in caplog.text
     for step in (2, 4):
-        (out / "checkpoints" / name(step) / STATE).unlink()
-    with pytest.raises(RunError, match="none of the 3 checkpoints"):
-        status(out, verify=True)
-    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == [name(step) for step in (2, 4, 6)]
+        (out / "checkpoints" / checkpoint_name(step) / STATE).unlink()
+    with pytest.raises(RunError, match=r"all 3 checkpoints in .* are damaged"):
+        run_status(out, verify=True)
+    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == [
+        checkpoint_name(step) for step in (2, 4, 6)
+    ]
 
 
-def test_another_user_s_run_can_be_verified(out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_run_of_another_user_can_be_verified(out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "another"))
-    assert status(out, verify=True)["sound"] == 6
+    assert run_status(out, verify=True)["sound"] == 6
 
 
-def test_a_loss_that_is_no_number(out: Path) -> None:
+def test_a_loss_that_is_not_a_number(out: Path) -> None:
     with (out / METRICS).open("a") as file:
         file.write(to_json({"step": 7, "loss": float("nan")}) + "\n")
-    told = status(out)
-    assert told["loss"] is None
-    assert "loss" not in dict(status_lines(told))
+    status = run_status(out)
+    assert status["loss"] is None
+    assert "loss" not in dict(status_lines(status))
 
 
-# in words
+# The lines that are printed
 
 
-def test_the_words(out: Path) -> None:
-    told = status(out, verify=True)
-    words = dict(status_lines(told))
-    assert words["run"] == f"{out}, recipe custom: stopped"
-    assert words["step"] == "6 of 10, epoch 3"
-    assert words["loss"] == "1.0000"
-    assert words["validation"] == "top-1 0.7500 (best 0.7500 at step 4)"
-    assert words["speed"] == "24 images/s, 50% of the time spent waiting for images"
-    assert words["time"] == "1.0 min in steps, about 2 s left"
-    assert words["checkpoints"].startswith("steps 6, 4, 2; the newest ")
-    assert words["verified"] == "step 6 is sound"
+def test_the_lines_of_a_stopped_run(out: Path) -> None:
+    status = run_status(out, verify=True)
+    lines = dict(status_lines(status))
+    assert lines["run"] == f"{out}, recipe custom: stopped"
+    assert lines["step"] == "6 of 10, epoch 3"
+    assert lines["loss"] == "1.0000"
+    assert lines["validation"] == "top-1 0.7500 (best 0.7500 at step 4)"
+    assert lines["speed"] == "24 images/s, 50% of the time spent waiting for images"
+    assert lines["time"] == "1.0 min in steps, about 2 s left"
+    assert lines["checkpoints"].startswith("steps 6, 4, 2; the newest ")
+    assert lines["verified"] == "step 6 is sound"
 
 
-def test_the_words_to_go_on_can_be_pasted(out: Path) -> None:
-    assert dict(status_lines(status(out)))["resume"] == f"mixer train --resume '{out}'"
+def test_the_command_to_resume_can_be_pasted_into_a_shell(out: Path) -> None:
+    assert dict(status_lines(run_status(out)))["resume"] == f"mixer train --resume '{out}'"
     (out / "summary.json").write_text("{}")
-    assert "resume" not in dict(status_lines(status(out)))
+    assert "resume" not in dict(status_lines(run_status(out)))
 
 
 @pytest.mark.parametrize(
@@ -247,7 +233,7 @@ def test_durations(seconds: float, text: str) -> None:
     assert format_duration(seconds) == text
 
 
-# the lock
+# The lock
 
 
 def test_only_one_process_at_a_time(out: Path, training: subprocess.Popen[str]) -> None:
@@ -261,26 +247,27 @@ def test_only_one_process_at_a_time(out: Path, training: subprocess.Popen[str]) 
         pass
 
 
-def test_the_folder_of_a_run_that_another_process_has_just_begun_stays(tmp_path: Path) -> None:
-    """Two that begin at once make the same folder: the one that comes too late must not take it away."""
+def test_the_folder_of_a_run_that_another_process_has_just_started_is_kept(tmp_path: Path) -> None:
+    """When two processes create the same folder at once, the one that cannot lock it must not remove it."""
     out = tmp_path / "runs" / "new"
-    holder = hold(out)
 
-    def begin_too_late() -> None:
+    def start_too_late(other: contextlib.ExitStack) -> None:
         with run_folder(out):
-            next(holder)
+            other.enter_context(locked_by_another_process(out))
             (out / "recipe.json").write_text("the other's")
             with locked(out):
                 pass
 
-    with pytest.raises(UserError, match="is being trained by another process"):
-        begin_too_late()
-    next(holder, None)
+    with (
+        contextlib.ExitStack() as other,
+        pytest.raises(UserError, match="is being trained by another process"),
+    ):
+        start_too_late(other)
     assert (out / "recipe.json").read_text() == "the other's"
 
 
-def test_a_forked_process_has_no_share_in_the_lock(out: Path) -> None:
-    """A worker that outlives its run does not keep it from being gone on with."""
+def test_a_forked_process_does_not_hold_the_lock(out: Path) -> None:
+    """A data-loading process that outlives its run does not keep the run from being resumed."""
     with (out / LOCK).open("a") as file:
         fcntl.lockf(file, fcntl.LOCK_EX)
         child = os.fork()
@@ -295,7 +282,7 @@ def test_a_forked_process_has_no_share_in_the_lock(out: Path) -> None:
         os.waitpid(child, 0)
 
 
-def test_numbers_of_every_field_are_json(out: Path) -> None:
-    told: dict[str, Any] = json.loads(to_json(status(out, verify=True)))
-    assert told["best"] == [4, 0.75]
-    assert told["sound"] == 6
+def test_the_status_can_be_written_as_json(out: Path) -> None:
+    status: dict[str, Any] = json.loads(to_json(run_status(out, verify=True)))
+    assert status["best"] == [4, 0.75]
+    assert status["sound"] == 6

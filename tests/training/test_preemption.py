@@ -1,4 +1,4 @@
-"""Signals during a run: the first is noted, a second ends the process, and everything is as it was afterwards."""
+"""Signals during a run: the first one is recorded, a second one ends the process, and handlers are restored."""
 
 import os
 import signal
@@ -10,27 +10,26 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from allmlp.training.signals import SignalState, deferred_signals
 
 from allmlp.checkpointing.manager import CheckpointManager
 from allmlp.distributed.context import SINGLE_PROCESS
 from allmlp.errors import Stopped
-from allmlp.training import signals as module
-from allmlp.training.preemption import Control
+from allmlp.training import preemption as module
+from allmlp.training.preemption import Preemption, SignalState, deferred_signals
 
-pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="POSIX signals")
 BOTH = [signal.SIGTERM, signal.SIGINT]
 
 
-def wait_until(true: Callable[[], object], seconds: float = 10.0) -> None:
+def wait_until(condition: Callable[[], object], seconds: float = 10.0) -> None:
     end = time.monotonic() + seconds
-    while not true():
+    while not condition():
         assert time.monotonic() < end
         time.sleep(0.001)
 
 
 @pytest.mark.parametrize("number", BOTH)
-def test_the_first_signal_is_noted_and_nothing_else_happens(number: signal.Signals) -> None:
+def test_the_first_signal_is_only_recorded(number: signal.Signals) -> None:
     with deferred_signals() as signals:
         assert signals.received == 0
         os.kill(os.getpid(), number)
@@ -38,22 +37,24 @@ def test_the_first_signal_is_noted_and_nothing_else_happens(number: signal.Signa
         assert signals.received == number
 
 
-def test_a_signal_is_noted_while_the_main_thread_computes() -> None:
-    """A handler of Python's would have to wait for the main thread to come back to it."""
+def test_a_signal_is_recorded_while_the_main_thread_computes() -> None:
+    """A Python signal handler would wait until the main thread returns to the interpreter."""
     with deferred_signals() as signals:
         timer = threading.Timer(0.05, lambda: os.kill(os.getpid(), signal.SIGTERM))
         timer.start()
-        seen = []
-        watcher = threading.Thread(target=lambda: (wait_until(lambda: signals.received), seen.append(time.monotonic())))
+        times = []
+        watcher = threading.Thread(
+            target=lambda: (wait_until(lambda: signals.received), times.append(time.monotonic()))
+        )
         watcher.start()
         b"x".join([b"y"] * 3)
         sorted(range(2_000_000, 0, -1))
         watcher.join(10)
         timer.join()
-        assert seen
+        assert times
 
 
-def test_a_second_sigterm_at_once_is_the_same_request() -> None:
+def test_a_sigterm_repeated_at_once_is_the_same_request() -> None:
     with deferred_signals() as signals:
         for _ in range(3):
             os.kill(os.getpid(), signal.SIGTERM)
@@ -62,7 +63,7 @@ def test_a_second_sigterm_at_once_is_the_same_request() -> None:
         assert signals.received == signal.SIGTERM
 
 
-def test_everything_is_as_it_was_afterwards() -> None:
+def test_handlers_threads_and_files_are_restored() -> None:
     def mine(number: int, frame: object) -> None:
         pass
 
@@ -84,7 +85,7 @@ def open_files() -> int:
     return sum(1 for _ in Path("/proc/self/fd").iterdir()) if sys.platform == "linux" else 0
 
 
-def test_one_within_another() -> None:
+def test_nested_blocks() -> None:
     with deferred_signals() as outer:
         with deferred_signals() as inner:
             os.kill(os.getpid(), signal.SIGINT)
@@ -95,7 +96,7 @@ def test_one_within_another() -> None:
         assert (inner.received, outer.received) == (signal.SIGINT, signal.SIGTERM)
 
 
-def test_other_signals_are_none_of_its_business() -> None:
+def test_other_signals_are_left_alone() -> None:
     seen = []
     before = signal.signal(signal.SIGUSR1, lambda number, frame: seen.append(number))
     try:
@@ -108,7 +109,7 @@ def test_other_signals_are_none_of_its_business() -> None:
         signal.signal(signal.SIGUSR1, before)
 
 
-def test_in_another_thread_nothing_is_changed() -> None:
+def test_outside_the_main_thread_no_handler_is_changed() -> None:
     seen = []
 
     def work() -> None:
@@ -123,8 +124,8 @@ def test_in_another_thread_nothing_is_changed() -> None:
 
 
 @pytest.mark.parametrize("number", BOTH)
-def test_a_forked_child_has_signals_of_its_own(number: signal.Signals) -> None:
-    """What is sent to a process that loads images is not the run's."""
+def test_a_signal_to_a_forked_child_does_not_reach_the_run(number: signal.Signals) -> None:
+    """The processes that load images are forked from the run."""
     with deferred_signals() as signals:
         child = os.fork()
         if child == 0:
@@ -154,93 +155,93 @@ def test_which_second_signal_ends_the_process(
     monkeypatch.setattr(module.os, "_exit", ended.append)
     monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
     signals = SignalState()
-    signals.hear(first)
+    signals.receive(first)
     assert (signals.received, ended) == (first, [])
     clock[0] += after
-    signals.hear(second)
+    signals.receive(second)
     assert ended == ([] if ends is None else [ends])
     assert signals.received == first
 
 
 PROGRAM = """
 import os, signal, time
-from allmlp.training.signals import deferred
-with deferred() as signals:
+from allmlp.training.preemption import deferred_signals
+with deferred_signals() as signals:
     print("ready", flush=True)
     while not signals.received:
         time.sleep(0.001)
-    print("noted", flush=True)
+    print("received", flush=True)
     time.sleep(60)
 """
 
 
-def test_ctrl_c_twice_ends_it_at_once() -> None:
+def test_ctrl_c_twice_ends_the_process_at_once() -> None:
     process = subprocess.Popen([sys.executable, "-c", PROGRAM], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
-    for line in ("ready\n", "noted\n"):
+    for line in ("ready\n", "received\n"):
         assert process.stdout.readline() == line
         process.send_signal(signal.SIGINT)
     assert process.wait(20) == 130
 
 
-# what a run makes of them
+# Requests of a run
 
 
-def control(tmp_path: Path, signals: SignalState, save_seconds: float = 1e9) -> Control:
-    checkpoints = CheckpointManager(tmp_path, SINGLE_PROCESS, keep=2)
-    return Control(SINGLE_PROCESS, signals, checkpoints, save_seconds, "mixer train --resume it")
+def preemption_in(folder: Path, signals: SignalState, save_seconds: float = 1e9) -> Preemption:
+    checkpoints = CheckpointManager(folder, SINGLE_PROCESS, keep=2)
+    return Preemption(SINGLE_PROCESS, signals, checkpoints, save_seconds, "mixer train --resume it")
 
 
-def test_nothing_is_asked_for(tmp_path: Path) -> None:
-    asks = control(tmp_path, SignalState())
-    assert [*asks.requests()] == [0, 0, 0, 0]
-    assert not asks.saves([*asks.requests()])
-    asks.heed([*asks.requests()])
-    asks.poll()
+def test_without_signals_there_are_no_requests(tmp_path: Path) -> None:
+    preemption = preemption_in(tmp_path, SignalState())
+    assert [*preemption.requests()] == [0, 0, 0, 0]
+    assert not preemption.wants_checkpoint([*preemption.requests()])
+    preemption.raise_if_requested([*preemption.requests()])
+    preemption.check()
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_saves_and_stops(number: signal.Signals, status: int, tmp_path: Path) -> None:
+def test_a_signal_saves_a_checkpoint_and_stops_the_run(number: signal.Signals, status: int, tmp_path: Path) -> None:
     signals = SignalState()
-    asks = control(tmp_path, signals)
-    signals.hear(number)
-    assert asks.saves([*asks.requests()])
-    asks.save(5, {}, {"step": 5}, None)
+    preemption = preemption_in(tmp_path, signals)
+    signals.receive(number)
+    assert preemption.wants_checkpoint([*preemption.requests()])
+    preemption.save(5, {}, {"step": 5}, None)
     with pytest.raises(
         Stopped, match=f"^stopped by {number.name} after step 5: resume with mixer train --resume it$"
     ) as caught:
-        asks.heed([*asks.requests()])
+        preemption.raise_if_requested([*preemption.requests()])
     assert caught.value.status == status
-    assert [path.name for path in tmp_path.iterdir()] == ["step-00000005"]  # written to its end
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000005"]  # complete
 
 
-def test_of_two_signals_the_scheduler_s_counts(tmp_path: Path) -> None:
-    """Of two processes that heard different ones."""
+def test_sigterm_takes_precedence_over_sigint(tmp_path: Path) -> None:
+    """When two processes received different signals."""
     with pytest.raises(Stopped, match="SIGTERM"):
-        control(tmp_path, SignalState()).heed([1, 1, 0, 0])
+        preemption_in(tmp_path, SignalState()).raise_if_requested([1, 1, 0, 0])
 
 
-def test_time_makes_a_checkpoint_due_and_a_checkpoint_begins_a_new_wait(
+def test_a_checkpoint_is_due_after_save_seconds_and_restarts_the_clock(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = [1000.0]
-    monkeypatch.setattr("allmlp.training.preemption.time.monotonic", lambda: clock[0])
-    asks = control(tmp_path, SignalState(), save_seconds=60)
-    for passed, due in ((59, 0), (2, 1), (100, 1)):
-        clock[0] += passed
-        assert [*asks.requests()] == [0, 0, due, 0]
-        assert asks.saves([*asks.requests()]) == bool(due)
-    asks.save(1, {}, {"step": 1}, None)
-    asks.checkpoints.wait()
-    assert [*asks.requests()] == [0, 0, 0, 0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
+    preemption = preemption_in(tmp_path, SignalState(), save_seconds=60)
+    for elapsed, due in ((59, 0), (2, 1), (100, 1)):
+        clock[0] += elapsed
+        assert [*preemption.requests()] == [0, 0, due, 0]
+        assert preemption.wants_checkpoint([*preemption.requests()]) == bool(due)
+    preemption.save(1, {}, {"step": 1}, None)
+    preemption.checkpoints.wait()
+    assert [*preemption.requests()] == [0, 0, 0, 0]
 
 
-def test_a_checkpoint_that_could_not_be_written_ends_the_run(tmp_path: Path) -> None:
+def test_a_failed_checkpoint_ends_the_run(tmp_path: Path) -> None:
     (tmp_path / "c").write_text("a file where a folder should be")
-    asks = control(tmp_path / "c", SignalState())
-    asks.save(1, {}, {"step": 1}, None)
-    wait_until(lambda: asks.checkpoints.failed)
-    assert [*asks.requests()] == [0, 0, 0, 1]
-    assert not asks.saves([*asks.requests()])
+    preemption = preemption_in(tmp_path / "c", SignalState())
+    preemption.save(1, {}, {"step": 1}, None)
+    wait_until(lambda: preemption.checkpoints.failed)
+    assert [*preemption.requests()] == [0, 0, 0, 1]
+    assert not preemption.wants_checkpoint([*preemption.requests()])
     with pytest.raises(RuntimeError, match="cannot be written"):
-        asks.heed([*asks.requests()])
+        preemption.raise_if_requested([*preemption.requests()])

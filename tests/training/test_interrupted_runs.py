@@ -1,0 +1,385 @@
+"""A run that was interrupted anywhere and resumed ends exactly like an uninterrupted one: same bits, same lines."""
+
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from small_runs import (
+    CLASSES,
+    FROM_WEIGHTS,
+    NOISY,
+    Interrupted,
+    InterruptAt,
+    recipe,
+    replace_data,
+    same,
+    stopped_run,
+    train,
+)
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from allmlp.checkpointing.checkpoint import STATE, read_tensors, verify_checkpoint
+from allmlp.checkpointing.manager import checkpoint_name, steps_in
+from allmlp.config.recipe import Recipe
+from allmlp.data.dataset import Dataset, DatasetSplits
+from allmlp.data.decode import UnreadableImage
+from allmlp.data.loader import permutation
+from allmlp.data.stores import ArrayStore
+from allmlp.distributed.context import SINGLE_PROCESS
+from allmlp.errors import Stopped, UserError
+from allmlp.model import Mixer
+from allmlp.runs.records import CONSUMED, METRICS
+from allmlp.training.build import build_initializer
+from allmlp.training.trainer import Diverged, Evaluator
+from allmlp.weights.native import save
+
+TIMINGS = ("images_per_second", "images_per_second_per_device", "data_wait", "memory_bytes")
+
+
+class ScriptedScores:
+    """Makes evaluators that give each new set of weights the next score, and known weights their score again.
+
+    ``frozen``: new weights are an error.
+    """
+
+    def __init__(self, *scores: float) -> None:
+        self.scores, self.by_weights = scores, dict[str, float]()
+        self.frozen = False
+
+    def __call__(
+        self, name: str, dataset: Dataset, *, on_batch: Callable[[int, int], None], **options: Any
+    ) -> Evaluator:
+        return ScriptedEvaluator(name, on_batch, self.score)
+
+    def score(self, model: Mixer) -> float:
+        digest = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in model.parameters())).hexdigest()
+        if digest not in self.by_weights:
+            assert not self.frozen, "weights that the uninterrupted run did not have"
+            self.by_weights[digest] = self.scores[min(len(self.by_weights), len(self.scores) - 1)]
+        return self.by_weights[digest]
+
+
+class ScriptedEvaluator:
+    """Evaluates a split, as if in two batches."""
+
+    def __init__(self, name: str, on_batch: Callable[[int, int], None], score: Callable[[Mixer], float]) -> None:
+        self.name, self.on_batch, self.score, self.result = name, on_batch, score, None
+
+    def __call__(self, model: Mixer) -> dict[str, float]:
+        self.on_batch(1, 2)
+        top1 = self.score(model)
+        self.on_batch(2, 2)
+        self.result = SimpleNamespace(top1=top1, loss=1.0, unreadable={})
+        return {f"{self.name}_top1": top1, f"{self.name}_loss": 1.0}
+
+
+@pytest.fixture(autouse=True)
+def images(monkeypatch: pytest.MonkeyPatch) -> dict[str, DatasetSplits]:
+    """The data of all runs, under "data"; a test may replace it."""
+    return replace_data(monkeypatch)
+
+
+Uninterrupted = Callable[[Recipe], Path]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Uninterrupted:
+    """The folder of an uninterrupted run of a recipe, trained once."""
+    folders: dict[Recipe, Path] = {}
+
+    def folder_of(settings: Recipe) -> Path:
+        if settings not in folders:
+            folders[settings] = tmp_path_factory.mktemp("uninterrupted") / "run"
+            train(settings, folders[settings], resume=False)
+        return folders[settings]
+
+    return folder_of
+
+
+def stored_tensors(checkpoint: Path) -> dict[str, Tensor]:
+    """All tensors of a checkpoint."""
+    named = FileSystemReader(checkpoint).read_metadata().state_dict_metadata.items()
+    found = {
+        key: torch.empty(t.size, dtype=t.properties.dtype) for key, t in named if isinstance(t, TensorStorageMetadata)
+    }
+    read_tensors(checkpoint, found, SINGLE_PROCESS)
+    return found
+
+
+def metrics(out: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (out / METRICS).read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in TIMINGS} for line in lines]
+
+
+def assert_same(out: Path, reference: Path) -> None:
+    """Compares weights, moments, averages, metrics and consumed samples."""
+    checkpoints, expected_checkpoints = (steps_in(folder / "checkpoints") for folder in (out, reference))
+    assert list(checkpoints) == list(expected_checkpoints)
+    for step in checkpoints:
+        found = checkpoints[step], expected_checkpoints[step]
+        assert same(*map(stored_tensors, found)), step
+        state, expected = (json.loads((path / STATE).read_text()) for path in found)
+        del state["seconds"], expected["seconds"]
+        assert state == expected
+    assert metrics(out) == metrics(reference)
+    assert (out / CONSUMED).read_bytes() == (reference / CONSUMED).read_bytes()
+    for weights in ("model", "checkpoints/best", "checkpoints/last"):
+        if (reference / f"{weights}.safetensors").exists():
+            assert same(*(load_file(folder / f"{weights}.safetensors") for folder in (out, reference))), weights
+    summary, expected = (json.loads((folder / "summary.json").read_text()) for folder in (out, reference))
+    for key in ("steps", "kept_step", "warmup_steps", "val_top1", "test_top1", "unreadable", "epochs", "images"):
+        assert summary[key] == expected[key], key
+    assert not list((out / "checkpoints").glob(".*"))
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "epochs of 2 2/3 steps": {"global_batch_size": 9},
+    "noisy": {**NOISY, "mix_group_size": 4, "randaugment": 10.0, "color_jitter": 0.4},
+    "micro-batches": {"micro_batch_size": 4, "recompute": True, "dropout": 0.2},
+    "sgd without momentum": {"optimizer": "sgd", "learning_rate": 0.1, "momentum": 0.0},
+    "ema": {"ema_decay": 0.9},
+    "ema of sgd": {"ema_decay": 0.5, "optimizer": "sgd", "learning_rate": 0.1, "keep": "best"},
+    "float16": {"precision": "float16", "learning_rate": 0.05},
+    "one checkpoint": {"keep_checkpoints": 1, "keep": "best"},
+    "cosine, sigmoid": {"decay": "cosine", "loss": "sigmoid", "head_bias": -2.0, "warmup_steps": 0},
+}
+
+
+@pytest.mark.parametrize("changes", SETTINGS.values(), ids=SETTINGS)
+def test_a_run_stopped_within_an_epoch(changes: dict[str, Any], tmp_path: Path, uninterrupted: Uninterrupted) -> None:
+    settings = recipe(save_every_steps=1, **changes)
+    with pytest.raises(Interrupted):
+        train(settings, tmp_path / "run", progress=InterruptAt(4))
+    assert max(steps_in(tmp_path / "run" / "checkpoints")) == 3
+    train(settings, tmp_path / "run")
+    assert_same(tmp_path / "run", uninterrupted(settings))
+
+
+def test_a_run_stopped_at_every_step(tmp_path: Path, uninterrupted: Uninterrupted) -> None:
+    settings = recipe(save_every_steps=1, ema_decay=0.5, **NOISY)
+    for at in range(2, 7):
+        with pytest.raises(Interrupted):
+            train(settings, tmp_path / "run", progress=InterruptAt(at))
+        assert max(steps_in(tmp_path / "run" / "checkpoints")) == at - 1
+    train(settings, tmp_path / "run")
+    assert_same(tmp_path / "run", uninterrupted(settings))
+
+
+def test_runs_with_different_seeds_differ(tmp_path: Path) -> None:
+    """Shows that the comparison can fail."""
+    for seed in (0, 1):
+        train(recipe(seed=seed), tmp_path / str(seed))
+    with pytest.raises(AssertionError):
+        assert_same(tmp_path / "0", tmp_path / "1")
+
+
+MOMENTS = [(3, 1), (8, 1), *(("evaluating on val", n) for n in (2, 4, 7, 8)), ("evaluating on test", 2)]
+
+
+@pytest.mark.parametrize(("moment", "n"), MOMENTS)
+def test_patience_and_the_best_survive_any_interruption(moment: int | str, n: int, tmp_path: Path) -> None:
+    """In a step, in an evaluation, after the run has stopped early, or while the best weights are evaluated again."""
+    scores = ScriptedScores(0.2, 0.7, 0.7, 0.6, 0.9)
+    settings = recipe(keep="best", patience=2, epochs=20, ema_decay=0.5, keep_checkpoints=1)
+    done = train(settings, tmp_path / "uninterrupted", scores, resume=False)
+    assert (done.summary["steps"], done.summary["kept_step"], done.summary["val_top1"]) == (8, 4, 0.7)
+    scores.frozen = True
+    with pytest.raises(Interrupted):
+        train(settings, tmp_path / "run", scores, InterruptAt(moment, n))
+    with pytest.raises(Interrupted):
+        train(settings, tmp_path / "run", scores, InterruptAt("evaluating"))
+    train(settings, tmp_path / "run", scores)
+    assert_same(tmp_path / "run", tmp_path / "uninterrupted")
+    assert list(steps_in(tmp_path / "run" / "checkpoints")) == [8, 4]
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_again(tmp_path: Path, uninterrupted: Uninterrupted) -> None:
+    settings = recipe(save_every_steps=1)
+    with pytest.raises(Interrupted):
+        train(settings, tmp_path / "run", progress=InterruptAt(4))
+    for path in (tmp_path / "run" / "checkpoints").iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert metrics(tmp_path / "run")
+    train(settings, tmp_path / "run")
+    assert_same(tmp_path / "run", uninterrupted(settings))
+
+
+@pytest.mark.parametrize("changes", [{}, {"keep": "best", "ema_decay": 0.5}])
+def test_a_run_that_lacks_only_its_report(
+    changes: dict[str, Any], tmp_path: Path, uninterrupted: Uninterrupted
+) -> None:
+    settings = recipe(**changes)
+    shutil.copytree(uninterrupted(settings), tmp_path / "run")
+    train(settings, tmp_path / "run")
+    assert_same(tmp_path / "run", uninterrupted(settings))
+
+
+# Damaged checkpoints
+
+
+def test_an_older_checkpoint_is_used_if_the_newest_are_damaged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, uninterrupted: Uninterrupted
+) -> None:
+    settings = recipe(save_every_steps=1, keep_checkpoints=9)
+    out = tmp_path / "run"
+    with pytest.raises(Interrupted):
+        train(settings, out, progress=InterruptAt(6))
+    for step in (4, 5):
+        (out / "checkpoints" / checkpoint_name(step) / STATE).unlink()
+    with caplog.at_level(logging.INFO):
+        train(settings, out)
+    messages = [record.getMessage() for record in caplog.records if record.name.startswith("allmlp")]
+    for step in (4, 5):
+        assert any(f"{checkpoint_name(step)}/{STATE} cannot be read" in m and "older" in m for m in messages)
+    assert any(message.startswith("resuming after step 3, from ") for message in messages)
+    assert_same(out, uninterrupted(settings))
+    assert sorted(path.name for path in (out / "checkpoints").glob("damaged-*")) == [
+        f"damaged-{checkpoint_name(s)}" for s in (4, 5)
+    ]
+
+
+def test_another_users_checkpoint_is_used_if_trusted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uninterrupted: Uninterrupted
+) -> None:
+    settings = recipe(save_every_steps=1)
+    with monkeypatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(tmp_path / "another user"))
+        out = stopped_run(tmp_path / "run")
+    with pytest.raises(UserError, match=r"was not written by a run of yours on this machine.*--trust-checkpoint"):
+        train(settings, out)
+    train(settings, out, trust_checkpoint=True)
+    assert_same(out, uninterrupted(settings))
+    verify_checkpoint(max(steps_in(out / "checkpoints").items())[1])  # new checkpoints are signed by this user
+
+
+# Unreadable images
+
+
+class DamagedStore(ArrayStore):
+    """A store in which some images cannot be read."""
+
+    def __init__(self, intact: ArrayStore, damaged: set[str]) -> None:
+        self.intact, self.damaged = intact, damaged
+
+    def open(self, name: str, *words: Any) -> Image.Image:
+        if name in self.damaged:
+            raise UnreadableImage(f"{name}: truncated")
+        return self.intact.open(name, *words)
+
+
+def test_unreadable_images_are_remembered(
+    tmp_path: Path, images: dict[str, DatasetSplits], caplog: pytest.LogCaptureFixture
+) -> None:
+    data, order = images["data"], permutation(0, 2, 24)  # of the third epoch, whose first half is step 5
+    damaged = {f"{i:03d}" for i in order[:2]}
+    store = DamagedStore(data.splits["train"].store, damaged)  # pyright: ignore[reportArgumentType]
+    train_split = dataclasses.replace(data.splits["train"], store=store)
+    images["data"] = dataclasses.replace(data, splits=data.splits | {"train": train_split})
+    settings = recipe(save_every_steps=1, max_unreadable_fraction=0.1)
+    train(settings, tmp_path / "uninterrupted", resume=False)
+    with pytest.raises(Interrupted):
+        train(settings, tmp_path / "run", progress=InterruptAt(6))
+    caplog.clear()
+    done = train(settings, tmp_path / "run")
+    assert sorted(done.summary["unreadable"]) == sorted(damaged)
+    assert not any("left out of its batch" in message for message in caplog.messages)  # it was logged before
+    assert_same(tmp_path / "run", tmp_path / "uninterrupted")
+
+
+# Signals
+
+
+def send_signal(number: int) -> Callable[[], None]:
+    def send() -> None:
+        os.kill(os.getpid(), number)
+        time.sleep(0.05)  # until it has been received
+
+    return send
+
+
+@pytest.mark.parametrize(
+    ("moment", "number"),
+    [
+        (1, signal.SIGTERM),
+        (3, signal.SIGINT),
+        ("evaluating on val", signal.SIGINT),
+        ("evaluating on test", signal.SIGTERM),
+    ],
+)
+def test_a_run_that_a_signal_stopped_can_be_resumed(
+    moment: int | str, number: signal.Signals, tmp_path: Path, uninterrupted: Uninterrupted
+) -> None:
+    settings, out, scores = recipe(), tmp_path / "run", ScriptedScores(0.5)
+    status = 128 + number
+    with pytest.raises(Stopped, match=rf"^stopped by {number.name} after step \d: resume with this command$") as caught:
+        train(settings, out, scores, InterruptAt(moment, action=send_signal(number)), resume_command="this command")
+    assert caught.value.status == status
+    step = max(steps_in(out / "checkpoints"))
+    assert f"after step {step}:" in str(caught.value)
+    assert [json.loads(line)["step"] for line in (out / CONSUMED).read_text().splitlines()] == list(range(1, step + 1))
+    train(settings, out, scores)
+    assert same(*(load_file(folder / "model.safetensors") for folder in (out, uninterrupted(settings))))
+    assert (out / CONSUMED).read_bytes() == (uninterrupted(settings) / CONSUMED).read_bytes()
+
+
+def test_stopped_again_before_the_next_step_the_message_names_the_resumed_step(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    with pytest.raises(Interrupted):
+        train(recipe(), out, ScriptedScores(0.5), InterruptAt("evaluating on val", 3))  # the evaluation of step 4
+    with pytest.raises(Stopped, match=r"^stopped by SIGTERM after step 4: "):
+        train(recipe(), out, ScriptedScores(0.5), InterruptAt("evaluating on val", action=send_signal(signal.SIGTERM)))
+
+
+# The cadence of checkpoints
+
+
+@pytest.mark.parametrize(
+    ("changes", "steps"),
+    [
+        ({}, [6, 4, 2]),
+        ({"save_every_steps": 3}, [6, 4, 3, 2]),
+        ({"save_every_minutes": 1e-9}, [6, 5, 4, 3, 2, 1]),
+        ({"evaluate_every_steps": 5}, [6, 5]),
+        ({"save_every_minutes": 1e-9, "keep_checkpoints": 1}, [6, 2]),
+        ({"save_every_minutes": 1e-9, "keep_checkpoints": 2, "save_in_background": False}, [6, 5, 2]),
+    ],
+)
+def test_which_checkpoints_are_written_and_kept(changes: dict[str, Any], steps: list[int], tmp_path: Path) -> None:
+    train(recipe(**{"keep_checkpoints": 99} | changes), tmp_path / "run", ScriptedScores(0.9, 0.5, 0.5, 0.5))
+    assert list(steps_in(tmp_path / "run" / "checkpoints")) == steps
+
+
+def test_a_diverged_run_diverges_again_at_the_same_step(tmp_path: Path) -> None:
+    settings = recipe(learning_rate=1e30, warmup_steps=0, save_every_steps=1)
+    with pytest.raises(Diverged) as first:
+        train(settings, tmp_path / "run", resume=False)
+    with pytest.raises(Diverged) as second:
+        train(settings, tmp_path / "run")
+    assert str(first.value) == str(second.value)
+
+
+def test_a_run_from_weights_with_a_frozen_body(tmp_path: Path, uninterrupted: Uninterrupted) -> None:
+    weights = tmp_path / "weights.safetensors"
+    save(build_initializer(recipe())(CLASSES), weights)
+    changes = FROM_WEIGHTS | {"weights": str(weights), "frozen": True, "ema_decay": 0.5}
+    settings = recipe(save_every_steps=1, **changes)
+    with pytest.raises(Interrupted):
+        train(settings, tmp_path / "run", progress=InterruptAt(4))
+    train(settings, tmp_path / "run")
+    assert_same(tmp_path / "run", uninterrupted(settings))
