@@ -12,9 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import rows
-from harness import Lab
+from harness import Lab, Result
 
-Row = tuple[str, Callable[[Lab, random.Random, int], rows.Result], int]  # title, check, trials
+Row = tuple[str, Callable[[Lab, random.Random, int], Result], int]  # title, check, trials
 ROWS: dict[int, list[Row]] = {
     1: [("SIGKILL, one process", lambda lab, rng, n: rows.killed(lab, rng, n, "1 process"), 20)],
     2: [

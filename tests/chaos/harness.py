@@ -10,7 +10,7 @@ import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -116,7 +116,7 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def run_digest(run: Path) -> str:
-    """SHA-256 of weights, optimizer state and averages at the end, of the log of consumed samples, and of the metrics."""
+    """SHA-256 of the final weights, optimizer state and averages, the log of consumed samples, and the metrics."""
     total = hashlib.sha256(json.dumps(tensor_digests(checkpoints(run)[0])).encode())
     total.update((run / "consumed.jsonl").read_bytes())
     total.update(json.dumps(metrics(run)).encode())
@@ -139,3 +139,25 @@ def sound_steps(run: Path) -> list[int]:
 def leftovers(run: Path) -> list[str]:
     """Files and folders of unfinished saves."""
     return [path.name for path in (run / "checkpoints").glob(".*")]
+
+
+class Result(NamedTuple):
+    passed: int
+    trials: int
+    remarks: list[str]
+
+
+class Tally:
+    """Counts trials and collects what failed."""
+
+    def __init__(self) -> None:
+        self.passed, self.trials, self.remarks = 0, 0, list[str]()
+
+    def add(self, *failures: str | bool | None) -> None:
+        """Counts one trial, with the failures in it; those that are False or None did not happen."""
+        remarks = [str(failure) for failure in failures if failure]
+        self.trials, self.passed = self.trials + 1, self.passed + (not remarks)
+        self.remarks += remarks
+
+    def result(self, *remarks: str) -> Result:
+        return Result(self.passed, self.trials, [*remarks, *self.remarks])

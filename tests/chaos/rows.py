@@ -10,7 +10,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from harness import (
     EVALUATE,
@@ -19,6 +19,8 @@ from harness import (
     STEPS,
     TRAIN,
     Lab,
+    Result,
+    Tally,
     checkpoints,
     leftovers,
     metrics,
@@ -27,28 +29,6 @@ from harness import (
     tensor_digests,
     tensors,
 )
-
-
-class Result(NamedTuple):
-    passed: int
-    trials: int
-    remarks: list[str]
-
-
-class Tally:
-    """Counts trials and collects what failed."""
-
-    def __init__(self) -> None:
-        self.passed, self.trials, self.remarks = 0, 0, list[str]()
-
-    def add(self, *failures: str | bool | None) -> None:
-        """Counts one trial, with the failures in it; those that are False or None did not happen."""
-        remarks = [str(failure) for failure in failures if failure]
-        self.trials, self.passed = self.trials + 1, self.passed + (not remarks)
-        self.remarks += remarks
-
-    def result(self, *remarks: str) -> Result:
-        return Result(self.passed, self.trials, [*remarks, *self.remarks])
 
 
 def uninterrupted(lab: Lab, mode: str, *words: object) -> str:
@@ -122,7 +102,7 @@ def killed_during_save(lab: Lab, rng: random.Random, trials: int) -> Result:
 
 
 def train_and_kill(lab: Lab, name: str, step: int, *words: object) -> Path:
-    """The folder of a run that was killed right after a step; its newest checkpoint is of that step or a little older."""
+    """The folder of a run that was killed right after a step, at or shortly after its newest checkpoint."""
     lab.train(name, *words, fault={"place": "step", "call": step + 1, "action": "kill", "rank": 0})
     return lab.root / name
 

@@ -4,7 +4,7 @@ import random
 
 import pytest
 import rows
-from harness import Lab
+from harness import Lab, Result
 
 
 @pytest.fixture(scope="module")
@@ -12,7 +12,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
     return Lab(tmp_path_factory.mktemp("chaos"))
 
 
-def check(result: rows.Result) -> None:
+def check(result: Result) -> None:
     if not result.trials:
         pytest.skip(result.remarks[0])
     assert result.passed == result.trials, "\n".join(result.remarks)
