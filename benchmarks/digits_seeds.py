@@ -1,4 +1,4 @@
-"""The digits recipe over five seeds: test top-1 and training time, as `mixer train` gives them.
+"""The digits recipe with five seeds: test top-1 and training time, as in `mixer train`.
 
 python benchmarks/digits_seeds.py                     # about two minutes on two cores
 """
@@ -10,16 +10,11 @@ import tempfile
 from pathlib import Path
 
 import torch
-from common import machine, print_table, write_results
+from common import NoProgress, machine, print_table, write_results
 
-from allmlp.evaluation.classification import classify
+from allmlp.evaluation.classification import SplitEvaluator
 from allmlp.recipes import get_recipe
 from allmlp.training.run import train
-
-
-class Silent:
-    def update(self, done: int, total: int, text: str) -> None:
-        pass
 
 
 def main() -> None:
@@ -31,7 +26,7 @@ def main() -> None:
     for seed in options.seeds:
         seeded = dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, seed=seed))
         with tempfile.TemporaryDirectory() as folder:
-            runs.append(train(seeded, Path(folder) / "run", classify, Silent()).summary)
+            runs.append(train(seeded, Path(folder) / "run", SplitEvaluator, NoProgress()).summary)
     scores = [run["test_top1"] for run in runs]
     results = {
         "machine": machine(torch.device("cpu")),

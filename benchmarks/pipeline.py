@@ -4,7 +4,7 @@
 
 Both decode the same JPEG files and apply the same crop box, flip and two layers of RandAugment at magnitude 10. Ours
 draws them from (seed, epoch, index), as in training. timm's create_transform draws the same number of parameters with
-its own code, but then applies ours, so that the work on pixels is the same; "handed" is timm without its drawing. timm
+its own code, but then applies ours, so that the work on pixels is the same; "timm, given draws" does not draw any. timm
 has no cutout and calls ours instead. Passes alternate. Figures are medians; ratios are medians of the ratios within a
 pass. The overhead of the loader is the extra cost of batches from worker processes, compared with the same images made
 in as many processes without a loader.
@@ -50,7 +50,7 @@ def make_transform(size: int) -> TrainingTransform:
 
 
 class Draws:
-    """The random parameters that ours drew for one image."""
+    """The random parameters that our transform drew for one image."""
 
     def __init__(self) -> None:
         self.box, self.scale, self.flip = (0, 0, 0, 0), 1.0, False
@@ -58,7 +58,7 @@ class Draws:
 
 
 def record(dataset: ImageDataset, transform: TrainingTransform, index: int) -> Draws:
-    """Runs ours once and records its draws."""
+    """Runs our transform once and records its draws."""
     draws, box_of, apply_one = Draws(), transforms.inception_box, randaugment.apply_operation
 
     def record_box(height: int, width: int, rng: object) -> tuple[int, int, int, int]:
@@ -109,10 +109,10 @@ def draw_only(operation: auto_augment.AugmentOp) -> None:
         operation.level_fn(strength, operation.hparams)
 
 
-class Timms:
-    """timm's training transform, applying recorded draws; with ``draws_too``, it makes its own draws as well."""
+class TimmTransform:
+    """timm's training transform, which applies recorded draws; with ``also_draws``, it also makes its own."""
 
-    def __init__(self, size: int, draws_too: bool) -> None:
+    def __init__(self, size: int, also_draws: bool) -> None:
         self.transform = create_transform(
             size,
             is_training=True,
@@ -123,26 +123,26 @@ class Timms:
         )
         crop, self.flip, self.augment, *rest = self.transform.transforms
         assert [type(t).__name__ for t in rest] == ["MaybePILToTensor"], self.transform
-        self.draws, self.size, self.draws_too, self.get_params = Draws(), size, draws_too, crop.get_params
+        self.draws, self.size, self.also_draws, self.get_params = Draws(), size, also_draws, crop.get_params
         crop.get_params = self.box
         crop.interpolation = TF.InterpolationMode.BILINEAR
         self.transform.transforms = [crop, self.maybe_flip, self.randaugment, *rest]
 
     def box(self, image: Image.Image, *ranges: object) -> tuple[int, int, int, int]:
         """top, left, height, width. The box may have been drawn on an image decoded at a smaller scale."""
-        if self.draws_too:
+        if self.also_draws:
             self.get_params(image, *ranges)
         scale = image.width / self.draws.scale
         left, top, right, bottom = (round(scale * edge) for edge in self.draws.box)
         return top, left, bottom - top, right - left
 
     def maybe_flip(self, image: Image.Image) -> Image.Image:
-        if self.draws_too:
+        if self.also_draws:
             torch.rand(1)
         return TF.hflip(image) if self.draws.flip else image
 
     def randaugment(self, image: Image.Image) -> Image.Image:
-        if self.draws_too:
+        if self.also_draws:
             for operation in np.random.choice(self.augment.ops, self.augment.num_layers):  # noqa: NPY002 (timm's)
                 draw_only(operation)
         fill = {"fillcolor": FILL_COLOUR, "resample": Image.Resampling.NEAREST}
@@ -169,11 +169,11 @@ def compare(folder: str, size: int, images: int, passes: int) -> dict[str, float
     chosen = range(0, len(dataset), max(len(dataset) // images, 1))
     root, transform = dataset.store.root, make_transform(size)
     draws = {i: record(dataset, transform, i) for i in chosen}
-    drawing, handed = Timms(size, draws_too=True), Timms(size, draws_too=False)
+    drawing, given = TimmTransform(size, also_draws=True), TimmTransform(size, also_draws=False)
     makers: dict[str, Callable[[int], object]] = {
         "ours": lambda i: transform(dataset.read(i, transform.min_side), sample_generator(0, 0, i)),
         "timm": lambda i: drawing(root / dataset.names[i], draws[i]),
-        "handed": lambda i: handed(root / dataset.names[i], draws[i]),
+        "handed": lambda i: given(root / dataset.names[i], draws[i]),
     }
     rates: dict[str, list[float]] = {name: [] for name in makers}
     for _ in range(passes):
@@ -241,7 +241,7 @@ def main() -> None:
         ratios = [f"{found[f'ratio_{who}']:.2f} ×" for who in ("timm", "handed")]
         rows.append([f"{name}, {size} px", *rates, *ratios, f"{loader['overhead']:.1%}"])
     write_results("pipeline", results)
-    print_table(["images", "ours", "timm", "timm, handed", "ratio", "ratio, handed", "loader overhead"], rows)
+    print_table(["images", "ours", "timm", "timm, given draws", "ratio", "ratio, given draws", "loader overhead"], rows)
 
 
 if __name__ == "__main__":

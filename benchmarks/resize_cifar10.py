@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import machine, print_table, write_results
+from common import machine, print_table, train_steps, write_results
 from torch import Tensor
 
 from allmlp.data.dataset import ImageDataset
@@ -30,11 +30,11 @@ from allmlp.data.transforms import normalise
 from allmlp.factory import create
 from allmlp.metadata import Preprocessing
 from allmlp.model import Mixer
-from allmlp.training.loop import train_steps
 from allmlp.training.losses import softmax
 from allmlp.training.optimizer import adamw, sgd
 from allmlp.training.optimizer_step import OptimizerStep
 from allmlp.training.schedules import learning_rate
+from allmlp.training.step import InputPreparation, TrainingStep
 from allmlp.weights.load import load
 from allmlp.weights.native import save
 from allmlp.weights.resize import resize
@@ -49,7 +49,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="CIFAR-10 as image files: a folder or zip with train/ and test/")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--images", type=int, default=None, help="use only this many, to try the script")
+    parser.add_argument("--images", type=int, default=None, help="use only this many to try the script")
     options = parser.parse_args()
     with (
         tempfile.TemporaryDirectory() as name,
@@ -141,24 +141,14 @@ def train(model: Mixer, data: tuple[Tensor, Tensor], epochs: int, optimizer: tor
     steps = epochs * len(data[1]) // BATCH
     peak = TUNE_RATE if isinstance(optimizer, torch.optim.SGD) else BASE_RATE
     schedule = partial(learning_rate, peak=peak, warmup_steps=max(steps // 10, 1), steps=steps, decay="cosine")
-    done = train_steps(
-        model,
-        model,
-        batches(*data, steps, seed),
-        OptimizerStep(optimizer, clip_norm=1.0),
-        schedule,
-        softmax,
-        device=torch.device("cpu"),
-        precision=torch.float32,
-        preprocessing=Preprocessing(),
-        seed=seed,
-    )
-    for _ in done:
+    inputs = InputPreparation(torch.device("cpu"), Preprocessing(), seed)
+    step = TrainingStep(model, inputs, softmax, OptimizerStep(optimizer, clip_norm=1.0), schedule)
+    for _ in train_steps(model, step, batches(*data, steps, seed)):
         pass
 
 
 def batches(images: Tensor, labels: Tensor, steps: int, seed: int) -> Iterator[Batch]:
-    """Random crops from images padded by an eighth of the side (reflected), half of them mirrored."""
+    """Random crops of images padded by reflection by an eighth of the side; half of them are mirrored."""
     generator = torch.Generator().manual_seed(seed)
     side, border = images.shape[-1], images.shape[-1] // 8
     order = torch.cat(

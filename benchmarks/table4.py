@@ -18,7 +18,7 @@ DATA = {"imagenet": "ImNet", "imagenet21k": "ImNet-21k", "jft": "JFT-300M"}
 
 
 def cells(recipe: Recipe) -> dict[str, float | None]:
-    """The recipe's values for the table's columns; what the rows for JFT leave open is off."""
+    """The recipe's values for the columns of the table; where the rows for JFT are empty, the setting is off."""
     values = (
         recipe.optimization.epochs,
         recipe.optimization.learning_rate,

@@ -1,10 +1,10 @@
-"""Bytes that a training step keeps for its backward pass: Mixer-B/16, batch 32, bfloat16 autocast, ours and timm's.
+"""Memory that a training step keeps for its backward pass: Mixer-B/16, batch 32, bfloat16 autocast; ours and timm's.
 
     python benchmarks/train_memory.py            # two minutes
 
-Counted by torch's saved-tensor hooks: the storage of every tensor that autograd keeps from the forward pass, each
-storage once, parameters left out. Ours as a long run trains it (compiled) and eager; with recomputation, `--recompute`
-against timm's set_grad_checkpointing.
+Measured with torch's saved-tensor hooks: the storages of all tensors that autograd keeps from the forward pass, each
+counted once, without the parameters. Ours is compiled, as in long runs, and eager; with recomputation, `--recompute` is
+compared with timm's set_grad_checkpointing.
 """
 
 import argparse
@@ -18,13 +18,13 @@ from torch import Tensor, nn
 import allmlp
 from allmlp.training.compilation import compile_model
 from allmlp.training.losses import softmax
-from allmlp.training.recompute import recompute_blocks
+from allmlp.training.memory import recompute_blocks
 
 CPU = torch.device("cpu")
 
 
 def kept_bytes(forward: Callable[[Tensor], Tensor], model: nn.Module, batch: int) -> int:
-    """Of one forward pass and loss."""
+    """By autograd, from one forward pass and its loss."""
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, Tensor] = {}
 

@@ -1,13 +1,13 @@
-"""Training throughput as shipped, against timm's MlpMixer of the same sizes, in one run, alternating.
+"""Training throughput of a Mixer, compared with timm's MlpMixer of the same sizes; rounds alternate in the same run.
 
     python benchmarks/train_step.py                       # both models; about seven minutes on two cores
     python benchmarks/train_step.py --models cifar10
 
-Each contestant has a process of its own, as its user would, and the rounds alternate between them. All sides: the tanh
-GELU, the same AdamW (kernels decay, fused), gradients clipped at norm 1, the same precision and uint8 batches of random
-pixels, no data loading. Ours is the loop that `mixer train` runs, with the model compiled and the allocator set as
-there; timm's is a plain loop, eager and with torch.compile; "timm compiled, tuned" has our allocator setting too. A
-contestant's figure is its median, a ratio the median of the ratios within a round.
+Each contestant runs in a separate process, as it would for its user, and the rounds alternate between them. All use
+the tanh GELU, the same fused AdamW (weight decay on kernels only), gradients clipped at norm 1, the same precision and
+uint8 batches of random pixels; no data is loaded. Ours is the step of `mixer train`, with the compiled model and the
+allocator settings that it uses; timm's is a plain loop, eager and with torch.compile; "timm compiled, tuned" has our
+allocator settings too. Figures are medians; ratios are medians of the ratios within a round.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from multiprocessing.connection import Connection
 
 import torch
 import torch.nn.functional as F
-from common import machine, print_table, write_results
+from common import machine, print_table, train_steps, write_results
 from timm.models.mlp_mixer import MlpMixer
 from torch import nn
 
@@ -32,20 +32,23 @@ from allmlp.device import autocast, select_device, select_precision
 from allmlp.metadata import Preprocessing
 from allmlp.recipes import get_recipe
 from allmlp.training.compilation import compile_model
-from allmlp.training.loop import train_steps
 from allmlp.training.losses import softmax
 from allmlp.training.memory import keep_freed_memory
 from allmlp.training.optimizer import adamw
 from allmlp.training.optimizer_step import OptimizerStep
+from allmlp.training.step import InputPreparation, TrainingStep
 from allmlp.variants import VARIANTS
 
-BATCHES = {"cifar10": (10, 128, 4), "B/16": (1000, 32, 1)}  # classes, batch, steps a round (GPU: 25 times as many)
-VIEW = Preprocessing()
+BATCHES = {
+    "cifar10": (10, 128, 4),
+    "B/16": (1000, 32, 1),
+}  # classes, batch, steps per round (GPU: 25 times as many)
+PREPROCESSING = Preprocessing()
 Step = Callable[[], object]
 
 
 def sizes_of(name: str) -> dict[str, int]:
-    """Of a variant of Table 1, or of a recipe's model."""
+    """The sizes of a variant of Table 1, or of a recipe's model."""
     if name in VARIANTS:
         return {"image_size": 224} | VARIANTS[name]
     model = get_recipe(name).model
@@ -63,19 +66,11 @@ def random_batches(batch_size: int, image_size: int, classes: int) -> Iterator[B
 def ours(sizes: dict[str, int], classes: int, batch: int, device: torch.device, precision: torch.dtype) -> Step:
     model = allmlp.create(num_classes=classes, seed=0, **sizes).to(device)
     forward, _ = compile_model(model, "on", batch_size=batch, training_flop=1.0, device=device, precision=precision)
-    steps = train_steps(
-        model,
-        forward,
-        random_batches(batch, sizes["image_size"], classes),
-        OptimizerStep(adamw(model, weight_decay=0.1, beta1=0.9, beta2=0.999), clip_norm=1.0),
-        lambda step: 1e-3,
-        softmax,
-        device=device,
-        precision=precision,
-        preprocessing=VIEW,
-        seed=0,
-    )
-    return functools.partial(next, steps)
+    optimizer_step = OptimizerStep(adamw(model, weight_decay=0.1, beta1=0.9, beta2=0.999), clip_norm=1.0)
+    inputs = InputPreparation(device, PREPROCESSING, seed=0)
+    step = TrainingStep(forward, inputs, softmax, optimizer_step, lambda step: 1e-3, precision)
+    batches = random_batches(batch, sizes["image_size"], classes)
+    return functools.partial(next, train_steps(model, step, batches))
 
 
 def timms(
@@ -98,7 +93,7 @@ def timms(
 
     def step() -> None:
         images, labels, *_ = next(batches)
-        pixels = normalise(images.to(device, non_blocking=True), VIEW)
+        pixels = normalise(images.to(device, non_blocking=True), PREPROCESSING)
         with autocast(device, precision):
             logits = forward(pixels)
         F.cross_entropy(logits.float(), labels.to(device, non_blocking=True)).backward()
@@ -109,7 +104,7 @@ def timms(
     return step
 
 
-CONTESTANTS: dict[str, tuple[Callable[..., Step], bool]] = {  # how to make its step, whether freed memory is kept
+CONTESTANTS: dict[str, tuple[Callable[..., Step], bool]] = {  # (makes its step, whether freed memory is kept)
     "ours": (ours, True),
     "timm eager": (functools.partial(timms, compile_it=False), False),
     "timm compiled": (functools.partial(timms, compile_it=True), False),
@@ -117,13 +112,13 @@ CONTESTANTS: dict[str, tuple[Callable[..., Step], bool]] = {  # how to make its 
 }
 
 
-def work(pipe: Connection, name: str, who: str, device: torch.device, precision: torch.dtype) -> None:
-    """A contestant's process: for each number of steps that it is sent, answers with the seconds they took."""
-    make, keeps = CONTESTANTS[who]
-    if keeps and device.type == "cpu":
+def run_contestant(pipe: Connection, name: str, contestant: str, device: torch.device, precision: torch.dtype) -> None:
+    """A contestant's process: for each number of steps received, makes them and sends the seconds; 0 ends it."""
+    make_step, keeps_memory = CONTESTANTS[contestant]
+    if keeps_memory and device.type == "cpu":
         keep_freed_memory()
     classes, batch, _ = BATCHES[name]
-    step = make(sizes_of(name), classes, batch, device, precision)
+    step = make_step(sizes_of(name), classes, batch, device, precision)
     while steps := pipe.recv():
         start = time.perf_counter()
         for _ in range(steps):
@@ -137,29 +132,30 @@ def measure(name: str, rounds: int, device: torch.device, precision: torch.dtype
     _, batch, steps = BATCHES[name]
     steps *= 25 if device.type == "cuda" else 1
     context, pipes = multiprocessing.get_context("spawn"), {}
-    for who in CONTESTANTS:
-        pipes[who], theirs = context.Pipe()
-        context.Process(target=work, args=(theirs, name, who, device, precision), daemon=True).start()
-        seconds(pipes[who], 3)  # starts, compiles and warms up, one after the other
-    times: dict[str, list[float]] = {who: [] for who in pipes}
+    for contestant in CONTESTANTS:
+        pipes[contestant], other_end = context.Pipe()
+        arguments = (other_end, name, contestant, device, precision)
+        context.Process(target=run_contestant, args=arguments, daemon=True).start()
+        time_steps(pipes[contestant], 3)  # they start, compile and warm up one after the other
+    times: dict[str, list[float]] = {contestant: [] for contestant in pipes}
     for _ in range(rounds):
-        for who, pipe in pipes.items():
-            times[who].append(seconds(pipe, steps))
+        for contestant, pipe in pipes.items():
+            times[contestant].append(time_steps(pipe, steps))
     for pipe in pipes.values():
         pipe.send(0)
-    rates = {who: batch * steps / statistics.median(taken) for who, taken in times.items()}
+    rates = {contestant: batch * steps / statistics.median(seconds) for contestant, seconds in times.items()}
     ratios = {
-        who: statistics.median(theirs / mine for theirs, mine in zip(times[who], times["ours"], strict=True))
-        for who in times
+        contestant: statistics.median(a / b for a, b in zip(times[contestant], times["ours"], strict=True))
+        for contestant in times
     }
     return {"batch": batch, "images_per_second": rates, "ours_over": ratios, "seconds": times}
 
 
-def seconds(pipe: Connection, steps: int) -> float:
+def time_steps(pipe: Connection, steps: int) -> float:
     pipe.send(steps)
-    taken = pipe.recv()
-    time.sleep(0.3)  # until its threads have stopped spinning
-    return taken
+    seconds = pipe.recv()
+    time.sleep(0.3)  # until the process's threads have stopped spinning
+    return seconds
 
 
 def main() -> None:
@@ -176,11 +172,11 @@ def main() -> None:
     write_results(f"train_step_{kind}", {"machine": machine(device), "precision": str(precision), "models": results})
     print(f"{machine(device)}, {precision}, {options.rounds} rounds")
     rows = [
-        [name, str(found["batch"]), who, f"{rate:,.1f}", f"{found['ours_over'][who]:.3f}"]
+        [name, str(found["batch"]), contestant, f"{rate:,.1f}", f"{found['ours_over'][contestant]:.3f}"]
         for name, found in results.items()
-        for who, rate in found["images_per_second"].items()
+        for contestant, rate in found["images_per_second"].items()
     ]
-    print_table(["model", "batch", "who", "images/s", "ours is faster by"], rows)
+    print_table(["model", "batch", "contestant", "images/s", "speed of ours relative to it"], rows)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""What pre-training is worth: five classes of CIFAR-10, then the other five with 50 images a class, or from scratch.
+"""Transfer between the classes of CIFAR-10: pre-trained on five, fine-tuned on 50 images each of the others.
 
     python benchmarks/transfer_cifar10.py --data cifar10/      # CIFAR-10 as image files in train/ and test/; 15 minutes
 
-For each seed: a small Mixer is pre-trained on all training images of airplane to deer; then it is fine-tuned as `mixer
-finetune` does (zeroed head, SGD, the rate chosen on held-out training images) on 50 images each of dog to truck, other
-ones for each seed; and a new one is trained on the same images from scratch with the same steps, batches and crops, by
-AdamW, its rate chosen in the same way among as many. Top-1 is of all 5,000 test images of the five classes.
+For each seed, a small Mixer is pre-trained on all training images of the classes airplane to deer. It is then
+fine-tuned as in `mixer finetune` (new head of zeros, SGD, the learning rate chosen on held-out training images) on 50
+images each of dog to truck, different ones for each seed. A new model is trained on the same images from scratch, with
+the same steps, batches and crops, with AdamW and a learning rate chosen in the same way among equally many. Top-1 is
+measured on all 5,000 test images of the five classes.
 """
 
 import argparse
@@ -17,37 +18,32 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import machine, print_table, write_results
+from common import NoProgress, machine, print_table, write_results
 
 from allmlp.config.recipe import DataRecipe, ModelRecipe, OptimizationRecipe, Recipe, RunRecipe, Transfer
-from allmlp.evaluation.classification import classify
+from allmlp.evaluation.classification import SplitEvaluator
 from allmlp.evaluation.run_report import write_run_report
 from allmlp.recipes import get_transfer
 from allmlp.training.run import train
-from allmlp.training.sweep import transfer
+from allmlp.training.sweep import sweep
 
-FIRST = ("airplane", "automobile", "bird", "cat", "deer")
-OTHER = ("dog", "frog", "horse", "ship", "truck")
+PRETRAINING = ("airplane", "automobile", "bird", "cat", "deer")
+TRANSFER = ("dog", "frog", "horse", "ship", "truck")
 SIZES = {"image_size": 32, "patch_size": 8, "num_blocks": 3, "hidden_dim": 96, "tokens_mlp_dim": 48}
 SIZES |= {"channels_mlp_dim": 384}
 EPOCHS, STEPS, BATCH, IMAGES = 8, 200, 50, 50
 SCRATCH_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
-VIEW = {"crop_ratio": 1.0, "train_crop": "pad", "val_fraction": 0.0}
-
-
-class Silent:
-    def update(self, done: int, total: int, text: str) -> None:
-        pass
+DATA = {"crop_ratio": 1.0, "train_crop": "pad", "val_fraction": 0.0}
 
 
 def run_one(recipe: Recipe, folder: Path) -> dict:
-    done = train(recipe, folder, classify, Silent())
-    write_run_report(done)
-    return done.summary
+    result = train(recipe, folder, SplitEvaluator, NoProgress())
+    write_run_report(result)
+    return result.summary
 
 
 def link(source: Path, target: Path, classes: tuple[str, ...], images: int | None, seed: int) -> None:
-    """A folder of one folder a class, all of its images or so many drawn by the seed."""
+    """Links the class folders, with all of their images or with a number of them drawn by the seed."""
     for name in classes:
         files = sorted((source / name).iterdir())
         chosen = np.random.default_rng([seed, *name.encode()]).permutation(len(files))[:images]
@@ -60,7 +56,7 @@ def pretrain(data: Path, out: Path, seed: int) -> dict:
     recipe = Recipe(
         name="pretrain",
         model=ModelRecipe(**SIZES),
-        data=DataRecipe(data=str(data), **VIEW),
+        data=DataRecipe(data=str(data), **DATA),
         optimization=OptimizationRecipe(
             epochs=EPOCHS, global_batch_size=128, learning_rate=2e-3, warmup_steps=200, decay="cosine"
         ),
@@ -70,7 +66,7 @@ def pretrain(data: Path, out: Path, seed: int) -> dict:
 
 
 def plan(data: Path, weights: Path | None, seed: int) -> Transfer:
-    """Fine-tuning of the weights, or training from scratch, with one budget."""
+    """Fine-tuning of the weights, or training from scratch without weights, with the same budget."""
     tuning = get_transfer("photos")
     recipe, search = tuning.recipe, replace(tuning.search, search_fraction=0.2)
     budget = {"steps": STEPS, "global_batch_size": BATCH, "warmup_steps": STEPS // 10}
@@ -83,7 +79,7 @@ def plan(data: Path, weights: Path | None, seed: int) -> Transfer:
     recipe = replace(
         recipe,
         model=model,
-        data=DataRecipe(data=str(data), **VIEW),
+        data=DataRecipe(data=str(data), **DATA),
         optimization=optimization,
         run=RunRecipe(seed=seed, evaluate_every_epochs=STEPS, log_every_steps=100),
     )
@@ -98,17 +94,17 @@ def main() -> None:
     runs = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        link(options.data / "train", folder / "first" / "train", FIRST, None, 0)
-        link(options.data / "test", folder / "first" / "test", FIRST, None, 0)
+        link(options.data / "train", folder / "pretraining" / "train", PRETRAINING, None, 0)
+        link(options.data / "test", folder / "pretraining" / "test", PRETRAINING, None, 0)
         for seed in options.seeds:
-            begin = time.perf_counter()
-            data = folder / f"other-{seed}"
-            link(options.data / "train", data / "train", OTHER, IMAGES, seed)
-            link(options.data / "test", data / "test", OTHER, None, 0)
-            source = pretrain(folder / "first", folder / f"pretrained-{seed}", seed)
+            start = time.perf_counter()
+            data = folder / f"transfer-{seed}"
+            link(options.data / "train", data / "train", TRANSFER, IMAGES, seed)
+            link(options.data / "test", data / "test", TRANSFER, None, 0)
+            source = pretrain(folder / "pretraining", folder / f"pretrained-{seed}", seed)
             weights = folder / f"pretrained-{seed}" / "model.safetensors"
-            tuned = transfer(plan(data, weights, seed), folder / f"tuned-{seed}", run_one)
-            scratch = transfer(plan(data, None, seed), folder / f"scratch-{seed}", run_one)
+            tuned = sweep(plan(data, weights, seed), folder / f"tuned-{seed}", run_one)
+            scratch = sweep(plan(data, None, seed), folder / f"scratch-{seed}", run_one)
             runs.append(
                 {
                     "seed": seed,
@@ -117,7 +113,7 @@ def main() -> None:
                     "tuned_rate": tuned["learning_rate"],
                     "scratch_top1": scratch["test_top1"],
                     "scratch_rate": scratch["learning_rate"],
-                    "seconds": round(time.perf_counter() - begin),
+                    "seconds": round(time.perf_counter() - start),
                 }
             )
             print(" ".join(f"{key} {value}" for key, value in runs[-1].items()), flush=True)

@@ -1,9 +1,16 @@
-"""``mixer`` with one fault in it: the command as it is, but for what the environment variable CHAOS says.
+"""``mixer`` with one fault: the unchanged command, except for what the environment variable CHAOS describes.
 
-CHAOS is a JSON object: ``at`` (a place, below), ``nth`` (which call of it, from 1), ``do`` (kill, stop, term, int,
-raise, hang, slow, nan, fill, readonly), ``rank`` (of several processes; none: each), ``delay`` (seconds after the
-call, by a timer) and ``target`` ("launcher", for term). NOTES is a folder for what the tests want to know. The
-processes that the command starts are started by this file too.
+CHAOS is a JSON object:
+
+- ``place``: where the fault happens, one of PLACES; or "start": some time after the process has started.
+- ``call``: at which call of that function, from 1.
+- ``action``: kill, stop, term, int, raise, hang, slow, nan, fill or readonly.
+- ``rank``: the rank it happens on; absent: on every rank.
+- ``delay``: seconds between the call and the action, which a thread then performs.
+- ``target``: "launcher" sends the signal of term or int to the launcher instead of this process.
+- ``path``: what to fill or to make read-only.
+
+NOTES is a folder for what the tests need to know. The ranks that the command starts run this file too.
 """
 
 import contextlib
@@ -22,16 +29,16 @@ from types import SimpleNamespace
 from typing import Any
 
 PLACES = {
-    "step": "allmlp.training.optimizer_step:Update.__call__",
+    "step": "allmlp.training.optimizer_step:OptimizerStep.__call__",
     "evaluation": "allmlp.evaluation.classification:normalise",
     "compile": "allmlp.training.compilation:warm_up",
-    "save": "allmlp.checkpointing.manager:write",
+    "save": "allmlp.checkpointing.manager:write_checkpoint",
     "copy": "torch.distributed.checkpoint.staging:DefaultStager.stage",
     "write": "allmlp.checkpointing.checkpoint:save_distributed",
     "fsync": "os:fsync",
     "rename": "pathlib:Path.rename",
-    "retention": "allmlp.checkpointing.manager:retain",
-    "removal": "allmlp.checkpointing.manager:shutil.rmtree",
+    "remove old": "allmlp.checkpointing.manager:remove_old",
+    "rmtree": "allmlp.checkpointing.manager:shutil.rmtree",
 }
 
 
@@ -41,137 +48,138 @@ def note(name: str, line: str) -> None:
 
 
 class Fault:
-    """Counts the calls of a place, and strikes at one of them."""
+    """Counts the calls of a function, and acts at one of them."""
 
-    def __init__(self, told: dict[str, Any]) -> None:
-        self.told, self.calls = told, 0
+    def __init__(self, fault: dict[str, Any]) -> None:
+        self.fault, self.calls = fault, 0
 
     def install(self) -> None:
-        if self.told["at"] == "start":
-            self.after(self.told["delay"])
+        if self.fault["place"] == "start":
+            self.act_after(self.fault["delay"])
             return
-        module, _, path = PLACES[self.told["at"]].partition(":")
+        module, _, path = PLACES[self.fault["place"]].partition(":")
         *owners, name = path.split(".")
         owner: Any = importlib.import_module(module)
-        for part in owners:
-            owner = getattr(owner, part)
+        for attribute in owners:
+            owner = getattr(owner, attribute)
         original = getattr(owner, name)
-        if self.told["at"] == "removal":  # shutil is everybody's: only the saver's own
-            module_of: Any = importlib.import_module(module)
-            module_of.shutil = SimpleNamespace(rmtree=self.around(original))
+        if self.fault["place"] == "rmtree":  # not for all users of shutil, only for this module
+            manager: Any = importlib.import_module(module)
+            manager.shutil = SimpleNamespace(rmtree=self.wrap(original))
         else:
-            setattr(owner, name, self.around(original))
+            setattr(owner, name, self.wrap(original))
 
-    def around(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        def replaced(*args: Any, **keywords: Any) -> Any:
+    def wrap(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*args: Any, **keywords: Any) -> Any:
             self.calls += 1
-            if self.calls == self.told["nth"]:
-                if self.told.get("delay"):
-                    self.after(self.told["delay"])
+            if self.calls == self.fault["call"]:
+                if self.fault.get("delay"):
+                    self.act_after(self.fault["delay"])
                 else:
-                    self.strike()
+                    self.act()
             result = original(*args, **keywords)
-            if self.calls == self.told["nth"] and self.told["do"] == "slow":
+            if self.calls == self.fault["call"] and self.fault["action"] == "slow":
                 note("slow", "now")
                 time.sleep(4)
             return result
 
-        return replaced
+        return wrapped
 
-    def after(self, seconds: float) -> None:
-        threading.Thread(target=lambda: (time.sleep(seconds), self.strike()), daemon=True).start()
+    def act_after(self, seconds: float) -> None:
+        threading.Thread(target=lambda: (time.sleep(seconds), self.act()), daemon=True).start()
 
-    def strike(self) -> None:
-        note("struck", str(time.time()))
-        do = self.told["do"]
-        if do == "kill":
+    def act(self) -> None:
+        note("fault", str(time.time()))
+        action = self.fault["action"]
+        if action == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
-        elif do == "stop":
+        elif action == "stop":
             os.kill(os.getpid(), signal.SIGSTOP)
-        elif do in ("term", "int"):
-            launcher = self.told.get("target") == "launcher"
-            os.kill(os.getppid() if launcher else os.getpid(), signal.SIGTERM if do == "term" else signal.SIGINT)
-        elif do == "raise":
-            raise ArithmeticError("a fault that nobody expected")
-        elif do == "hang":
+        elif action in ("term", "int"):
+            to_launcher = self.fault.get("target") == "launcher"
+            number = signal.SIGTERM if action == "term" else signal.SIGINT
+            os.kill(os.getppid() if to_launcher else os.getpid(), number)
+        elif action == "raise":
+            raise ArithmeticError("an unexpected error")
+        elif action == "hang":
             time.sleep(3600)
-        elif do == "fill":
-            with Path(self.told["path"]).open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        elif action == "fill":
+            with Path(self.fault["path"]).open("wb", buffering=0) as file, contextlib.suppress(OSError):
                 while True:
                     file.write(bytes(4096))
-        elif do == "readonly":
-            where = self.told["path"]
-            subprocess.run(["mount", "--bind", where, where], check=True)
-            subprocess.run(["mount", "-o", "remount,ro,bind", where], check=True)
+        elif action == "readonly":
+            path = self.fault["path"]
+            subprocess.run(["mount", "--bind", path, path], check=True)
+            subprocess.run(["mount", "-o", "remount,ro,bind", path], check=True)
 
 
-def spoil_losses(nth: int) -> None:
-    """The loss of one call is no number."""
+def make_loss_nan(call: int) -> None:
+    """Makes one call of the loss function return NaN."""
     losses: Any = importlib.import_module("allmlp.training.losses")
     original, calls = losses.LOSSES["softmax"], [0]
 
-    def spoilt(*args: Any, **keywords: Any) -> Any:
+    def loss(*args: Any, **keywords: Any) -> Any:
         calls[0] += 1
-        return original(*args, **keywords) * (float("nan") if calls[0] == nth else 1.0)
+        return original(*args, **keywords) * (float("nan") if calls[0] == call else 1.0)
 
-    losses.LOSSES["softmax"] = spoilt
+    losses.LOSSES["softmax"] = loss
 
 
 def note_pixels() -> None:
-    """SHA-256 of the pixels of each batch that training computes."""
-    loop: Any = importlib.import_module("allmlp.training.loop")
-    original = loop.normalise
+    """Notes the SHA-256 of the pixels of each training batch."""
+    step: Any = importlib.import_module("allmlp.training.step")
+    original = step.normalise
 
-    def noted(images: Any, *rest: Any) -> Any:
+    def normalise(images: Any, *rest: Any) -> Any:
         note("pixels", hashlib.sha256(images.contiguous().numpy().tobytes()).hexdigest())
         return original(images, *rest)
 
-    loop.normalise = noted
+    step.normalise = normalise
 
 
 def note_tensors() -> None:
-    """SHA-256 of each whole tensor after a checkpoint was loaded."""
+    """Notes the SHA-256 of each full tensor after a checkpoint was loaded."""
     from torch.distributed.tensor import DTensor
 
     state: Any = importlib.import_module("allmlp.training.state").TrainingState
     original = state.load
 
-    def noted(self: Any, *args: Any) -> Any:
+    def load(self: Any, *args: Any) -> Any:
         result = original(self, *args)
         digests = {}
         for name, tensor in sorted(self.tensors().items()):
-            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-            digests[name] = hashlib.sha256(whole.contiguous().numpy().tobytes()).hexdigest()
+            full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            digests[name] = hashlib.sha256(full.contiguous().numpy().tobytes()).hexdigest()
         if os.environ.get("RANK", "0") == "0":
             note("tensors", json.dumps(digests))
         return result
 
-    state.load = noted
+    state.load = load
 
 
-def start_ranks_here() -> None:
-    launch: Any = importlib.import_module("allmlp.distributed.launcher")
+def start_ranks_with_this_file() -> None:
+    launcher: Any = importlib.import_module("allmlp.distributed.launcher")
 
     def popen(command: list[str], **keywords: Any) -> subprocess.Popen[bytes]:
         return subprocess.Popen([command[0], __file__, *command[3:]], **keywords)
 
-    launch.subprocess = SimpleNamespace(Popen=popen)
+    launcher.subprocess = SimpleNamespace(Popen=popen)
 
 
 def main() -> int:
-    told = json.loads(os.environ.get("CHAOS", "{}"))
+    fault = json.loads(os.environ.get("CHAOS", "{}"))
     rank = os.environ.get("RANK")
-    launches = rank is None and "--processes" in sys.argv
-    if told and not launches and told.get("rank") in (None, int(rank or 0)):
-        if told["do"] == "nan":
-            spoil_losses(told["nth"])
+    is_launcher = rank is None and "--processes" in sys.argv
+    if fault and not is_launcher and fault.get("rank") in (None, int(rank or 0)):
+        if fault["action"] == "nan":
+            make_loss_nan(fault["call"])
         else:
-            Fault(told).install()
+            Fault(fault).install()
     if os.environ.get("NOTE") == "pixels":
         note_pixels()
-    if os.environ.get("NOTE") == "tensors" and not launches:
+    if os.environ.get("NOTE") == "tensors" and not is_launcher:
         note_tensors()
-    start_ranks_here()
+    start_ranks_with_this_file()
     from allmlp.cli import main
 
     return main()

@@ -1,6 +1,6 @@
-"""The promises about runs that are hurt, one function each: it makes the trials, and returns (passed, of, remarks).
+"""What is guaranteed to a run that is interrupted or damaged: one function per row of the table, which makes trials.
 
-``trials`` bounds how often a fault is tried; ``rng`` draws where it strikes.
+``trials`` limits how many are made; ``rng`` draws where the fault happens.
 """
 
 import json
@@ -10,187 +10,167 @@ import signal
 import subprocess
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from harness import (
     EVALUATE,
-    RECIPE,
+    MODES,
     SAVE,
     STEPS,
-    WAYS,
+    TRAIN,
     Lab,
+    Result,
+    Tally,
     checkpoints,
-    digests,
-    exact,
     leftovers,
     metrics,
-    sound,
+    run_digest,
+    sound_steps,
+    tensor_digests,
     tensors,
 )
 
 
-class Result(NamedTuple):
-    passed: int
-    of: int
-    remarks: list[str]
-
-
-class Tally:
-    """Counts, and remembers what failed."""
-
-    def __init__(self) -> None:
-        self.passed, self.of, self.remarks = 0, 0, list[str]()
-
-    def add(self, *wrong: str | bool | None) -> None:
-        """One trial, with what went wrong in it."""
-        told = [str(w) for w in wrong if w]
-        self.of, self.passed = self.of + 1, self.passed + (not told)
-        self.remarks += told
-
-    def result(self, *remarks: str) -> Result:
-        return Result(self.passed, self.of, [*remarks, *self.remarks])
-
-
-def uninterrupted(lab: Lab, way: str, *words: object) -> str:
-    """The outcome that the others are held to; made once."""
-    name = " ".join(map(str, ("whole", way, *words)))
+def uninterrupted(lab: Lab, mode: str, *words: object) -> str:
+    """The digest of an uninterrupted run, with which the others are compared; it is trained once."""
+    name = " ".join(map(str, ("uninterrupted", mode, *words)))
     if not (lab.root / name).exists():
-        ended = lab.train(name, *WAYS[way], *words)
-        assert ended.status == 0, ended.err
-    return exact(lab.root / name)
+        outcome = lab.train(name, *MODES[mode], *words)
+        assert outcome.status == 0, outcome.err
+    return run_digest(lab.root / name)
 
 
-def instant(rng: random.Random, kind: str, world_size: int) -> dict[str, Any]:
-    """A random instant in steps, saves, an evaluation or the start."""
+def random_kill(rng: random.Random, place: str, world_size: int) -> dict[str, Any]:
+    """SIGKILL at a random moment in a step, a save, an evaluation or the start."""
     rank = rng.randrange(world_size)
     moment = rng.uniform(0.0, 0.02)
-    nth = {
+    call = {
         "step": rng.randint(1, STEPS),
         "save": rng.randint(1, STEPS // SAVE),
         "evaluation": rng.randint(1, STEPS // EVALUATE + 1),
         "start": 1,
-    }[kind]
-    delay = rng.uniform(0.2, 5.0 if world_size == 1 else 8.0) if kind == "start" else moment
-    return {"at": kind, "nth": nth, "do": "kill", "rank": rank, "delay": delay}
+    }[place]
+    delay = rng.uniform(0.2, 5.0 if world_size == 1 else 8.0) if place == "start" else moment
+    return {"place": place, "call": call, "action": "kill", "rank": rank, "delay": delay}
 
 
-def killed(lab: Lab, rng: random.Random, trials: int, way: str) -> Result:
-    """Rows 1 and 2: SIGKILL at random instants, then the same command again."""
-    tally, expected, world_size = Tally(), uninterrupted(lab, way), 1 if way == "1 process" else 2
+def killed(lab: Lab, rng: random.Random, trials: int, mode: str) -> Result:
+    """Rows 1 and 2: SIGKILL at random moments, then the same command again."""
+    tally, expected, world_size = Tally(), uninterrupted(lab, mode), 1 if mode == "1 process" else 2
     for trial in range(trials):
-        kind = ("step", "save", "evaluation", "start")[trial % 4]
-        fault, name = instant(rng, kind, world_size), f"killed {way} {trial}"
-        hurt = lab.train(name, *WAYS[way], fault=fault)
-        again = lab.train(name, *WAYS[way])
-        told = f"{way}, {fault}: {hurt.status}, then {again.status}: {again.err[-300:]}"
+        place = ("step", "save", "evaluation", "start")[trial % 4]
+        fault, name = random_kill(rng, place, world_size), f"killed {mode} {trial}"
+        first = lab.train(name, *MODES[mode], fault=fault)
+        second = lab.train(name, *MODES[mode])
+        text = f"{mode}, {fault}: {first.status}, then {second.status}: {second.err[-300:]}"
         tally.add(
-            again.status != 0 and told, again.status == 0 and exact(lab.root / name) != expected and f"{told}: differs"
+            second.status != 0 and text,
+            second.status == 0 and run_digest(lab.root / name) != expected and f"{text}: differs",
         )
         shutil.rmtree(lab.root / name, ignore_errors=True)
     return tally.result()
 
 
-def killed_in_a_save(lab: Lab, rng: random.Random, trials: int) -> Result:
-    """Row 3: SIGKILL in each part of a save; the newest complete one loads, at least one sound one is kept."""
+def killed_during_save(lab: Lab, rng: random.Random, trials: int) -> Result:
+    """Row 3: SIGKILL in each part of a save; at least one sound checkpoint remains, and the newest one is loaded."""
     tally, expected = Tally(), uninterrupted(lab, "1 process")
     saves = STEPS // SAVE
     places = [
         *(("copy", n) for n in (2, saves)),
         *(("write", n) for n in (2, saves)),
-        *(
-            ("fsync", n) for n in range(8, 20)
-        ),  # each of a save's: lines of the log, tensors, metadata, state, manifest, folders
+        *(("fsync", n) for n in range(8, 20)),  # of a save: logs, tensors, metadata, state, manifest, folders
         *(("rename", n) for n in range(2, 9)),
-        *(("retention", n) for n in (3, saves - 1)),
-        *(("removal", n) for n in range(4, 12)),
+        *(("remove old", n) for n in (3, saves - 1)),
+        *(("rmtree", n) for n in range(4, 12)),
     ]
-    for place, nth in places if trials >= len(places) else rng.sample(places, trials):
-        name = f"saving {place} {nth}"
-        hurt = lab.train(name, fault={"at": place, "nth": nth, "do": "kill"})
-        left = sound(lab.root / name)
-        begun = len(checkpoints(lab.root / name)) > 0
-        again = lab.train(name)
-        told = f"{place} {nth}: {hurt.status}, sound {left}, then {again.status} {again.err[-300:]}"
+    for place, call in places if trials >= len(places) else rng.sample(places, trials):
+        name = f"saving {place} {call}"
+        first = lab.train(name, fault={"place": place, "call": call, "action": "kill"})
+        sound = sound_steps(lab.root / name)
+        has_checkpoints = len(checkpoints(lab.root / name)) > 0
+        second = lab.train(name)
+        text = f"{place} {call}: {first.status}, sound {sound}, then {second.status} {second.err[-300:]}"
         tally.add(
-            hurt.status != -signal.SIGKILL and f"{told}: it did not strike",
-            begun and not left and f"{told}: no sound checkpoint",
-            again.status != 0 and told,
-            again.status == 0 and exact(lab.root / name) != expected and f"{told}: differs",
-            leftovers(lab.root / name) and f"{told}: leaves {leftovers(lab.root / name)}",
+            first.status != -signal.SIGKILL and f"{text}: the fault did not happen",
+            has_checkpoints and not sound and f"{text}: no sound checkpoint",
+            second.status != 0 and text,
+            second.status == 0 and run_digest(lab.root / name) != expected and f"{text}: differs",
+            leftovers(lab.root / name) and f"{text}: leaves {leftovers(lab.root / name)}",
         )
         shutil.rmtree(lab.root / name, ignore_errors=True)
     return tally.result()
 
 
-def stopped_at(lab: Lab, name: str, step: int, *words: object) -> Path:
-    """A run that was killed right after a step, with a checkpoint not far behind."""
-    lab.train(name, *words, fault={"at": "step", "nth": step + 1, "do": "kill", "rank": 0})
+def train_and_kill(lab: Lab, name: str, step: int, *words: object) -> Path:
+    """The folder of a run that was killed right after a step, at or shortly after its newest checkpoint."""
+    lab.train(name, *words, fault={"place": "step", "call": step + 1, "action": "kill", "rank": 0})
     return lab.root / name
 
 
 def other_workers(lab: Lab, rng: random.Random, trials: int) -> Result:
-    """Row 4: gone on with by 0, 2 and 4 workers, the same samples and pixels."""
+    """Row 4: resumed with 0, 2 and 4 workers, a run uses the same samples and pixels."""
     tally, step = Tally(), rng.randint(SAVE + 1, STEPS - 4)
-    run = stopped_at(lab, "workers", step)
-    seen = {}
+    run = train_and_kill(lab, "workers", step)
+    found = {}
     for workers in (0, 2, 4)[: max(trials, 2)]:
         copy = lab.root / f"workers {workers}"
         shutil.copytree(run, copy)
         notes = lab.root / f"notes {workers}"
         notes.mkdir()
-        process = lab.begin(
-            *RECIPE, "--out", copy, "--resume", "auto", "--workers", workers, note="pixels", notes=notes
-        )
+        process = lab.start(*TRAIN, "--out", copy, "--resume", "auto", "--workers", workers, note="pixels", notes=notes)
         _, err = process.communicate(timeout=300)
         pixels = (notes / "pixels").read_text() if process.returncode == 0 else err
-        seen[workers] = ((copy / "consumed.jsonl").read_text(), pixels)
-        tally.add(process.returncode != 0 and err[-300:], seen[workers] != seen[0] and f"{workers} workers: others")
+        found[workers] = ((copy / "consumed.jsonl").read_text(), pixels)
+        tally.add(
+            process.returncode != 0 and err[-300:],
+            found[workers] != found[0] and f"{workers} workers: other samples or pixels",
+        )
         shutil.rmtree(copy, ignore_errors=True)
-    whole = (lab.root / "whole 1 process" / "consumed.jsonl").read_text() if uninterrupted(lab, "1 process") else ""
-    tally.add(seen[0][0] != whole and "other samples than the run that was not hurt")
+    uninterrupted(lab, "1 process")
+    expected = (lab.root / "uninterrupted 1 process" / "consumed.jsonl").read_text()
+    tally.add(found[0][0] != expected and "other samples than the uninterrupted run")
     return tally.result(f"after step {step}")
 
 
 def other_ranks(lab: Lab, rng: random.Random, trials: int) -> Result:
     """Row 5: saved by 4 ranks, loaded by 4, 2 and 1: equal bits, the same order, losses within 1e-4 over 50 steps."""
     words = ("--steps", 60, "--save-every-steps", 10, "--log-every-steps", 1, "--keep-checkpoints", 9)
-    words += ("--precision", "float32")  # bfloat16 rounds each size of batch in its own way: 1.2e-4 after 50 steps
+    words += ("--precision", "float32")  # bfloat16 rounds differently for each batch size: 1.2e-4 after 50 steps
     tally = Tally()
-    ways = {"DDP": (), "FSDP2": ("--shard",)}
+    modes = {"DDP": (), "FSDP2": ("--shard",)}
     worst = 0.0
-    for way in list(ways)[: max(trials, 1)]:
-        name = f"four {way}"
-        stopped_at(lab, name, 10, *words, "--no-save-in-background", "--processes", 4, *ways[way])
-        held = digests(checkpoints(lab.root / name)[0])
-        outcome = {}
+    for mode in list(modes)[: max(trials, 1)]:
+        name = f"four {mode}"
+        train_and_kill(lab, name, 10, *words, "--no-save-in-background", "--processes", 4, *modes[mode])
+        saved = tensor_digests(checkpoints(lab.root / name)[0])
+        found = {}
         for world_size in (4, 2, 1):
-            copy, notes = lab.root / f"{name} to {world_size}", lab.root / f"tensors {way} {world_size}"
+            copy, notes = lab.root / f"{name} to {world_size}", lab.root / f"tensors {mode} {world_size}"
             shutil.copytree(lab.root / name, copy)
             notes.mkdir()
-            spread = ("--processes", world_size) if world_size > 1 else ()
-            process = lab.begin(
-                *RECIPE, *words, "--out", copy, "--resume", "auto", *spread, *ways[way], note="tensors", notes=notes
-            )
+            processes = ("--processes", world_size) if world_size > 1 else ()
+            options = ("--out", copy, "--resume", "auto", *processes, *modes[mode])
+            process = lab.start(*TRAIN, *words, *options, note="tensors", notes=notes)
             _, err = process.communicate(timeout=600)
             if process.returncode != 0:
-                tally.add(f"{way} on {world_size}: {err[-300:]}")
+                tally.add(f"{mode} on {world_size}: {err[-300:]}")
                 continue
             losses = [record["loss"] for record in metrics(copy) if "loss" in record]
-            outcome[world_size] = ((copy / "consumed.jsonl").read_text(), losses)
+            found[world_size] = ((copy / "consumed.jsonl").read_text(), losses)
             loaded = json.loads((notes / "tensors").read_text())
-            gap = max(abs(a - b) for a, b in zip(outcome[4][1], losses, strict=True))
-            worst = max(worst, gap)
+            difference = max(abs(a - b) for a, b in zip(found[4][1], losses, strict=True))
+            worst = max(worst, difference)
             tally.add(
-                loaded != held and f"{way} on {world_size}: other bits loaded",
-                outcome[world_size][0] != outcome[4][0] and f"{way} on {world_size}: another order",
-                (len(losses) != 60 or gap > 1e-4)
-                and f"{way} on {world_size}: {len(losses)} losses, up to {gap:.1e} apart",
+                loaded != saved and f"{mode} on {world_size}: other bits loaded",
+                found[world_size][0] != found[4][0] and f"{mode} on {world_size}: another order",
+                (len(losses) != 60 or difference > 1e-4)
+                and f"{mode} on {world_size}: {len(losses)} losses that differ by up to {difference:.1e}",
             )
             shutil.rmtree(copy, ignore_errors=True)
-    return tally.result(f"losses at most {worst:.1e} apart over 50 steps")
+    return tally.result(f"losses differ by at most {worst:.1e} over 50 steps")
 
 
-def one_and_two(lab: Lab, rng: random.Random, trials: int) -> Result:
+def two_ranks_against_one(lab: Lab, rng: random.Random, trials: int) -> Result:
     """Row 6: two ranks against one process in float64, after 20 steps."""
     import torch
 
@@ -206,196 +186,205 @@ def one_and_two(lab: Lab, rng: random.Random, trials: int) -> Result:
         *("--mixup", 0.5, "--cutmix", 1.0, "--randaugment", 10, "--color-jitter", 0.2, "--dropout", 0.1),
         *("--stochastic-depth", 0.2, "--device", "cpu", "--precision", "float32", "--ema-decay", 0.9),
     )
-    tally, runs, worst = Tally(), {}, 0.0
-    for way, spread in WAYS.items():
-        out = lab.root / f"float64 {way}"
-        ended = lab.call(*words, "--out", out, *spread)
-        if ended.status != 0:
-            tally.add(f"{way}: {ended.err[-300:]}")
+    tally, runs, accuracies, worst = Tally(), {}, {}, 0.0
+    for mode, options in MODES.items():
+        out = lab.root / f"float64 {mode}"
+        outcome = lab.call(*words, "--out", out, *options)
+        if outcome.status != 0:
+            tally.add(f"{mode}: {outcome.err[-300:]}")
             continue
-        runs[way] = tensors(checkpoints(out)[0])
-        assert runs[way]["model.stem.weight"].dtype == torch.float64
-        counts = [(r["step"], r["val_top1"]) for r in metrics(out) if "val_top1" in r]
-        tested = json.loads((out / "summary.json").read_text())["test_top1"]
-        runs[way]["counts"] = (counts, tested)
-        gaps = {
+        runs[mode] = tensors(checkpoints(out)[0])
+        assert runs[mode]["model.stem.weight"].dtype == torch.float64
+        val = [(record["step"], record["val_top1"]) for record in metrics(out) if "val_top1" in record]
+        accuracies[mode] = (val, json.loads((out / "summary.json").read_text())["test_top1"])
+        differences = {
             name: float(((tensor - runs["1 process"][name]).abs() / tensor.abs().clamp(min=1)).max())
-            for name, tensor in runs[way].items()
-            if name.startswith(("model.", "average."))
+            for name, tensor in runs[mode].items()
+            if name.startswith(("model.", "ema."))
         }
-        worst = max(worst, *gaps.values())
+        worst = max(worst, *differences.values())
         tally.add(
-            max(gaps.values()) > 1e-10 and f"{way}: {max(gaps.items(), key=lambda item: item[1])}",
-            runs[way]["counts"] != runs["1 process"]["counts"] and f"{way}: other counts in evaluation",
+            max(differences.values()) > 1e-10 and f"{mode}: {max(differences.items(), key=lambda item: item[1])}",
+            not any(name.startswith("ema.") for name in differences) and f"{mode}: no averages in the checkpoint",
+            accuracies[mode] != accuracies["1 process"] and f"{mode}: other accuracies",
         )
-    return tally.result(f"weights at most {worst:.1e} apart")
+    return tally.result(f"weights differ by at most {worst:.1e}")
 
 
 def terminated(lab: Lab, rng: random.Random, trials: int, compile_too: bool = True) -> Result:
-    """Row 7: SIGTERM to one rank, or to the launcher, in a step, an evaluation, the first compilation, a save."""
+    """Row 7: SIGTERM to one rank or to the launcher, in a step, an evaluation, the compilation or a save."""
     tally, slowest = Tally(), 0.0
     places = [("step", 9), ("evaluation", 1), ("save", 2), *([("compile", 1)] if compile_too else [])]
     cases = [(*place, "2 DDP", target) for place in places for target in ("one rank", "launcher")]
     cases += [("step", 9, "2 FSDP2", "one rank"), ("save", 2, "2 FSDP2", "launcher")]
     cases += [("evaluation", 1, "1 process", "one rank"), ("step", 9, "1 process", "interrupt")]
-    for at, nth, way, target in cases if trials >= len(cases) else rng.sample(cases, trials):
-        name = f"term {at} {way} {target}"
-        extra = ("--compile", "on") if at == "compile" else ()
-        world_size = 1 if way == "1 process" else 2
-        fault = {
-            "at": at,
-            "nth": nth,
-            "do": "int" if target == "interrupt" else "term",
-            "rank": rng.randrange(world_size),
-        }
+    for place, call, mode, target in cases if trials >= len(cases) else rng.sample(cases, trials):
+        name = f"term {place} {mode} {target}"
+        extra = ("--compile", "on") if place == "compile" else ()
+        world_size = 1 if mode == "1 process" else 2
+        action = "int" if target == "interrupt" else "term"
+        fault = {"place": place, "call": call, "action": action, "rank": rng.randrange(world_size)}
         if target == "launcher":
             fault["target"] = "launcher"
-        hurt = lab.train(name, *WAYS[way], *extra, fault=fault)
-        waited = hurt.struck if hurt.struck is not None else float("inf")
-        slowest = max(slowest, waited if at != "compile" else 0)
-        again = lab.train(name, *WAYS[way], *extra)
-        told = f"{name}: {hurt.status} after {waited:.0f} s, then {again.status}: {hurt.err[-300:]} {again.err[-200:]}"
+        first = lab.train(name, *MODES[mode], *extra, fault=fault)
+        waited = first.since_fault if first.since_fault is not None else float("inf")
+        slowest = max(slowest, waited if place != "compile" else 0)
+        second = lab.train(name, *MODES[mode], *extra)
+        text = (
+            f"{name}: {first.status} after {waited:.0f} s, then {second.status}: {first.err[-300:]} {second.err[-200:]}"
+        )
         tally.add(
-            hurt.status != (130 if target == "interrupt" else 143) and told,
-            waited > (30 if at != "compile" else 150) and told,
-            "resume with" not in hurt.err and told,
-            again.status != 0 and told,
-            again.status == 0 and exact(lab.root / name) != uninterrupted(lab, way, *extra) and f"{told}: differs",
+            first.status != (130 if target == "interrupt" else 143) and text,
+            waited > (30 if place != "compile" else 150) and text,
+            "resume with" not in first.err and text,
+            second.status != 0 and text,
+            second.status == 0
+            and run_digest(lab.root / name) != uninterrupted(lab, mode, *extra)
+            and f"{text}: differs",
         )
         shutil.rmtree(lab.root / name, ignore_errors=True)
     tally.add(second_signal(lab))
-    return tally.result(f"gone {slowest:.1f} s after the signal at the latest (compilations apart)")
+    return tally.result(f"ended at most {slowest:.1f} s after the signal (except during compilation)")
 
 
 def second_signal(lab: Lab) -> str | None:
-    """The first during a step, the second during the save that follows: the end comes at once, what was saved stays."""
+    """A first signal during a step, a second during the save that follows: the run ends at once, saved steps remain."""
     notes, run = lab.root / "notes second", lab.root / "second"
     notes.mkdir()
-    process = lab.begin(*RECIPE, "--out", run, fault={"at": "write", "nth": 2, "do": "slow"}, notes=notes)
-    limit = time.monotonic() + 60
-    while not (notes / "slow").exists() and time.monotonic() < limit:
+    fault = {"place": "write", "call": 2, "action": "slow"}
+    process = lab.start(*TRAIN, "--out", run, fault=fault, notes=notes)
+    deadline = time.monotonic() + 60
+    while not (notes / "slow").exists() and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
     time.sleep(1.3)  # two within a second count as one
     process.send_signal(signal.SIGTERM)
-    begun = time.monotonic()
+    start = time.monotonic()
     process.communicate(timeout=60)
-    seconds = time.monotonic() - begun
-    if process.returncode != 143 or seconds > 1.5 or sound(run) != [SAVE]:
-        return f"second signal: {process.returncode} after {seconds:.1f} s, sound {sound(run)}"
-    again = lab.call(*RECIPE, "--out", run, "--resume", "auto")
-    return None if exact(run) == uninterrupted(lab, "1 process") else f"second signal: {again.err[-300:]}"
+    seconds = time.monotonic() - start
+    if process.returncode != 143 or seconds > 1.5 or sound_steps(run) != [SAVE]:
+        return f"second signal: {process.returncode} after {seconds:.1f} s, sound {sound_steps(run)}"
+    resumed = lab.call(*TRAIN, "--out", run, "--resume", "auto")
+    return None if run_digest(run) == uninterrupted(lab, "1 process") else f"second signal: {resumed.err[-300:]}"
 
 
 def stuck(lab: Lab, rng: random.Random, trials: int) -> Result:
-    """Row 8: one rank stopped, or stuck, or raising before a collective."""
+    """Row 8: one rank is stopped, hangs, or fails before a collective operation."""
     tally, timeout, slowest = Tally(), 8, 0.0
-    cases = [(do, way, rank) for do in ("stop", "raise", "hang") for way in ("2 DDP", "2 FSDP2") for rank in (0, 1)]
-    for do, way, rank in cases if trials >= len(cases) else rng.sample(cases, trials):
-        name = f"stuck {do} {way} {rank}"
-        fault = {"at": "step", "nth": 10, "do": do, "rank": rank}
-        ended = lab.train(name, *WAYS[way], "--timeout-seconds", timeout, fault=fault)
-        named = "ArithmeticError" if do == "raise" else f"rank {rank} is "
-        slowest = max(slowest, ended.struck or float("inf"))
-        told = f"{name}: {ended.status} after {ended.struck} s: {ended.err[-500:]}"
+    cases = [
+        (action, mode, rank) for action in ("stop", "raise", "hang") for mode in ("2 DDP", "2 FSDP2") for rank in (0, 1)
+    ]
+    for action, mode, rank in cases if trials >= len(cases) else rng.sample(cases, trials):
+        name = f"stuck {action} {mode} {rank}"
+        fault = {"place": "step", "call": 10, "action": action, "rank": rank}
+        outcome = lab.train(name, *MODES[mode], "--timeout-seconds", timeout, fault=fault)
+        expected = "ArithmeticError" if action == "raise" else f"rank {rank} is "
+        slowest = max(slowest, outcome.since_fault or float("inf"))
+        text = f"{name}: {outcome.status} after {outcome.since_fault} s: {outcome.err[-500:]}"
         tally.add(
-            ended.status in (0, -1, 143, 130) and told,
-            (ended.struck is None or ended.struck > timeout + 30) and told,
-            (named not in ended.err or f"rank {rank}" not in ended.err) and told,
-            do == "raise" and "Traceback" not in ended.err and told,
+            outcome.status in (0, -1, 143, 130) and text,
+            (outcome.since_fault is None or outcome.since_fault > timeout + 30) and text,
+            (expected not in outcome.err or f"rank {rank}" not in outcome.err) and text,
+            action == "raise" and "Traceback" not in outcome.err and text,
         )
         shutil.rmtree(lab.root / name, ignore_errors=True)
-    return tally.result(f"ended {slowest:.0f} s after the fault at the latest, with a timeout of {timeout} s")
+    return tally.result(f"ended at most {slowest:.0f} s after the fault, with a timeout of {timeout} s")
 
 
-def no_room(lab: Lab, rng: random.Random, trials: int) -> Result:
-    """Row 9: a full disk, and one that can only be read, in the background and in the foreground."""
+def unwritable_disk(lab: Lab, rng: random.Random, trials: int) -> Result:
+    """Row 9: a disk that is full or read-only, with saves in the background and in the foreground."""
     tally = Tally()
-    where = lab.root / "mount"
-    where.mkdir(exist_ok=True)
-    cases = [(way, do) for way in ("background", "foreground") for do in ("fill", "readonly")]
-    for way, do in cases if trials >= len(cases) else rng.sample(cases, trials):
-        made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "none", where], capture_output=True, text=True)
-        if made.returncode != 0:
-            return Result(0, 0, [f"skipped: mounting is not allowed here ({made.stderr.strip()})"])
+    mount = lab.root / "mount"
+    mount.mkdir(exist_ok=True)
+    cases = [(saves, action) for saves in ("background", "foreground") for action in ("fill", "readonly")]
+    for saves, action in cases if trials >= len(cases) else rng.sample(cases, trials):
+        command = ["mount", "-t", "tmpfs", "-o", "size=8m", "none", mount]
+        mounted = subprocess.run(command, capture_output=True, text=True)
+        if mounted.returncode != 0:
+            return Result(0, 0, [f"skipped: mounting is not allowed here ({mounted.stderr.strip()})"])
         try:
-            run = where / "run"
-            path = where / "filler" if do == "fill" else run / "checkpoints"
-            fault = {"at": "save", "nth": 4, "do": do, "path": str(path)}
-            words = ("--save-in-background" if way == "background" else "--no-save-in-background",)
-            ended = lab.call(*RECIPE, *words, "--out", run, fault=fault)
-            left = [path.name for path in checkpoints(run)]
-            residue = leftovers(run)
-            if do == "readonly":
+            run = mount / "run"
+            path = mount / "filler" if action == "fill" else run / "checkpoints"
+            fault = {"place": "save", "call": 4, "action": action, "path": str(path)}
+            words = ("--save-in-background" if saves == "background" else "--no-save-in-background",)
+            first = lab.call(*TRAIN, *words, "--out", run, fault=fault)
+            kept = [path.name for path in checkpoints(run)]
+            left = leftovers(run)
+            if action == "readonly":
                 subprocess.run(["umount", path], check=True)
             else:
                 path.unlink()
-            held = sound(run)
-            again = lab.call(*RECIPE, "--out", run, "--resume", "auto")
-            told = f"{do} in the {way}: {ended.status}, {left}, sound {held}: {ended.err[-300:]} {again.err[-200:]}"
+            sound = sound_steps(run)
+            second = lab.call(*TRAIN, "--out", run, "--resume", "auto")
+            text = (
+                f"{action} in the {saves}: {first.status}, {kept}, sound {sound}: {first.err[-300:]} "
+                f"{second.err[-200:]}"
+            )
             tally.add(
-                (ended.status != 1 or "cannot be written" not in ended.err) and told,
-                3 * SAVE not in held and told,
-                residue and f"{told}: leaves {residue}",
-                (again.status != 0 or exact(run) != uninterrupted(lab, "1 process")) and f"{told}: differs",
+                (first.status != 1 or "cannot be written" not in first.err) and text,
+                3 * SAVE not in sound and text,
+                left and f"{text}: leaves {left}",
+                (second.status != 0 or run_digest(run) != uninterrupted(lab, "1 process")) and f"{text}: differs",
             )
         finally:
-            subprocess.run(["umount", where], check=True)
+            subprocess.run(["umount", mount], check=True)
     return tally.result()
 
 
-def flipped(lab: Lab, rng: random.Random, trials: int) -> Result:
-    """Row 10: one bit in each file of a checkpoint."""
-    from allmlp.checkpointing.checkpoint import Damaged, verify
-    from allmlp.checkpointing.manager import newest
+def flipped_bit(lab: Lab, rng: random.Random, trials: int) -> Result:
+    """Row 10: one flipped bit in each file of a checkpoint."""
+    from allmlp.checkpointing.checkpoint import DamagedCheckpoint, verify_checkpoint
+    from allmlp.checkpointing.manager import newest_sound
 
     uninterrupted(lab, "2 FSDP2")
     tally = Tally()
-    whole = lab.root / "whole 2 FSDP2"
-    last, before = checkpoints(whole)[:2]
+    run = lab.root / "uninterrupted 2 FSDP2"
+    last, previous = checkpoints(run)[:2]
     for file in sorted(last.iterdir()):
         for _ in range(trials):
             copy = lab.root / "flipped"
-            shutil.copytree(whole, copy)
+            shutil.copytree(run, copy)
             path = copy / "checkpoints" / last.name / file.name
             data = bytearray(path.read_bytes())
-            at = rng.randrange(8 * len(data))
-            data[at // 8] ^= 1 << at % 8
+            bit = rng.randrange(8 * len(data))
+            data[bit // 8] ^= 1 << bit % 8
             path.write_bytes(data)
             try:
-                verify(path.parent, trusted=True)
-                named = ""
-            except Damaged as error:
-                named = str(error)
-            found = newest(copy / "checkpoints", trusted=True)
-            told = f"bit {at} of {file.name}"
+                verify_checkpoint(path.parent, trusted=True)
+                message = ""
+            except DamagedCheckpoint as error:
+                message = str(error)
+            found = newest_sound(copy / "checkpoints", trusted=True)
+            text = f"bit {bit} of {file.name}"
             tally.add(
-                str(path) not in named and f"{told}: {named or 'not found'}",
-                (found is None or found[0].name != before.name) and f"{told}: no fall back",
+                str(path) not in message and f"{text}: {message or 'not found'}",
+                (found is None or found[0].name != previous.name) and f"{text}: no fallback to the checkpoint before",
             )
             shutil.rmtree(copy)
     return tally.result()
 
 
-def no_number(lab: Lab, rng: random.Random, trials: int) -> Result:
+def nan_loss(lab: Lab, rng: random.Random, trials: int) -> Result:
     """Row 11: the loss of one rank is NaN at a step that is not logged."""
     import allmlp
 
     tally = Tally()
-    for way in ("2 DDP", "2 FSDP2")[: max(trials, 1)]:
+    for mode in ("2 DDP", "2 FSDP2")[: max(trials, 1)]:
         step = rng.choice([s for s in range(SAVE + 1, STEPS) if s % 3 and s % SAVE and s % EVALUATE])
-        base = ("--mixup", "None", "--ema-decay", "None", *WAYS[way], "--keep-checkpoints", 99)
-        reference = lab.train(f"sane {way}", *base, "--save-every-steps", 1)
-        hurt = lab.train(f"nan {way}", *base, fault={"at": "loss", "do": "nan", "nth": step, "rank": rng.randrange(2)})
-        run = lab.root / f"nan {way}"
-        told = f"{way}, step {step}: {hurt.status}: {hurt.err[-400:]} {reference.err[-100:]}"
+        options = ("--mixup", "None", "--ema-decay", "None", *MODES[mode], "--keep-checkpoints", 99)
+        reference = lab.train(f"reference {mode}", *options, "--save-every-steps", 1)
+        fault = {"place": "loss", "call": step, "action": "nan", "rank": rng.randrange(2)}
+        diverged = lab.train(f"nan {mode}", *options, fault=fault)
+        run = lab.root / f"nan {mode}"
+        text = f"{mode}, step {step}: {diverged.status}: {diverged.err[-400:]} {reference.err[-100:]}"
         kept = [int(path.name.removeprefix("step-")) for path in checkpoints(run)]
-        good = tensors(lab.root / f"sane {way}" / "checkpoints" / f"step-{step - 1:08d}")
-        last = allmlp.load(run / "checkpoints" / "last.safetensors") if hurt.status == 1 else None
+        good = tensors(lab.root / f"reference {mode}" / "checkpoints" / f"step-{step - 1:08d}")
+        last = allmlp.load(run / "checkpoints" / "last.safetensors") if diverged.status == 1 else None
         same = last is not None and all((good[f"model.{name}"] == p).all() for name, p in last.named_parameters())
         tally.add(
-            (hurt.status != 1 or f"step {step}:" not in hurt.err or "diverged" not in hurt.err) and told,
-            (max(kept, default=0) >= step or sorted(kept) != sorted(sound(run))) and f"{told}: checkpoints {kept}",
-            not same and f"{told}: weights changed",
+            (diverged.status != 1 or f"step {step}:" not in diverged.err or "diverged" not in diverged.err) and text,
+            (max(kept, default=0) >= step or sorted(kept) != sorted(sound_steps(run)))
+            and f"{text}: checkpoints {kept}",
+            not same and f"{text}: weights changed",
         )
     return tally.result()

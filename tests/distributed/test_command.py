@@ -1,4 +1,4 @@
-"""``mixer`` on several ranks: who says what, how often, and with which exit status."""
+"""``mixer`` on several ranks: which rank prints what, how often, and the exit statuses."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ranks import Left, run
+from ranks import Outcome, run_ranks
 
 WORDS = (
     *("train", "digits", "--steps", 4, "--evaluate-every-steps", 2, "--global-batch-size", 32, "--warmup-steps", 0),
@@ -27,17 +27,17 @@ def command(*words: str) -> int:
     return main(list(words))
 
 
-def mixer(world_size: int, *words: object) -> list[Left]:
-    """What each rank leaves of ``mixer WORDS``."""
-    return run(command, world_size, *map(str, words))
+def mixer(world_size: int, *words: object) -> list[Outcome]:
+    """``mixer WORDS`` on each rank."""
+    return run_ranks(command, world_size, *map(str, words))
 
 
-def lines(left: list[Left]) -> list[str]:
-    """What standard error tells of failures, of all ranks."""
-    return [line for one in left for line in one.err.splitlines() if line.startswith("mixer: ")]
+def failures(outcomes: list[Outcome]) -> list[str]:
+    """The messages about failures on standard error, of all ranks."""
+    return [line for outcome in outcomes for line in outcome.err.splitlines() if line.startswith("mixer: ")]
 
 
-def test_one_rank_speaks_for_all(tmp_path: Path) -> None:
+def test_rank_0_prints_for_all(tmp_path: Path) -> None:
     out = tmp_path / "run"
     words = (*WORDS, "--shard", "--recompute", "--ema-decay", 0.9, "--keep", "best", "--patience", 1, "--out", out)
     first, second = mixer(2, *words, "--json")
@@ -48,36 +48,40 @@ def test_one_rank_speaks_for_all(tmp_path: Path) -> None:
     assert second.err == ""
     assert first.err.count("val top-1") == len([m for m in read_metrics(out) if "val_top1" in m])
 
-    left = mixer(2, *words, "--resume", "auto", "--json")
-    assert [one.status for one in left] == [0, 0]
-    assert json.loads(left[0].out) == summary
-    assert "".join(one.err for one in left) == f"{out} is complete: nothing is left to do\n"
+    outcomes = mixer(2, *words, "--resume", "auto", "--json")
+    assert [outcome.status for outcome in outcomes] == [0, 0]
+    assert json.loads(outcomes[0].out) == summary
+    assert "".join(outcome.err for outcome in outcomes) == f"{out} is complete: nothing is left to do\n"
 
-    left = mixer(2, *words)
-    told = f"{out} exists: go on with it by --resume {out}, name another folder with --out, or remove it"
-    assert [one.status for one in left] == [2, 2]
-    assert [re.sub(r"rank \d: ", "", line) for line in lines(left)] == [f"mixer: {told}"]
+    outcomes = mixer(2, *words)
+    message = f"{out} exists: resume it with --resume {out}, name another folder with --out, or remove it"
+    assert [outcome.status for outcome in outcomes] == [2, 2]
+    assert without_rank(failures(outcomes)) == [f"mixer: {message}"]
+
+
+def without_rank(messages: list[str]) -> list[str]:
+    return [re.sub(r"rank \d: ", "", message) for message in messages]
 
 
 def read_metrics(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_data_that_is_not_there_is_a_mistake_of_the_call_on_all_ranks(tmp_path: Path) -> None:
-    begun = time.monotonic()
-    left = mixer(2, *WORDS, "--data", tmp_path / "absent", "--out", tmp_path / "run")
-    assert time.monotonic() - begun < 15
-    assert [one.status for one in left] == [2, 2]
-    (told,) = lines(left)  # by one of them
-    assert re.match(rf"mixer: rank \d: no data at '{tmp_path / 'absent'}'", told)
+def test_missing_data_is_a_user_error_on_all_ranks(tmp_path: Path) -> None:
+    start = time.monotonic()
+    outcomes = mixer(2, *WORDS, "--data", tmp_path / "absent", "--out", tmp_path / "run")
+    assert time.monotonic() - start < 15
+    assert [outcome.status for outcome in outcomes] == [2, 2]
+    (message,) = failures(outcomes)  # of one rank
+    assert re.match(rf"mixer: rank \d: no data at '{tmp_path / 'absent'}'", message)
     assert not (tmp_path / "run").exists()
 
 
-def test_a_step_that_cannot_be_shared_out_is_told_with_what_could(tmp_path: Path) -> None:
-    left = mixer(3, *WORDS, "--out", tmp_path / "run")
-    assert [one.status for one in left] == [2, 2, 2]
-    told = "--global-batch-size 32 on 3 processes: must be a multiple of 3, such as 30"
-    assert [re.sub(r"rank \d: ", "", line) for line in lines(left)] == [f"mixer: {told}"]
+def test_a_batch_that_the_ranks_cannot_share_equally_is_an_error_with_a_size_that_they_can(tmp_path: Path) -> None:
+    outcomes = mixer(3, *WORDS, "--out", tmp_path / "run")
+    assert [outcome.status for outcome in outcomes] == [2, 2, 2]
+    message = "--global-batch-size 32 on 3 processes: must be a multiple of 3, such as 30"
+    assert without_rank(failures(outcomes)) == [f"mixer: {message}"]
 
 
 @pytest.mark.parametrize(
@@ -89,17 +93,17 @@ def test_a_step_that_cannot_be_shared_out_is_told_with_what_could(tmp_path: Path
         ({"WORLD_SIZE": "1", "RANK": "0"}, ("--processes", "2"), "--processes 2"),
         ({"RANK": "0"}, ("--processes", "2"), "--processes 2"),
     ],
-    ids=["no rank", "no place to meet", "no number", "a world of one", "a rank alone"],
+    ids=["no rank", "no address", "not a number", "world size 1", "only a rank"],
 )
-def test_half_an_environment_is_a_mistake_of_the_call(
+def test_an_incomplete_environment_is_a_user_error(
     environment: dict[str, str], words: tuple[str, ...], named: str, tmp_path: Path
 ) -> None:
-    left = run(in_environment, 1, environment, [*map(str, WORDS), "--out", str(tmp_path / "run"), *words])[0]
-    assert (left.value if left.status == 0 else left.status) == 2, left.err[-1000:]
-    (line,) = lines([left])
-    assert named in line
-    assert "Error" not in line
-    assert "Traceback" not in left.err
+    (outcome,) = run_ranks(in_environment, 1, environment, [*map(str, WORDS), "--out", str(tmp_path / "run"), *words])
+    assert (outcome.value if outcome.status == 0 else outcome.status) == 2, outcome.err[-1000:]
+    (message,) = failures([outcome])
+    assert named in message
+    assert "Error" not in message
+    assert "Traceback" not in outcome.err
 
 
 def in_environment(environment: dict[str, str], words: list[str]) -> int:
@@ -109,10 +113,10 @@ def in_environment(environment: dict[str, str], words: list[str]) -> int:
     return command(*words)
 
 
-def test_the_rate_of_a_transfer_is_searched_on_two_processes(
+def test_two_processes_search_the_learning_rate_of_a_transfer(
     colour_weights: Path, pictures: Callable[[Path, dict[str, int]], Path], tmp_path: Path
 ) -> None:
-    """Through the launcher; then the rest of the same transfer by one process, which finds nothing left to do."""
+    """Started by the launcher; then one process repeats the command, and finds that the transfer is complete."""
     data = pictures(tmp_path / "data", {"blue": 20, "green": 20, "red": 20})
     out = tmp_path / "out"
     words = (
@@ -120,7 +124,7 @@ def test_the_rate_of_a_transfer_is_searched_on_two_processes(
         *("--steps", 4, "--global-batch-size", 8, "--warmup-steps", 0, "--workers", 0, "--compile", "off"),
         *("--device", "cpu", "--precision", "float32", "--json"),
     )
-    ended = called(*words, "--processes", 2)
+    ended = run_command(*words, "--processes", 2)
     assert ended.returncode == 0, ended.stderr
     summary = json.loads(ended.stdout)
     assert summary["processes"] == 2
@@ -128,35 +132,35 @@ def test_the_rate_of_a_transfer_is_searched_on_two_processes(
     assert len(summary["test_top1s"]) == 2
     assert {path.name for path in out.iterdir()} >= {"search", "seed-0", "seed-1", "model.safetensors", "report.html"}
     assert ended.stderr.count("learning rate 0.01: held-out") == 1
-    assert [one.status for one in mixer(1, *words)] == [0]
+    assert [outcome.status for outcome in mixer(1, *words)] == [0]
 
 
-def called(*words: object, **options: Any) -> "subprocess.CompletedProcess[str]":
-    line = [sys.executable, "-m", "allmlp.cli", *map(str, words)]
-    return subprocess.run(line, capture_output=True, text=True, timeout=120, **options)
+def run_command(*words: object, **options: Any) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "allmlp.cli", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
 
 
-@pytest.mark.parametrize("spread", [(), ("--shard",)], ids=["replicas", "shares"])
-def test_sgd_on_two_ranks(spread: tuple[str, ...], tmp_path: Path) -> None:
-    left = mixer(2, *WORDS, "--optimizer", "sgd", "--out", tmp_path / "run", *spread)
-    assert [one.status for one in left] == [0, 0], lines(left)
+@pytest.mark.parametrize("mode", [(), ("--shard",)], ids=["DDP", "FSDP2"])
+def test_sgd_on_two_ranks(mode: tuple[str, ...], tmp_path: Path) -> None:
+    outcomes = mixer(2, *WORDS, "--optimizer", "sgd", "--out", tmp_path / "run", *mode)
+    assert [outcome.status for outcome in outcomes] == [0, 0], failures(outcomes)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("spread", [(), ("--shard",)], ids=["replicas", "shares"])
-def test_two_ranks_compile(spread: tuple[str, ...], tmp_path: Path) -> None:
-    extra = ("--micro-batch-size", 8, "--dropout", 0.1, "--recompute", "--ema-decay", 0.9, *spread)
+@pytest.mark.parametrize("mode", [(), ("--shard",)], ids=["DDP", "FSDP2"])
+def test_two_ranks_with_compilation(mode: tuple[str, ...], tmp_path: Path) -> None:
+    extra = ("--micro-batch-size", 8, "--dropout", 0.1, "--recompute", "--ema-decay", 0.9, *mode)
     plain = mixer(2, *WORDS, *extra, "--out", tmp_path / "plain")
-    assert [one.status for one in plain] == [0, 0], lines(plain)
+    assert [outcome.status for outcome in plain] == [0, 0], failures(plain)
     words = ["on" if word == "off" else word for word in WORDS]
-    made = called(*words, *extra, "--processes", 2, "--out", tmp_path / "compiled", "--json")
-    assert made.returncode == 0, made.stderr[-3000:]
-    assert json.loads(made.stdout)["compiled"] is True
+    ended = run_command(*words, *extra, "--processes", 2, "--out", tmp_path / "compiled", "--json")
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert json.loads(ended.stdout)["compiled"] is True
     losses = [[m["loss"] for m in read_metrics(tmp_path / name) if "loss" in m] for name in ("plain", "compiled")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-def alive(pid: int) -> bool:
+def is_running(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
@@ -165,50 +169,50 @@ def alive(pid: int) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="processes are looked up in /proc")
-@pytest.mark.parametrize("steps", [0, 3], ids=["as it begins", "in its steps"])
-def test_ranks_end_soon_after_their_launcher_was_killed(steps: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("steps", [0, 3], ids=["at the start", "during steps"])
+def test_ranks_end_soon_after_their_launcher_is_killed(steps: int, tmp_path: Path) -> None:
     words = [100_000 if word == 4 else word for word in WORDS]
-    line = [sys.executable, "-m", "allmlp.cli", *map(str, words), "--processes", "2", "--out", str(tmp_path / "run")]
-    process = subprocess.Popen(line, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    command = [sys.executable, "-m", "allmlp.cli", *map(str, words), "--processes", "2", "--out", str(tmp_path / "run")]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     consumed = tmp_path / "run/consumed.jsonl"
-    world_size: list[int] = []
+    ranks: list[int] = []
     limit = time.monotonic() + 60
-    while len(world_size) < 2 or (steps and not (consumed.exists() and consumed.read_text().count("\n") >= steps)):
+    while len(ranks) < 2 or (steps and not (consumed.exists() and consumed.read_text().count("\n") >= steps)):
         assert time.monotonic() < limit
         time.sleep(0.05)
-        world_size = [int(pid) for pid in children.read_text().split()]
+        ranks = [int(pid) for pid in children.read_text().split()]
     process.send_signal(signal.SIGKILL)
     process.wait()
     try:
         limit = time.monotonic() + 20
-        while any(map(alive, world_size)) and time.monotonic() < limit:
+        while any(map(is_running, ranks)) and time.monotonic() < limit:
             time.sleep(0.1)
-        assert not any(map(alive, world_size))
+        assert not any(map(is_running, ranks))
     finally:
-        for pid in filter(alive, world_size):
+        for pid in filter(is_running, ranks):
             os.kill(pid, signal.SIGKILL)
 
 
-AGAIN = """
+FAILS_ONCE = """
 import os, sys
-from allmlp.training.optimizer_step import Update
-original, calls = Update.__call__, []
-def failing(*words):
+from allmlp.training.optimizer_step import OptimizerStep
+original, calls = OptimizerStep.__call__, []
+def failing(*arguments):
     calls.append(1)
     if len(calls) == 3 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and os.environ["RANK"] == "1":
         raise ArithmeticError("in the first attempt")
-    return original(*words)
-Update.__call__ = failing
+    return original(*arguments)
+OptimizerStep.__call__ = failing
 from allmlp.cli import main
 sys.exit(main())
 """
 
 
 @pytest.mark.slow
-def test_torchrun_may_start_the_ranks_again(tmp_path: Path) -> None:
+def test_torchrun_may_restart_the_ranks(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
-    program.write_text(AGAIN)
+    program.write_text(FAILS_ONCE)
     agent = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1", str(program))
     words = [*map(str, WORDS), "--out", str(tmp_path / "run"), "--resume", "auto", "--json"]
     process = subprocess.Popen(
@@ -219,6 +223,6 @@ def test_torchrun_may_start_the_ranks_again(tmp_path: Path) -> None:
     except subprocess.TimeoutExpired:
         process.terminate()
         process.communicate()
-        pytest.fail("the second attempt did not come to an end")
+        pytest.fail("the second attempt did not end")
     assert process.returncode == 0, err[-3000:]
     assert json.loads(out)["steps"] == 4
