@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from allmlp.training.recompute import recompute_blocks
 from reference import close, gelu_tanh
 from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
@@ -25,6 +24,7 @@ from allmlp.training.compilation import (
     install_fast_mlps,
     restore_eager,
 )
+from allmlp.training.memory import recompute_blocks
 
 MANY = 1e18
 
