@@ -12,8 +12,8 @@ from processes import locked_by_another_process
 from small_runs import (
     CLASSES,
     FROM_WEIGHTS,
-    Interrupted,
     InterruptAt,
+    Interrupted,
     dataset,
     recipe,
     replace_data,
