@@ -5,7 +5,7 @@ import logging
 import random
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -190,7 +190,7 @@ def test_old_checkpoints_that_cannot_be_removed_are_reported(tmp_path: Path) -> 
 # Removing old checkpoints
 
 
-def expected(steps: list[int], keep: int, others: set[int | None]) -> list[int]:
+def expected(steps: list[int], keep: int, others: Collection[int | None]) -> list[int]:
     return sorted({*sorted(steps)[-keep:], *(step for step in steps if step in others)}, reverse=True)
 
 

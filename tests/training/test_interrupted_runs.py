@@ -277,10 +277,10 @@ class DamagedStore(ArrayStore):
     def __init__(self, intact: ArrayStore, damaged: set[str]) -> None:
         self.intact, self.damaged = intact, damaged
 
-    def open(self, name: str, *words: Any) -> Image.Image:
+    def open(self, name: str, max_pixels: int, min_side: int | None = None) -> Image.Image:
         if name in self.damaged:
             raise UnreadableImage(f"{name}: truncated")
-        return self.intact.open(name, *words)
+        return self.intact.open(name, max_pixels, min_side)
 
 
 def test_unreadable_images_are_remembered(
