@@ -76,7 +76,7 @@ def main() -> None:
             results[f"{name}, recomputation {word}"] = kept
             rows.append([word, name, f"{kept / 2**20:,.0f} MiB", f"{kept / reference:.3f} ×"])
     write_results("train_memory", {"machine": machine(CPU), "batch": batch, "bytes": results})
-    print_table(["recomputation", "who", "kept for the backward pass", "of timm's eager"], rows)
+    print_table(["recomputation", "contestant", "kept for the backward pass", "of timm's eager"], rows)
 
 
 if __name__ == "__main__":
