@@ -148,7 +148,7 @@ def test_a_stranger_s_is_refused_and_taken_with_trust(
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "another"))
     answer = mixer("train", "--resume", stopped)
     assert answer.status == 2
-    assert "give --trust-checkpoint if you trust whoever wrote it" in answer.last
+    assert "give --trust-checkpoint if you trust its author" in answer.last
     assert len(answer.errors) == 1
     assert mixer("train", "--resume", stopped, "--trust-checkpoint").status == 0
 
@@ -168,7 +168,7 @@ def test_a_complete_run_is_left_as_it_is(mixer: Mixer, done: Path) -> None:
 def test_a_stopped_run_is_gone_on_with_by_its_folder_alone(mixer: Mixer, stopped: Path, done: Path) -> None:
     answer = mixer("train", "--resume", stopped)
     assert answer.status == 0, answer.err
-    assert f"going on after step 2, from {stopped / 'checkpoints' / 'step-00000002'}" in answer.err
+    assert f"resuming after step 2, from {stopped / 'checkpoints' / 'step-00000002'}" in answer.err
     assert (stopped / "consumed.jsonl").read_bytes() == (done / "consumed.jsonl").read_bytes()
     ours, theirs = (load_file(out / "checkpoints" / "last.safetensors") for out in (stopped, done))
     assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
@@ -199,14 +199,14 @@ def test_status_in_words(mixer: Mixer, stopped: Path) -> None:
 
 
 def test_status_mistakes(mixer: Mixer, stopped: Path, tmp_path: Path) -> None:
-    assert_mistake(mixer("status", "gone"), "gone is no run: name a folder that mixer train has made")
+    assert_mistake(mixer("status", "gone"), "gone is not the folder of a run: name one that mixer train has created")
     assert_mistake(mixer("status", tmp_path), "is no run")
     assert_mistake(mixer("status"), "mixer status --help")
     assert_mistake(mixer("status", stopped, "--jsn"), "did you mean --json")
     (stopped / "checkpoints" / "step-00000002" / "state.json").unlink()
     answer = mixer("status", stopped, "--verify")
     assert answer.status == 1
-    assert answer.last.startswith("mixer: none of the 1 checkpoints in ")
+    assert answer.last.startswith("mixer: all 1 checkpoints in ")
     assert "Traceback" not in answer.err
 
 
