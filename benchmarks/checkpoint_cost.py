@@ -5,7 +5,7 @@
 Saving: training steps as in ``mixer train`` (compiled, bfloat16 where the hardware supports it), one recipe after the
 other in one process. Stretches of several steps that start with a save alternate with stretches without one. A stretch
 takes longer than writing a checkpoint, so that each save ends within its stretch. The figure is the median of the
-ratios of neighbouring stretches. Saves are more frequent than usual, every 20 steps of cifar10 and every 5 of B/16, so
+ratios of neighboring stretches. Saves are more frequent than usual, every 20 steps of cifar10 and every 5 of B/16, so
 that their cost exceeds the noise.
 
 Resuming: seconds from the start of the process to the first new line of consumed.jsonl, of a new run and of one that
@@ -100,8 +100,8 @@ def measure_saving(recipe: Recipe, data: DatasetSplits, stretch: int, pairs: int
                 if len(seconds) < len(saves) and saves[len(seconds)]:
                     checkpoints.save(result.step, state.tensors(), {"step": result.step})
         checkpoints.wait()
-    neighbours = [sorted(pair) for pair in zip(*[iter(zip(saves[1:], seconds[1:], strict=True))] * 2, strict=True)]
-    without, with_save = ([pair[saved][1] for pair in neighbours] for saved in (0, 1))
+    neighbors = [sorted(pair) for pair in zip(*[iter(zip(saves[1:], seconds[1:], strict=True))] * 2, strict=True)]
+    without, with_save = ([pair[saved][1] for pair in neighbors] for saved in (0, 1))
     ratios = [b / a for a, b in zip(without, with_save, strict=True)]
     median = statistics.median(ratios)
     return {"steps": stretch, "without": without, "with": with_save, "ratios": ratios, "ratio": median}

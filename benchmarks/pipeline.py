@@ -30,7 +30,7 @@ from torchvision.transforms import functional as TF
 from allmlp.data import randaugment, transforms
 from allmlp.data.dataset import ImageDataset
 from allmlp.data.loader import TrainingOrder, sample_generator, training_batches
-from allmlp.data.randaugment import FILL_COLOUR, REFERENCE_SIDE, RandAugment, apply_operation
+from allmlp.data.randaugment import FILL_COLOR, REFERENCE_SIDE, RandAugment, apply_operation
 from allmlp.data.sources import load_source
 from allmlp.data.transforms import TrainingTransform
 from allmlp.metadata import Preprocessing
@@ -66,9 +66,9 @@ def record(dataset: ImageDataset, transform: TrainingTransform, index: int) -> D
         draws.scale = width
         return draws.box
 
-    def record_operation(image: Image.Image, name: str, strength: float, centre: tuple[float, float]) -> Image.Image:
-        draws.operations.append((name, strength, centre))
-        return apply_one(image, name, strength, centre)
+    def record_operation(image: Image.Image, name: str, strength: float, center: tuple[float, float]) -> Image.Image:
+        draws.operations.append((name, strength, center))
+        return apply_one(image, name, strength, center)
 
     transforms.inception_box, randaugment.apply_operation = record_box, record_operation
     try:
@@ -145,10 +145,10 @@ class TimmTransform:
         if self.also_draws:
             for operation in np.random.choice(self.augment.ops, self.augment.num_layers):  # noqa: NPY002 (timm's)
                 draw_only(operation)
-        fill = {"fillcolor": FILL_COLOUR, "resample": Image.Resampling.NEAREST}
-        for name, strength, centre in self.draws.operations:
+        fill = {"fillcolor": FILL_COLOR, "resample": Image.Resampling.NEAREST}
+        for name, strength, center in self.draws.operations:
             if name == "cutout":
-                image = apply_operation(image, name, strength, centre)
+                image = apply_operation(image, name, strength, center)
             elif name.startswith("translate"):
                 move = auto_augment.translate_x_abs if name.endswith("x") else auto_augment.translate_y_abs
                 image = move(image, strength * self.size / REFERENCE_SIDE, **fill)

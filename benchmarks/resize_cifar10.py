@@ -26,7 +26,7 @@ from torch import Tensor
 from allmlp.data.dataset import ImageDataset
 from allmlp.data.loader import Batch
 from allmlp.data.sources import load_source
-from allmlp.data.transforms import normalise
+from allmlp.data.transforms import normalize
 from allmlp.factory import create
 from allmlp.metadata import Preprocessing
 from allmlp.model import Mixer
@@ -106,7 +106,7 @@ def resize_and_tune(folder: Path, cell: tuple[int, int, str]) -> dict:
     torch.set_num_threads(1)
     seed, size, method = cell
     model = load(folder / f"{seed}.safetensors")
-    model = {"resize": resize, "bilinear": bilinear, "random": reinitialised}[method](model, size)
+    model = {"resize": resize, "bilinear": bilinear, "random": reinitialized}[method](model, size)
     test, begin = read(folder, "test", size), time.perf_counter()
     before = top1(model, test)
     train(model, read(folder, "train", size), 1, sgd(model, momentum=0.9), 1000 + seed)
@@ -129,7 +129,7 @@ def bilinear(model: Mixer, size: int) -> Mixer:
     return new
 
 
-def reinitialised(model: Mixer, size: int) -> Mixer:
+def reinitialized(model: Mixer, size: int) -> Mixer:
     """Replaces token mixing by the authors' initial weights, with the same D_S; keeps all other weights."""
     new = create(**(model.config | {"image_size": size, "seed": 0}))
     kept = {name: tensor for name, tensor in model.state_dict().items() if "token_mixing" not in name}
@@ -169,7 +169,7 @@ def batches(images: Tensor, labels: Tensor, steps: int, seed: int) -> Iterator[B
 def top1(model: Mixer, data: tuple[Tensor, Tensor]) -> float:
     model.eval()
     pairs = zip(data[0].split(500), data[1].split(500), strict=True)
-    correct = sum(int((model(normalise(x, Preprocessing())).argmax(1) == y).sum()) for x, y in pairs)
+    correct = sum(int((model(normalize(x, Preprocessing())).argmax(1) == y).sum()) for x, y in pairs)
     return correct / len(data[1])
 
 

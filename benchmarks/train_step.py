@@ -27,7 +27,7 @@ from torch import nn
 
 import allmlp
 from allmlp.data.loader import Batch
-from allmlp.data.transforms import normalise
+from allmlp.data.transforms import normalize
 from allmlp.device import autocast, select_device, select_precision
 from allmlp.metadata import Preprocessing
 from allmlp.recipes import get_recipe
@@ -93,7 +93,7 @@ def timms(
 
     def step() -> None:
         images, labels, *_ = next(batches)
-        pixels = normalise(images.to(device, non_blocking=True), PREPROCESSING)
+        pixels = normalize(images.to(device, non_blocking=True), PREPROCESSING)
         with autocast(device, precision):
             logits = forward(pixels)
         F.cross_entropy(logits.float(), labels.to(device, non_blocking=True)).backward()

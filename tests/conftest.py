@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-COLOURS = {"blue": (40, 60, 210), "green": (40, 190, 60), "red": (210, 50, 40)}
+COLORS = {"blue": (40, 60, 210), "green": (40, 190, 60), "red": (210, 50, 40)}
 TINY = ("--num-blocks", "1", "--hidden-dim", "16", "--tokens-mlp-dim", "8", "--channels-mlp-dim", "32")
 
 
@@ -74,13 +74,13 @@ def tiny() -> tuple[str, ...]:
 
 
 def write_pictures(root: Path, counts: dict[str, int]) -> Path:
-    """``counts``: folder → how many noisy 16×16 PNGs of the colour that its last name says (or grey)."""
+    """``counts``: folder → how many noisy 16×16 PNGs of the color that its last name says (or grey)."""
     for folder, count in counts.items():
         (root / folder).mkdir(parents=True)
-        colour = COLOURS.get(Path(folder).name, (128, 128, 128))
+        color = COLORS.get(Path(folder).name, (128, 128, 128))
         rng = np.random.default_rng(len(folder))
         for i in range(count):
-            noisy = np.clip(np.array(colour) + rng.integers(-30, 31, (16, 16, 3)), 0, 255).astype(np.uint8)
+            noisy = np.clip(np.array(color) + rng.integers(-30, 31, (16, 16, 3)), 0, 255).astype(np.uint8)
             Image.fromarray(noisy).save(root / folder / f"{i:03d}.png")
     return root
 
@@ -119,25 +119,25 @@ def bad_picture(request: pytest.FixtureRequest) -> tuple[str, bytes, str]:
 
 
 @pytest.fixture(scope="session")
-def colour_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def color_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Weights that tell blue, green and red pictures of 16×16 apart: nearest mean of the features of fresh weights."""
     import torch
 
     import allmlp
-    from allmlp.data.transforms import normalise
+    from allmlp.data.transforms import normalize
     from allmlp.metadata import Preprocessing
 
     torch.manual_seed(0)
     sizes = {"patch_size": 8, "num_blocks": 1, "hidden_dim": 16, "tokens_mlp_dim": 8, "channels_mlp_dim": 32}
     model = allmlp.create(num_classes=3, image_size=16, **sizes)
-    solid = torch.tensor(list(COLOURS.values()), dtype=torch.uint8)[..., None, None].expand(3, 3, 16, 16)
+    solid = torch.tensor(list(COLORS.values()), dtype=torch.uint8)[..., None, None].expand(3, 3, 16, 16)
     with torch.no_grad():
-        means = model.features(normalise(solid, Preprocessing()))
+        means = model.features(normalize(solid, Preprocessing()))
         means -= means.mean(0)
         model.head.weight.copy_(8 * means)
         model.head.bias.copy_(-4 * means.square().sum(1))
-    path = tmp_path_factory.mktemp("weights") / "colours.safetensors"
-    allmlp.save(model, path, classes=list(COLOURS))
+    path = tmp_path_factory.mktemp("weights") / "colors.safetensors"
+    allmlp.save(model, path, classes=list(COLORS))
     return path
 
 

@@ -103,7 +103,7 @@ def older(
 
 
 def wrapped(arrays: Mapping[str, Array], prefix: str) -> dict[str, Array]:
-    """Names with ``prefix``; a training checkpoint ("opt/") also has the optimiser's moments."""
+    """Names with ``prefix``; a training checkpoint ("opt/") also has the optimizer's moments."""
     found = {prefix + name: array for name, array in arrays.items()}
     if prefix.startswith("opt/"):
         for moment in ("grad_ema", "grad_sq_ema"):

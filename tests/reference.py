@@ -120,8 +120,8 @@ def patches(images: Array, patch_size: int | tuple[int, int]) -> Array:
 
 
 def layer_norm(x: Array) -> Array:
-    centred = x - x.mean(axis=-1, keepdims=True)
-    return centred / np.sqrt((centred**2).mean(axis=-1, keepdims=True) + 1e-6)
+    centered = x - x.mean(axis=-1, keepdims=True)
+    return centered / np.sqrt((centered**2).mean(axis=-1, keepdims=True) + 1e-6)
 
 
 def gelu_tanh(x: Array) -> Array:

@@ -89,7 +89,7 @@ def test_one_number_a_sample_is_uniform_over_the_samples(seed: int) -> None:
             assert correlation(values[lag:], values[:-lag]) < 5
 
 
-def test_neighbours_are_independent() -> None:
+def test_neighbors_are_independent() -> None:
     values = drawn(keys_of(512))
     pairs = {
         "samples": (values[1:], values[:-1]),

@@ -1,6 +1,6 @@
 """The ``Classifier`` protocol: all that evaluation, prediction and serving ask of a model.
 
-A Mixer satisfies it, and so can an optimised engine or an ONNX session.
+A Mixer satisfies it, and so can an optimized engine or an ONNX session.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ from allmlp.metadata import Metadata
 
 
 class Classifier(Protocol):
-    """Images to logits. Inputs are float32, normalised as ``metadata.preprocessing`` says."""
+    """Images to logits. Inputs are float32, normalized as ``metadata.preprocessing`` says."""
 
     @property
     def metadata(self) -> Metadata:

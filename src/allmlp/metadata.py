@@ -14,7 +14,7 @@ Crop = Literal["resmall", "resize"]
 class Preprocessing:
     """How an upright RGB image becomes the model's input: evaluation, prediction, and training without augmentation.
 
-    ``crop="resmall"`` resizes the shorter side to ``image size / crop_ratio`` and cuts out the centre (the paper's
+    ``crop="resmall"`` resizes the shorter side to ``image size / crop_ratio`` and cuts out the center (the paper's
     Table 3, 256 → 224); ``"resize"`` resizes both sides, which changes the aspect ratio (Table 2).
     """
 

@@ -183,7 +183,7 @@ class Mixer(nn.Module):
         return x
 
     def features(self, images: Tensor, keys: Tensor | None = None) -> Tensor:
-        """(B, in_channels, H, W) → (B, C): the pre-logits, the mean over patches of the normalised tokens."""
+        """(B, in_channels, H, W) → (B, C): the pre-logits, the mean over patches of the normalized tokens."""
         return mean_pool(self.pre_head_layer_norm(self.tokens(images, keys)))
 
     def forward(self, images: Tensor, keys: Tensor | None = None) -> Tensor:

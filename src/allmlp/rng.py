@@ -45,7 +45,7 @@ def uniform(keys: Tensor | None, stream: int, like: Tensor) -> Tensor:
     elements = torch.arange(like[0].numel(), device=like.device).view(like.shape[1:])
     step = ((stream + 1) * GOLDEN + (1 << 63)) % (1 << 64) - (1 << 63)  # wraps around like torch's int64
     streams = splitmix64(keys + step).view(-1, *[1] * (like.ndim - 1))
-    # ^ 1, since Inductor treats a bare multiple of ``elements`` as an index, whose overflow is undefined behaviour
+    # ^ 1, since Inductor treats a bare multiple of ``elements`` as an index, whose overflow is undefined behavior
     bits = splitmix64(streams + (elements ^ 1) * GOLDEN)
     return logical_right_shift(bits, 40).float() * 2**-24
 

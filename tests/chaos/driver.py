@@ -30,7 +30,7 @@ from typing import Any
 
 PLACES = {
     "step": "allmlp.training.optimizer_step:OptimizerStep.__call__",
-    "evaluation": "allmlp.evaluation.classification:normalise",
+    "evaluation": "allmlp.evaluation.classification:normalize",
     "compile": "allmlp.training.compilation:warm_up",
     "save": "allmlp.checkpointing.manager:write_checkpoint",
     "copy": "torch.distributed.checkpoint.staging:DefaultStager.stage",
@@ -128,13 +128,13 @@ def make_loss_nan(call: int) -> None:
 def note_pixels() -> None:
     """Notes the SHA-256 of the pixels of each training batch."""
     step: Any = importlib.import_module("allmlp.training.step")
-    original = step.normalise
+    original = step.normalize
 
-    def normalise(images: Any, *rest: Any) -> Any:
+    def normalize(images: Any, *rest: Any) -> Any:
         note("pixels", hashlib.sha256(images.contiguous().numpy().tobytes()).hexdigest())
         return original(images, *rest)
 
-    step.normalise = normalise
+    step.normalize = normalize
 
 
 def note_tensors() -> None:

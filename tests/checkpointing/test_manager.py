@@ -279,7 +279,7 @@ def test_the_newest_sound_checkpoint_is_found_and_damaged_ones_are_logged(
     damage(tmp_path, 8)
     assert newest_step(tmp_path) == 4
     damage(tmp_path, 4)
-    with pytest.raises(RunError, match=r"all 3 checkpoints in .* are damaged \(.*step-00000012.*\): train again"):
+    with pytest.raises(RunError, match=r"no checkpoint in .* is sound \(3 damaged: .*step-00000012.*\): train again"):
         newest_sound(tmp_path)
 
 

@@ -57,35 +57,35 @@ def leftovers(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("verb", ["train", "evaluate", "predict"])
-def test_no_such_folder(mixer, train, colour_weights, tmp_path, verb) -> None:
+def test_no_such_folder(mixer, train, color_weights, tmp_path, verb) -> None:
     gone = tmp_path / "gone"
     answer = {
         "train": lambda: train(gone),
-        "evaluate": lambda: mixer("evaluate", colour_weights, "--data", gone),
-        "predict": lambda: mixer("predict", colour_weights, gone),
+        "evaluate": lambda: mixer("evaluate", color_weights, "--data", gone),
+        "predict": lambda: mixer("predict", color_weights, gone),
     }[verb]()
     assert_only_mistake(answer, str(gone), "give")
     assert leftovers(tmp_path) == []
 
 
 @pytest.mark.parametrize("verb", ["train", "evaluate", "predict"])
-def test_a_folder_without_images(mixer, train, colour_weights, tmp_path, verb) -> None:
+def test_a_folder_without_images(mixer, train, color_weights, tmp_path, verb) -> None:
     bare = tmp_path / "bare"
     (bare / "red").mkdir(parents=True)
     (bare / "red" / "notes.txt").write_text("none")
     answer = {
         "train": lambda: train(bare),
-        "evaluate": lambda: mixer("evaluate", colour_weights, "--data", bare),
-        "predict": lambda: mixer("predict", colour_weights, bare),
+        "evaluate": lambda: mixer("evaluate", color_weights, "--data", bare),
+        "predict": lambda: mixer("predict", color_weights, bare),
     }[verb]()
     assert_only_mistake(answer, str(bare), "holds no images", "give")
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("verb", ["train", "evaluate"])
-def test_an_empty_class(mixer, train, colour_weights, pictures, tmp_path, verb) -> None:
+def test_an_empty_class(mixer, train, color_weights, pictures, tmp_path, verb) -> None:
     data = pictures(tmp_path / "data", {"red": 5, "blue": 5, "green": 0})
-    answer = train(data) if verb == "train" else mixer("evaluate", colour_weights, "--data", data)
+    answer = train(data) if verb == "train" else mixer("evaluate", color_weights, "--data", data)
     assert_only_mistake(answer, "'green'", "holds no images", "remove the folder")
     assert not (tmp_path / "out").exists()
 
@@ -144,9 +144,9 @@ def test_recipe_files(mixer, digits_run, tmp_path) -> None:
 
 @pytest.mark.parametrize("verb", ["evaluate", "predict", "info"])
 @pytest.mark.parametrize("kind", ["gone", "folder", "text", "cut short", "changed", "another's"])
-def test_a_weights_file_that_is_none(mixer, colour_weights, pictures, tmp_path, verb, kind) -> None:
+def test_a_weights_file_that_is_none(mixer, color_weights, pictures, tmp_path, verb, kind) -> None:
     path = tmp_path / "w.safetensors"
-    whole = colour_weights.read_bytes()
+    whole = color_weights.read_bytes()
     {
         "gone": lambda: None,
         "folder": path.mkdir,
@@ -170,9 +170,9 @@ def test_the_folder_of_a_run_is_never_overwritten(train, pictures, tmp_path) -> 
     assert (there / "precious.txt").read_text() == "keep"
 
 
-def test_classes_that_the_model_does_not_know(mixer, colour_weights, pictures, tmp_path) -> None:
+def test_classes_that_the_model_does_not_know(mixer, color_weights, pictures, tmp_path) -> None:
     data = pictures(tmp_path / "data", {"red": 5, "mauve": 5})
-    assert_only_mistake(mixer("evaluate", colour_weights, "--data", data), "'mauve'", "'red'", "rename")
+    assert_only_mistake(mixer("evaluate", color_weights, "--data", data), "'mauve'", "'red'", "rename")
 
 
 def test_one_class_is_too_few(train, pictures, tmp_path) -> None:
@@ -180,31 +180,31 @@ def test_one_class_is_too_few(train, pictures, tmp_path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_a_damaged_zip(mixer, train, colour_weights, tmp_path) -> None:
+def test_a_damaged_zip(mixer, train, color_weights, tmp_path) -> None:
     path = tmp_path / "photos.zip"
     path.write_bytes(b"PK\x03\x04 and no more")
     for answer in (
         train(path),
-        mixer("evaluate", colour_weights, "--data", path),
-        mixer("predict", colour_weights, path),
+        mixer("evaluate", color_weights, "--data", path),
+        mixer("predict", color_weights, path),
     ):
         assert_only_mistake(answer, str(path), "not a valid zip")
 
 
 @pytest.mark.parametrize("words", [["--batch-size", "0"], ["--batch-size", "-1"], ["--workers", "-1"]])
-def test_impossible_values_of_evaluate(mixer, colour_weights, pictures, tmp_path, words) -> None:
+def test_impossible_values_of_evaluate(mixer, color_weights, pictures, tmp_path, words) -> None:
     data = pictures(tmp_path / "data", {"red": 5, "blue": 5})
-    assert_only_mistake(mixer("evaluate", colour_weights, "--data", data, *words), words[1])
+    assert_only_mistake(mixer("evaluate", color_weights, "--data", data, *words), words[1])
 
 
 @pytest.mark.parametrize("words", [["--batch-size", "0"], ["--top", "0"], ["--device", "cuda:99"]])
-def test_impossible_values_of_predict(mixer, colour_weights, pictures, tmp_path, words) -> None:
+def test_impossible_values_of_predict(mixer, color_weights, pictures, tmp_path, words) -> None:
     data = pictures(tmp_path / "data", {"red": 2})
-    assert_only_mistake(mixer("predict", colour_weights, data, *words), words[1])
+    assert_only_mistake(mixer("predict", color_weights, data, *words), words[1])
 
 
-def test_predict_needs_an_image(mixer, colour_weights) -> None:
-    assert_only_mistake(mixer("predict", colour_weights), "mixer predict WEIGHTS a.jpg")
+def test_predict_needs_an_image(mixer, color_weights) -> None:
+    assert_only_mistake(mixer("predict", color_weights), "mixer predict WEIGHTS a.jpg")
 
 
 def test_predict_needs_a_trained_head(mixer, pictures, tmp_path) -> None:
@@ -242,12 +242,12 @@ def test_training_on_names_that_are_no_utf8(train, odd_names) -> None:
 
 
 @pytest.mark.parametrize("form", ["table", "csv", "jsonl"])
-def test_prediction_of_names_that_are_no_utf8(mixer, colour_weights, odd_names, monkeypatch, form) -> None:
+def test_prediction_of_names_that_are_no_utf8(mixer, color_weights, odd_names, monkeypatch, form) -> None:
     file = io.BytesIO()
     out = io.TextIOWrapper(file, encoding="utf-8", write_through=True)  # as the process would have it
     monkeypatch.setattr(contextlib, "redirect_stdout", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(sys, "stdout", out)
-    assert mixer("predict", colour_weights, odd_names, "--format", form).status == 0
+    assert mixer("predict", color_weights, odd_names, "--format", form).status == 0
     assert b"caf" in file.getvalue()
 
 
@@ -255,15 +255,15 @@ def test_prediction_of_names_that_are_no_utf8(mixer, colour_weights, odd_names, 
 
 
 @pytest.mark.parametrize("verb", ["train", "evaluate", "predict"])
-def test_nothing_but_unreadable_images(mixer, train, colour_weights, bad_picture, tmp_path, verb) -> None:
+def test_nothing_but_unreadable_images(mixer, train, color_weights, bad_picture, tmp_path, verb) -> None:
     file, data, said = bad_picture
-    for colour in ("red", "blue"):
-        (tmp_path / "data" / colour).mkdir(parents=True)
-        (tmp_path / "data" / colour / file).write_bytes(data)
+    for color in ("red", "blue"):
+        (tmp_path / "data" / color).mkdir(parents=True)
+        (tmp_path / "data" / color / file).write_bytes(data)
     answer = {
         "train": lambda: train(tmp_path / "data", "--json"),
-        "evaluate": lambda: mixer("evaluate", colour_weights, "--data", tmp_path / "data", "--part", "all", "--json"),
-        "predict": lambda: mixer("predict", colour_weights, tmp_path / "data" / "red" / file),
+        "evaluate": lambda: mixer("evaluate", color_weights, "--data", tmp_path / "data", "--part", "all", "--json"),
+        "predict": lambda: mixer("predict", color_weights, tmp_path / "data" / "red" / file),
     }[verb]()
     assert_mistake(answer, file, said)
     assert "; " in answer.last  # the remedy
@@ -314,12 +314,12 @@ def test_training_stops_above_one_percent(train, pictures, bad_picture, tmp_path
     assert json.loads(answer.out)["unreadable_images"] == 2
 
 
-def test_evaluation_goes_on_without_an_unreadable_image(mixer, colour_weights, pictures, bad_picture, tmp_path) -> None:
+def test_evaluation_goes_on_without_an_unreadable_image(mixer, color_weights, pictures, bad_picture, tmp_path) -> None:
     file, data, said = bad_picture
     root = pictures(tmp_path / "data", {"red": 60, "blue": 60})
-    clean = json.loads(mixer("evaluate", colour_weights, "--data", root, "--part", "all", "--json").out)
+    clean = json.loads(mixer("evaluate", color_weights, "--data", root, "--part", "all", "--json").out)
     (root / "red" / file).write_bytes(data)
-    answer = mixer("evaluate", colour_weights, "--data", root, "--part", "all", "--json")
+    answer = mixer("evaluate", color_weights, "--data", root, "--part", "all", "--json")
     assert answer.status == 0
     found = json.loads(answer.out)
     assert found["unreadable_images"] == 1
@@ -329,18 +329,18 @@ def test_evaluation_goes_on_without_an_unreadable_image(mixer, colour_weights, p
     for key in ("images", "top1", "per_class", "confusion"):  # it counts neither as right nor as wrong
         assert found[key] == clean[key]
     assert found["loss"] == pytest.approx(clean["loss"], rel=1e-5)
-    table = mixer("evaluate", colour_weights, "--data", root, "--part", "all")
+    table = mixer("evaluate", color_weights, "--data", root, "--part", "all")
     assert table.status == 0
     assert table.last == f"1 unreadable image(s): red/{file}"
     assert "120 images" in table.out
 
 
-def test_prediction_goes_on_without_an_unreadable_image(mixer, colour_weights, pictures, bad_picture, tmp_path) -> None:
+def test_prediction_goes_on_without_an_unreadable_image(mixer, color_weights, pictures, bad_picture, tmp_path) -> None:
     file, data, said = bad_picture
     root = pictures(tmp_path / "data", {"red": 55, "blue": 55})
-    clean = json.loads(mixer("predict", colour_weights, root, "--json").out)["predictions"]
+    clean = json.loads(mixer("predict", color_weights, root, "--json").out)["predictions"]
     (root / "blue" / f"020-{file}").write_bytes(data)
-    answer = mixer("predict", colour_weights, root, "--json")
+    answer = mixer("predict", color_weights, root, "--json")
     assert answer.status == 0
     rows = json.loads(answer.out)["predictions"]
     shown = f"{root}/blue/020-{file}"
@@ -470,17 +470,17 @@ def test_a_full_disk_below_standard_output(words) -> None:
     assert done.stderr.startswith("mixer: ")
 
 
-def test_debug_shows_the_traceback(mixer, colour_weights, tmp_path) -> None:
-    answer = mixer("predict", colour_weights, tmp_path / "gone.jpg", "--debug")
+def test_debug_shows_the_traceback(mixer, color_weights, tmp_path) -> None:
+    answer = mixer("predict", color_weights, tmp_path / "gone.jpg", "--debug")
     assert answer.status == 2
     assert "Traceback" in answer.err
     assert len(answer.errors) == 1
 
 
-def test_random_bytes_as_images_end_in_one_line(mixer, colour_weights, tmp_path) -> None:
+def test_random_bytes_as_images_end_in_one_line(mixer, color_weights, tmp_path) -> None:
     rng = np.random.default_rng(0)
     for i, start in enumerate((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"BM", b"II*\0", b"RIFF1234WEBP")):
         (tmp_path / f"{i}.png").write_bytes(start + rng.bytes(500))
-    answer = mixer("predict", colour_weights, tmp_path, "--format", "jsonl")
+    answer = mixer("predict", color_weights, tmp_path, "--format", "jsonl")
     assert_mistake(answer, "6 unreadable image(s)")
     assert len([json.loads(line)["problem"] for line in answer.out.splitlines()]) == 6

@@ -162,11 +162,11 @@ def test_evaluate_shows_tables(mixer, digits_run) -> None:
         assert words in answer.out
 
 
-def test_a_missing_class_shifts_no_label(mixer, colour_weights, pictures, tmp_path) -> None:
+def test_a_missing_class_shifts_no_label(mixer, color_weights, pictures, tmp_path) -> None:
     data = pictures(tmp_path / "data", {"blue": 7, "green": 5, "red": 9})
 
     def recalls() -> dict[str, tuple[int, float | None]]:
-        found = one_object(mixer("evaluate", colour_weights, "--data", data, "--part", "all", "--json").out)
+        found = one_object(mixer("evaluate", color_weights, "--data", data, "--part", "all", "--json").out)
         assert found["classes"] == ["blue", "green", "red"]
         return {row["name"]: (row["images"], row["recall"]) for row in found["per_class"]}
 
@@ -214,14 +214,14 @@ def test_predict_in_every_format(mixer, digits_run) -> None:
         assert row["predictions"][2]["class"] not in line.split("\t")[1].split()[::2]
 
 
-def test_predict_a_file_a_folder_and_a_zip_in_the_order_given(mixer, colour_weights, pictures, tmp_path) -> None:
+def test_predict_a_file_a_folder_and_a_zip_in_the_order_given(mixer, color_weights, pictures, tmp_path) -> None:
     data = pictures(tmp_path / "data", {"red": 3, "blue": 2, "green": 1})
     with zipfile.ZipFile(tmp_path / "more.zip", "w") as archive:
         for name in ("green/000.png", "blue/001.png"):
             archive.write(data / name, name)
         archive.writestr("notes.txt", "not an image")
     words = (data / "green/000.png", tmp_path / "more.zip", data / "red", data / "blue/000.png")
-    answer = mixer("predict", colour_weights, *words, "--json")
+    answer = mixer("predict", color_weights, *words, "--json")
     assert answer.err == ""
     rows = one_object(answer.out)["predictions"]
     assert [row["image"] for row in rows] == [
@@ -232,13 +232,13 @@ def test_predict_a_file_a_folder_and_a_zip_in_the_order_given(mixer, colour_weig
     best = [row["predictions"][0]["class"] for row in rows]
     assert best == ["green", "blue", "green", "red", "red", "red", "blue"]  # the names came with the weights
     assert len(rows[0]["predictions"]) == 3  # of five asked for
-    batched = one_object(mixer("predict", colour_weights, *words, "--json", "--batch-size", 2).out)["predictions"]
+    batched = one_object(mixer("predict", color_weights, *words, "--json", "--batch-size", 2).out)["predictions"]
     assert [row["image"] for row in batched] == [row["image"] for row in rows]
 
 
-def test_a_closed_pipe_leaves_no_traceback(colour_weights, pictures, tmp_path) -> None:
+def test_a_closed_pipe_leaves_no_traceback(color_weights, pictures, tmp_path) -> None:
     data = pictures(tmp_path / "data", {"red": 200})
-    for verb in (["predict", colour_weights, data, "--format", "jsonl"], ["train", "--help"]):
+    for verb in (["predict", color_weights, data, "--format", "jsonl"], ["train", "--help"]):
         process = subprocess.Popen([*COMMAND, *verb], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         assert process.stdout.readline()
         process.stdout.close()
@@ -321,11 +321,11 @@ def test_an_unknown_name_says_what_there_is() -> None:
     assert {"create", "load", "predict", "push_to_hub", "resize", "save"} <= set(dir(allmlp))
 
 
-def test_nothing_but_the_run_is_written(mixer, colour_weights, pictures, tmp_path, monkeypatch) -> None:
+def test_nothing_but_the_run_is_written(mixer, color_weights, pictures, tmp_path, monkeypatch) -> None:
     data = pictures(tmp_path / "data", {"red": 2, "blue": 2})
     here = tmp_path / "here"
     here.mkdir()
     monkeypatch.chdir(here)
-    for words in (["predict", colour_weights, data], ["evaluate", colour_weights, "--data", data], ["info", "S/32"]):
+    for words in (["predict", color_weights, data], ["evaluate", color_weights, "--data", data], ["info", "S/32"]):
         assert mixer(*words).status == 0
     assert list(Path.cwd().iterdir()) == []

@@ -128,7 +128,7 @@ def test_a_run_stays_in_its_folder(mixer: Mixer, done: Path, tmp_path: Path) -> 
     assert mixer("train", "--resume", f"{done}/", "--out", done).status == 0
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"optimisation": {}}'])
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"optimization": {}}'])
 def test_a_run_whose_recipe_is_damaged(mixer: Mixer, stopped: Path, text: str) -> None:
     (stopped / "recipe.json").write_text(text)
     assert_mistake(mixer("train", "--resume", stopped), str(stopped / "recipe.json"))
@@ -200,13 +200,13 @@ def test_status_in_words(mixer: Mixer, stopped: Path) -> None:
 
 def test_status_mistakes(mixer: Mixer, stopped: Path, tmp_path: Path) -> None:
     assert_mistake(mixer("status", "gone"), "gone is not the folder of a run: name one that mixer train has created")
-    assert_mistake(mixer("status", tmp_path), "is no run")
+    assert_mistake(mixer("status", tmp_path), "is not the folder of a run")
     assert_mistake(mixer("status"), "mixer status --help")
     assert_mistake(mixer("status", stopped, "--jsn"), "did you mean --json")
     (stopped / "checkpoints" / "step-00000002" / "state.json").unlink()
     answer = mixer("status", stopped, "--verify")
     assert answer.status == 1
-    assert answer.last.startswith("mixer: all 1 checkpoints in ")
+    assert answer.last.startswith(f"mixer: no checkpoint in {stopped / 'checkpoints'} is sound (1 damaged: ")
     assert "Traceback" not in answer.err
 
 

@@ -36,16 +36,16 @@ def same_tensors(a, b) -> bool:
 # convert
 
 
-def test_around_through_every_format_and_back_bit_for_bit(mixer, colour_weights, tmp_path) -> None:
+def test_around_through_every_format_and_back_bit_for_bit(mixer, color_weights, tmp_path) -> None:
     steps = [
-        (colour_weights, "a.npz", ()),
+        (color_weights, "a.npz", ()),
         ("a.npz", "b.safetensors", ("--to", "timm")),
         ("b.safetensors", "c.npz", ()),
     ]
     steps += [("c.npz", "d.safetensors", ())]
     for read, write, more in steps:
         assert_done(mixer("convert", tmp_path / read, tmp_path / write, *more))
-    assert same_tensors(tmp_path / "d.safetensors", colour_weights)
+    assert same_tensors(tmp_path / "d.safetensors", color_weights)
     with np.load(tmp_path / "a.npz") as first, np.load(tmp_path / "c.npz") as second:
         assert {*first} == {*second}
         assert "MixerBlock_0/token_mixing/Dense_0/kernel" in first
@@ -53,18 +53,18 @@ def test_around_through_every_format_and_back_bit_for_bit(mixer, colour_weights,
     assert "blocks.0.mlp_tokens.fc1.weight" in load_file(tmp_path / "b.safetensors")
 
 
-def test_what_the_npz_cannot_hold_is_said(mixer, colour_weights, tmp_path) -> None:
-    answer = mixer("convert", colour_weights, tmp_path / "a.npz", "--json")
+def test_what_the_npz_cannot_hold_is_said(mixer, color_weights, tmp_path) -> None:
+    answer = mixer("convert", color_weights, tmp_path / "a.npz", "--json")
     assert_done(answer)
     assert "class names" in answer.err
     assert json.loads(answer.out)["to"] == "npz"
 
 
-def test_classes_and_normalisation_from_the_command_travel(mixer, colour_weights, pictures, tmp_path) -> None:
+def test_classes_and_normalization_from_the_command_travel(mixer, color_weights, pictures, tmp_path) -> None:
     names = tmp_path / "names.txt"
     names.write_text("azur\nvert\nrouge\n")
     out = tmp_path / "named.safetensors"
-    assert_done(mixer("convert", colour_weights, out, "--classes", names, "--mean", 0, "--std", 0.2, 0.3, 0.4))
+    assert_done(mixer("convert", color_weights, out, "--classes", names, "--mean", 0, "--std", 0.2, 0.3, 0.4))
     metadata = allmlp.load(out).metadata
     assert metadata.classes == ("azur", "vert", "rouge")
     assert (metadata.preprocessing.mean, metadata.preprocessing.std) == ((0, 0, 0), (0.2, 0.3, 0.4))
@@ -73,18 +73,18 @@ def test_classes_and_normalisation_from_the_command_travel(mixer, colour_weights
     assert named == {"azur", "vert", "rouge"}
 
 
-def test_convert_mistakes(mixer, colour_weights, tmp_path) -> None:
+def test_convert_mistakes(mixer, color_weights, tmp_path) -> None:
     names = tmp_path / "names.txt"
     names.write_text("only one\n")
-    assert_mistake(mixer("convert", colour_weights, tmp_path / "a.safetensors", "--classes", names), "1 classes", "3")
-    assert_mistake(mixer("convert", colour_weights, tmp_path / "a.safetensors", "--std", 0), "--std", "above 0")
-    assert_mistake(mixer("convert", colour_weights, tmp_path / "a.safetensors", "--mean", 1, 2), "one number or three")
-    assert_mistake(mixer("convert", colour_weights, tmp_path / "a.pth"), "a.pth", ".safetensors")
-    assert_mistake(mixer("convert", colour_weights, tmp_path / "a.npz", "--to", "timm"), ".safetensors")
-    assert_mistake(mixer("convert", colour_weights, tmp_path / "gone" / "a.npz"), "gone", "create it first")
+    assert_mistake(mixer("convert", color_weights, tmp_path / "a.safetensors", "--classes", names), "1 classes", "3")
+    assert_mistake(mixer("convert", color_weights, tmp_path / "a.safetensors", "--std", 0), "--std", "above 0")
+    assert_mistake(mixer("convert", color_weights, tmp_path / "a.safetensors", "--mean", 1, 2), "one number or three")
+    assert_mistake(mixer("convert", color_weights, tmp_path / "a.pth"), "a.pth", ".safetensors")
+    assert_mistake(mixer("convert", color_weights, tmp_path / "a.npz", "--to", "timm"), ".safetensors")
+    assert_mistake(mixer("convert", color_weights, tmp_path / "gone" / "a.npz"), "gone", "create it first")
     assert_mistake(mixer("convert", tmp_path / "gone.npz", tmp_path / "a.npz"), "gone.npz", "does not exist")
     size = ("--image-size", 16, 16, 16)
-    assert_mistake(mixer("convert", colour_weights, tmp_path / "a.npz", *size), "16 16 16", "or two")
+    assert_mistake(mixer("convert", color_weights, tmp_path / "a.npz", *size), "16 16 16", "or two")
     assert [path.name for path in tmp_path.iterdir()] == ["names.txt"]
 
 
@@ -103,11 +103,11 @@ def test_a_rectangular_npz_needs_its_size_and_takes_it(mixer, tmp_path) -> None:
 # resize, and --image-size elsewhere
 
 
-def test_resize_writes_what_the_function_makes(mixer, colour_weights, tmp_path) -> None:
-    answer = mixer("resize", colour_weights, tmp_path / "big.safetensors", "--image-size", 24, 32, "--json")
+def test_resize_writes_what_the_function_makes(mixer, color_weights, tmp_path) -> None:
+    answer = mixer("resize", color_weights, tmp_path / "big.safetensors", "--image-size", 24, 32, "--json")
     assert_done(answer)
     model, told = allmlp.load(tmp_path / "big.safetensors"), json.loads(answer.out)
-    expected = resize(allmlp.load(colour_weights), (24, 32))
+    expected = resize(allmlp.load(color_weights), (24, 32))
     assert model.image_size == (24, 32)
     assert model.metadata.classes == ("blue", "green", "red")
     assert all(torch.equal(tensor, expected.state_dict()[name]) for name, tensor in model.state_dict().items())
@@ -117,34 +117,34 @@ def test_resize_writes_what_the_function_makes(mixer, colour_weights, tmp_path) 
     assert told["times"]["flops"] == told["to"]["flops"] / told["from"]["flops"]
 
 
-def test_resize_mistakes(mixer, colour_weights, tmp_path) -> None:
+def test_resize_mistakes(mixer, color_weights, tmp_path) -> None:
     out = tmp_path / "a.safetensors"
-    assert_mistake(mixer("resize", colour_weights, out, "--image-size", 20), "20×20", "patch size 8×8")
-    assert_mistake(mixer("resize", colour_weights, out), "--image-size")
-    assert_mistake(mixer("resize", colour_weights, out, "--image-size", 8, 16, 24), "8 16 24")
-    assert_mistake(mixer("resize", colour_weights, tmp_path / "a.npz", "--image-size", 32), ".safetensors")
+    assert_mistake(mixer("resize", color_weights, out, "--image-size", 20), "20×20", "patch size 8×8")
+    assert_mistake(mixer("resize", color_weights, out), "--image-size")
+    assert_mistake(mixer("resize", color_weights, out, "--image-size", 8, 16, 24), "8 16 24")
+    assert_mistake(mixer("resize", color_weights, tmp_path / "a.npz", "--image-size", 32), ".safetensors")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_evaluate_at_another_size(mixer, colour_weights, pictures, tmp_path) -> None:
+def test_evaluate_at_another_size(mixer, color_weights, pictures, tmp_path) -> None:
     data = pictures(tmp_path / "data", {"red": 4, "blue": 4, "green": 4})
     for size in (16, 32, 24, 8):
-        answer = mixer("evaluate", colour_weights, "--data", data, "--part", "all", "--image-size", size, "--json")
+        answer = mixer("evaluate", color_weights, "--data", data, "--part", "all", "--image-size", size, "--json")
         assert_done(answer)
         assert json.loads(answer.out)["image_size"] == [size, size]
-        assert json.loads(answer.out)["top1"] == 1  # plain colours look alike at every size
-    assert_mistake(mixer("evaluate", colour_weights, "--data", data, "--image-size", 20), "20×20")
+        assert json.loads(answer.out)["top1"] == 1  # plain colors look alike at every size
+    assert_mistake(mixer("evaluate", color_weights, "--data", data, "--image-size", 20), "20×20")
 
 
-def test_info_says_what_a_resize_costs(mixer, colour_weights) -> None:
-    answer = mixer("info", colour_weights, "--image-size", 32)
+def test_info_says_what_a_resize_costs(mixer, color_weights) -> None:
+    answer = mixer("info", color_weights, "--image-size", 32)
     assert_done(answer)
     resized = next(line for line in answer.out.splitlines() if "resized" in line)
     assert all(word in resized for word in ("16×16 → 32×32", "parameters", "FLOPs ×", "D_S 8 → 32"))
-    found = json.loads(mixer("info", colour_weights, "--image-size", 32, "--json").out)
+    found = json.loads(mixer("info", color_weights, "--image-size", 32, "--json").out)
     assert found["tokens_mlp_dim"] == 32
     assert found["parameters"] == found["resize"]["to"]["parameters"] > found["resize"]["from"]["parameters"]
-    assert "resize" not in json.loads(mixer("info", colour_weights, "--json").out)
+    assert "resize" not in json.loads(mixer("info", color_weights, "--json").out)
 
 
 def test_info_of_b16_at_448_is_the_papers_supplement_c(mixer) -> None:
@@ -179,12 +179,12 @@ def test_imagenet_folders_named_by_synset_are_matched(mixer, pictures, tmp_path)
     assert json.loads(answer.out)["top1"] == 0.75
 
 
-def test_evaluate_and_info_take_height_and_width(mixer, colour_weights, pictures, tmp_path) -> None:
+def test_evaluate_and_info_take_height_and_width(mixer, color_weights, pictures, tmp_path) -> None:
     data = pictures(tmp_path / "data", {"red": 4, "blue": 4, "green": 4})
     words = ("--part", "all", "--image-size", 16, 32, "--json")
-    found = json.loads(mixer("evaluate", colour_weights, "--data", data, *words).out)
+    found = json.loads(mixer("evaluate", color_weights, "--data", data, *words).out)
     assert (found["image_size"], found["top1"]) == ([16, 32], 1)
-    assert json.loads(mixer("info", colour_weights, "--image-size", 16, 32, "--json").out)["image_size"] == [16, 32]
+    assert json.loads(mixer("info", color_weights, "--image-size", 16, 32, "--json").out)["image_size"] == [16, 32]
 
 
 def test_evaluate_refuses_a_head_of_zeros(mixer, tmp_path) -> None:
@@ -192,9 +192,9 @@ def test_evaluate_refuses_a_head_of_zeros(mixer, tmp_path) -> None:
     assert_mistake(mixer("evaluate", tmp_path / "fresh.safetensors", "--data", "digits"), "all zero", "mixer finetune")
 
 
-def test_odd_provenance_is_no_stumbling_block(mixer, colour_weights, pictures, tmp_path) -> None:
+def test_odd_provenance_is_no_stumbling_block(mixer, color_weights, pictures, tmp_path) -> None:
     odd = tmp_path / "odd.safetensors"
-    allmlp.save(allmlp.load(colour_weights), odd, source="my camera", recipe={"data": "mine"}, val_top1="high")
+    allmlp.save(allmlp.load(color_weights), odd, source="my camera", recipe={"data": "mine"}, val_top1="high")
     data = pictures(tmp_path / "data", {"red": 2, "blue": 2, "green": 2})
     assert_done(mixer("info", odd))
     assert_done(mixer("evaluate", odd, "--data", data, "--part", "all"))
@@ -210,29 +210,29 @@ def test_info_offers_no_published_file_for_weights_that_are_nobody_elses(mixer, 
     assert "may be" not in answer.out
 
 
-def test_info_of_a_file_has_its_own_head(mixer, colour_weights) -> None:
-    assert_mistake(mixer("info", colour_weights, "--num-classes", 5), "--num-classes 5", "leave it out")
+def test_info_of_a_file_has_its_own_head(mixer, color_weights) -> None:
+    assert_mistake(mixer("info", color_weights, "--num-classes", 5), "--num-classes 5", "leave it out")
 
 
 # finetune
 
 
-def test_finetune_to_a_rectangle(mixer, colour_weights, pictures, tmp_path) -> None:
+def test_finetune_to_a_rectangle(mixer, color_weights, pictures, tmp_path) -> None:
     data = pictures(tmp_path / "data", {"red": 6, "blue": 6})
     words = ("--steps", 2, "--global-batch-size", 4, "--compile", "off", "--out", tmp_path / "run")
     words += ("--learning-rate", 0.01)
-    assert_done(mixer("finetune", colour_weights, "--data", data, "--image-size", 16, 24, *words))
+    assert_done(mixer("finetune", color_weights, "--data", data, "--image-size", 16, 24, *words))
     assert allmlp.load(tmp_path / "run" / "model.safetensors").image_size == (16, 24)
 
 
 @pytest.fixture(scope="module")
-def tuned(mixer, colour_weights, pictures, tmp_path_factory):
-    """Colour weights on two other classes, at twice the size."""
+def tuned(mixer, color_weights, pictures, tmp_path_factory):
+    """Color weights on two other classes, at twice the size."""
     folder = tmp_path_factory.mktemp("tuned")
     data = pictures(folder / "data", {"red": 12, "noise": 12})
     words = ("--epochs", 4, "--global-batch-size", 8, "--learning-rate", 0.1, "--val-fraction", 0.2, "--compile", "off")
     answer = mixer(
-        "finetune", colour_weights, "--data", data, "--image-size", 32, *words, "--out", folder / "run", "--json"
+        "finetune", color_weights, "--data", data, "--image-size", 32, *words, "--out", folder / "run", "--json"
     )
     assert_done(answer)
     return folder, answer
@@ -257,7 +257,7 @@ def test_finetune_learns_other_classes_at_another_size(tuned) -> None:
     summary, model = json.loads(answer.out), allmlp.load(folder / "run" / "model.safetensors")
     assert model.metadata.classes == ("noise", "red")
     assert model.image_size == (32, 32)
-    assert summary["started_from"].endswith("colours.safetensors")
+    assert summary["started_from"].endswith("colors.safetensors")
     assert summary["test_top1"] == 1
     assert (folder / "run" / "report.html").stat().st_size > 10_000
     assert model.metadata.provenance["started_from"]["resized_from"] == [[16, 16]]
@@ -275,18 +275,18 @@ def test_predict_with_what_was_tuned(mixer, tuned) -> None:
     assert json.loads(answer.out)["predictions"][0]["predictions"][0]["class"] == "red"
 
 
-def test_finetune_mistakes_leave_nothing(mixer, colour_weights, pictures, tmp_path, monkeypatch) -> None:
+def test_finetune_mistakes_leave_nothing(mixer, color_weights, pictures, tmp_path, monkeypatch) -> None:
     data = pictures(tmp_path / "data", {"red": 3, "blue": 3})
     monkeypatch.chdir(tmp_path)
     assert_mistake(mixer("finetune"), "no weights")
-    assert_mistake(mixer("finetune", colour_weights), "no --data")
+    assert_mistake(mixer("finetune", color_weights), "no --data")
     rates = ("--learning-rate", 0.1, "--learning-rates", 0.1, 0.2)
-    assert_mistake(mixer("finetune", colour_weights, "--data", data, *rates), "both --learning-rate and")
+    assert_mistake(mixer("finetune", color_weights, "--data", data, *rates), "both --learning-rate and")
     assert_mistake(mixer("finetune", "gone.npz", "--data", data), "gone.npz", "does not exist")
-    assert_mistake(mixer("finetune", colour_weights, "--data", data, "--image-size", 20), "20×20", "patch size")
-    assert_mistake(mixer("finetune", colour_weights, "--data", data, "--model", "B/16"), "--model")
-    assert_mistake(mixer("train", "--weights", colour_weights, "--data", data, "--num-blocks", 2), "--num-blocks")
-    assert_mistake(mixer("finetune", colour_weights, "--data", data, "--optimizer", "adam"), "adam", "sgd")
+    assert_mistake(mixer("finetune", color_weights, "--data", data, "--image-size", 20), "20×20", "patch size")
+    assert_mistake(mixer("finetune", color_weights, "--data", data, "--model", "B/16"), "--model")
+    assert_mistake(mixer("train", "--weights", color_weights, "--data", data, "--num-blocks", 2), "--num-blocks")
+    assert_mistake(mixer("finetune", color_weights, "--data", data, "--optimizer", "adam"), "adam", "sgd")
     assert [path.name for path in Path().iterdir()] == ["data"]
 
 
@@ -301,10 +301,10 @@ def photographs(pictures, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def searched(mixer, colour_weights, photographs, tmp_path_factory):
-    """Colour weights on two other classes, by the rates of ``photos``."""
+def searched(mixer, color_weights, photographs, tmp_path_factory):
+    """Color weights on two other classes, by the rates of ``photos``."""
     out = tmp_path_factory.mktemp("searched") / "run"
-    words = ("finetune", colour_weights, "--data", photographs, "--steps", 3, "--global-batch-size", 8, *QUICK)
+    words = ("finetune", color_weights, "--data", photographs, "--steps", 3, "--global-batch-size", 8, *QUICK)
     words += ("--out", out)
     return out, words, mixer(*words)
 
@@ -352,10 +352,10 @@ def test_another_transfer_in_the_folder_is_refused(mixer, searched) -> None:
     assert (out / "summary.json").read_bytes() == before
 
 
-def test_a_twin_of_a_fine_tuning_recipe(mixer, colour_weights, photographs, tmp_path) -> None:
+def test_a_twin_of_a_fine_tuning_recipe(mixer, color_weights, photographs, tmp_path) -> None:
     """All of it: four rates, three seeds."""
     words = ("--data", photographs, "--steps", 1, *QUICK, "--out", tmp_path / "run")
-    answer = mixer("finetune", colour_weights, "pets-small", *words)
+    answer = mixer("finetune", color_weights, "pets-small", *words)
     assert_done(answer)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert len(summary["search"]) == 4
@@ -374,33 +374,33 @@ def with_zero_head(trained: Mixer, num_classes: int) -> Mixer:
     return model
 
 
-def test_frozen_leaves_all_but_the_head(mixer, colour_weights, photographs, tmp_path) -> None:
+def test_frozen_leaves_all_but_the_head(mixer, color_weights, photographs, tmp_path) -> None:
     """Bit for bit, at the size of the weights and at twice that; the head starts at zero, and is trained."""
     words = ("--data", photographs, "--frozen", "--learning-rate", 0.1, "--steps", 3, "--global-batch-size", 8, *QUICK)
     for size in (16, 32):
         out = tmp_path / str(size)
-        assert_done(mixer("finetune", colour_weights, *words, "--image-size", size, "--out", out))
+        assert_done(mixer("finetune", color_weights, *words, "--image-size", size, "--out", out))
         tuned = allmlp.load(out / "model.safetensors").state_dict()
-        start = with_zero_head(resize(allmlp.load(colour_weights), size), 2).state_dict()
+        start = with_zero_head(resize(allmlp.load(color_weights), size), 2).state_dict()
         assert tuned.keys() == start.keys()
         changed = {name for name, tensor in tuned.items() if not torch.equal(tensor, start[name])}
         assert changed == {"head.weight", "head.bias"}
         assert not start["head.weight"].any()
 
 
-def test_frozen_goes_through_the_search_too(mixer, colour_weights, photographs, tmp_path) -> None:
+def test_frozen_goes_through_the_search_too(mixer, color_weights, photographs, tmp_path) -> None:
     words = ("--data", photographs, "--frozen", "--learning-rates", 0.1, 0.2, "--steps", 2, *QUICK)
-    assert_done(mixer("finetune", colour_weights, *words, "--global-batch-size", 8, "--out", tmp_path / "run"))
-    start = with_zero_head(allmlp.load(colour_weights), 2).state_dict()
+    assert_done(mixer("finetune", color_weights, *words, "--global-batch-size", 8, "--out", tmp_path / "run"))
+    start = with_zero_head(allmlp.load(color_weights), 2).state_dict()
     for run in ("", "search/rate-0.1", "search/rate-0.2", "seed-0"):
         tuned = allmlp.load(tmp_path / "run" / run / "model.safetensors").state_dict()
         changed = {name for name, tensor in tuned.items() if not torch.equal(tensor, start[name])}
         assert changed == {"head.weight", "head.bias"}
 
 
-def test_mistakes_in_a_search_leave_nothing(mixer, colour_weights, photographs, tmp_path) -> None:
+def test_mistakes_in_a_search_leave_nothing(mixer, color_weights, photographs, tmp_path) -> None:
     out = ("--out", tmp_path / "new" / "run")
-    here = ("finetune", colour_weights)
+    here = ("finetune", color_weights)
     known = (*here, "--data", photographs)
     assert_mistake(mixer(*here, "pet", "--data", photographs, *out), "unknown recipe 'pet'", "did you mean pets")
     assert_mistake(mixer(*here, "vtab-svnh", *out), "did you mean vtab-svhn")
@@ -417,9 +417,9 @@ def test_mistakes_in_a_search_leave_nothing(mixer, colour_weights, photographs, 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_classes_of_one_image_leave_none_to_choose_by(mixer, colour_weights, pictures, tmp_path) -> None:
+def test_classes_of_one_image_leave_none_to_choose_by(mixer, color_weights, pictures, tmp_path) -> None:
     data = pictures(tmp_path / "data", {"train/red": 1, "train/blue": 1, "test/red": 1, "test/blue": 1})
-    words = ("finetune", colour_weights, "--data", data, "--steps", 1, "--global-batch-size", 2, *QUICK)
+    words = ("finetune", color_weights, "--data", data, "--steps", 1, "--global-batch-size", 2, *QUICK)
     answer = mixer(*words, "--out", tmp_path / "run")
     assert_mistake(answer, "of 2 images leaves none to choose by", "give one --learning-rate")
     assert not (tmp_path / "run").exists()

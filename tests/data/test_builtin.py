@@ -33,16 +33,16 @@ CLASSES = {
 SPLITS = {"train": 0, "val": 100, "test": 200}  # torchvision's split → the level of blue that marks its images here
 PER_CLASS = {"train": 2, "val": 1, "test": 1}
 
-# Every image has a single colour that encodes its class and split, so that images can be checked independently of the
+# Every image has a single color that encodes its class and split, so that images can be checked independently of the
 # lists of files and labels.
 
 
-def colour(label: int, split: str) -> tuple[int, int, int]:
+def color(label: int, split: str) -> tuple[int, int, int]:
     return 20 * (label % 11), 20 * (label // 11), SPLITS[split]
 
 
 def meaning(pixels: np.ndarray) -> tuple[int, str]:
-    """The class and split that the colour of an image encodes; JPEG may be off by some units."""
+    """The class and split that the color of an image encodes; JPEG may be off by some units."""
     red, green, blue = (float(pixels[..., i].mean()) for i in range(3))
     return round(red / 20) + 11 * round(green / 20), {v: k for k, v in SPLITS.items()}[100 * round(blue / 100)]
 
@@ -56,7 +56,7 @@ def shuffled(name: str, *splits: str) -> list[tuple[int, str]]:
 
 def write_jpeg(path: Path, label: int, split: str) -> None:
     file = io.BytesIO()
-    Image.new("RGB", (6, 5), colour(label, split)).save(file, "JPEG", quality=95)
+    Image.new("RGB", (6, 5), color(label, split)).save(file, "JPEG", quality=95)
     path.write_bytes(file.getvalue())
 
 
@@ -66,7 +66,7 @@ def write_cifar(root: Path, name: str, batches: dict[str, str], labels_key: str,
     folder.mkdir(parents=True)
     for file, split in batches.items():
         images = shuffled(name, split)
-        rows = np.array([np.repeat(colour(*image), 32 * 32) for image in images], dtype=np.uint8)
+        rows = np.array([np.repeat(color(*image), 32 * 32) for image in images], dtype=np.uint8)
         labels = [label for label, _ in images]
         entry = {"data": rows, labels_key: labels, "coarse_labels": [label // 5 for label in labels]}
         (folder / file).write_bytes(pickle.dumps(entry))

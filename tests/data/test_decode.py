@@ -20,7 +20,7 @@ ORIENTATION = 0x0112
 
 
 def quarters(size: tuple[int, int] = (48, 32)) -> Image.Image:
-    """Four colours and unequal sides: every rotation and flip of it differs."""
+    """Four colors and unequal sides: every rotation and flip of it differs."""
     image = Image.new("RGB", size, RED)
     width, height = size
     image.paste(GREEN, (width // 2, 0, width, height // 2))
@@ -62,13 +62,13 @@ def rejection(data: bytes, name: str = "photos/a.jpg", **options) -> str:
     return message
 
 
-def png(size: tuple[int, int], bits: int, colour: int, rows: bytes, *extra: tuple[bytes, bytes]) -> bytes:
+def png(size: tuple[int, int], bits: int, color: int, rows: bytes, *extra: tuple[bytes, bytes]) -> bytes:
     """Encodes a PNG that Pillow cannot write. ``rows``: each with its leading filter byte."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", *size, bits, colour, 0, 0, 0))
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", *size, bits, color, 0, 0, 0))
     body = b"".join(chunk(*one) for one in extra) + chunk(b"IDAT", zlib.compress(rows))
     return b"\x89PNG\r\n\x1a\n" + header + body + chunk(b"IEND", b"")
 
@@ -196,8 +196,8 @@ def test_alpha_over_white() -> None:
     assert first_pixel(tiff(1, bytes([64, 128]), (8, 8), 1, tag_338=(1,))) == (191, 191, 191)  # premultiplied: 64 + 127
 
 
-def test_transparent_colour() -> None:
-    """The tRNS chunk of images with neither palette nor alpha, at every depth. Other colours are unchanged."""
+def test_transparent_color() -> None:
+    """The tRNS chunk of images with neither palette nor alpha, at every depth. Other colors are unchanged."""
     grey = Image.new("L", (2, 1), 7)
     grey.putpixel((1, 0), 8)
     assert pixels(encode(grey, "PNG", transparency=7))[0, :, 0].tolist() == [255, 8]
@@ -240,9 +240,9 @@ def test_32_bit_grey_beyond_16_bits_is_rejected() -> None:
         assert "save it with 8 or 16 bits" in message
 
 
-def test_16_bit_colour() -> None:
-    colour = png((2, 1), 16, 2, b"\0" + struct.pack(">6H", 0, 32896, 65535, 65535, 257, 0))
-    assert pixels(colour)[0].tolist() == [[0, 128, 255], [255, 1, 0]]
+def test_16_bit_color() -> None:
+    color = png((2, 1), 16, 2, b"\0" + struct.pack(">6H", 0, 32896, 65535, 65535, 257, 0))
+    assert pixels(color)[0].tolist() == [[0, 128, 255], [255, 1, 0]]
     with_alpha = png((1, 1), 16, 6, b"\0" + struct.pack(">4H", 65535, 0, 0, 32896))
     assert first_pixel(with_alpha) == (255, 127, 127)
     grey_with_alpha = png((1, 1), 16, 4, b"\0" + struct.pack(">2H", 0, 32896))

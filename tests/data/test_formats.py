@@ -18,7 +18,7 @@ from allmlp.data.decode import UnreadableImage
 from allmlp.data.loader import PADDING, evaluation_batches, training_batches
 from allmlp.data.sources import load_source
 from allmlp.data.stores import FolderStore, ZipStore
-from allmlp.data.transforms import EvaluationTransform, TrainingTransform, normalise
+from allmlp.data.transforms import EvaluationTransform, TrainingTransform, normalize
 from allmlp.evaluation.classification import classify
 from allmlp.inference.predict import find_images, predict_stream
 from allmlp.metadata import Preprocessing
@@ -39,7 +39,7 @@ STORED = {
 
 
 def quarters() -> Image.Image:
-    """Four colours and unequal sides: every rotation, flip and permutation of channels of it differs."""
+    """Four colors and unequal sides: every rotation, flip and permutation of channels of it differs."""
     image = Image.new("RGB", (48, 32), RED)
     image.paste(GREEN, (24, 0, 48, 16))
     image.paste(BLUE, (0, 16, 24, 32))
@@ -54,7 +54,7 @@ def with_transparent_white(image: Image.Image) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def write_colour(folder: Path) -> dict[str, int]:
+def write_color(folder: Path) -> dict[str, int]:
     """File name → error that its encoding may cause, in levels of 255."""
     image = quarters()
     palette = image.quantize(4)
@@ -98,7 +98,7 @@ def write_grey(folder: Path) -> dict[str, int]:
 def formats(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, int]]:
     root = tmp_path_factory.mktemp("formats")
     limits = {}
-    for kind, write in (("colour", write_colour), ("grey", write_grey)):
+    for kind, write in (("color", write_color), ("grey", write_grey)):
         (root / kind).mkdir()
         limits |= {f"{kind}/{name}": limit for name, limit in write(root / kind).items()}
     return root, limits
@@ -160,7 +160,7 @@ def record_inputs(model, work) -> Tensor:
 def by_name(dataset: ImageDataset, batches, preprocessing: Preprocessing) -> Iterator[tuple[str, Tensor]]:
     for batch in batches:
         assert torch.equal(batch.valid, batch.indices != PADDING)
-        images = normalise(batch.images[batch.valid], preprocessing)
+        images = normalize(batch.images[batch.valid], preprocessing)
         yield from zip((dataset.names[i] for i in batch.indices[batch.valid].tolist()), images, strict=True)
 
 
@@ -182,12 +182,12 @@ def test_every_format_gives_the_same_image(paths, formats, way: str) -> None:
 
 
 def test_the_upright_image_is_upright(paths) -> None:
-    image = paths["predict"]["colour/upright.png"]
+    image = paths["predict"]["color/upright.png"]
     corners = [image[:, y, x].tolist() for y, x in ((1, 1), (1, -2), (-2, 1), (-2, -2))]
     highest, lowest = image.amax((1, 2)).tolist(), image.amin((1, 2)).tolist()
     expected = [
-        [h if c else low for c, h, low in zip(colour, highest, lowest, strict=True)]
-        for colour in (RED, GREEN, BLUE, WHITE)
+        [h if c else low for c, h, low in zip(color, highest, lowest, strict=True)]
+        for color in (RED, GREEN, BLUE, WHITE)
     ]
     assert corners == expected
     assert all(h > low + 1.9 for h, low in zip(highest, lowest, strict=True))

@@ -93,8 +93,8 @@ def test_cutmix_takes_a_box_of_a_beta_that_is_not_folded(p: float) -> None:
         wanted, edges = wanted[wanted > 1e-4 * wanted.sum()], edges[np.append(wanted > 1e-4 * wanted.sum(), True)]
         found = np.histogram(1 - side**2, edges)[0]
         assert chisquare(found, wanted * found.sum() / wanted.sum()).pvalue > 1e-3
-        centred = (start[whole] / LONG) / (1 - side)  # from one border to the other
-        assert uniform(centred[side < 0.999], 20) > 1e-3
+        centered = (start[whole] / LONG) / (1 - side)  # from one border to the other
+        assert uniform(centered[side < 0.999], 20) > 1e-3
 
 
 def test_cutmixs_boxes_are_those_of_its_authors() -> None:
@@ -104,8 +104,8 @@ def test_cutmixs_boxes_are_those_of_its_authors() -> None:
     side = np.sqrt(1 - rng.beta(1.0, 1.0, DRAWS))
     ends = []
     for size in (height, width):
-        centre, half = rng.integers(0, size, DRAWS), (size * side).astype(int) // 2
-        ends += [np.clip(centre - half, 0, size), np.clip(centre + half, 0, size)]
+        center, half = rng.integers(0, size, DRAWS), (size * side).astype(int) // 2
+        ends += [np.clip(center - half, 0, size), np.clip(center + half, 0, size)]
     theirs = np.stack([ends[0], ends[2], ends[1], ends[3]], axis=1)
     drawn = draws(Mixing(mixup=None, cutmix=1.0), height=height, width=width)
     ours = boxes(drawn)

@@ -68,7 +68,7 @@ def grey(image: Array) -> Array:
 
 
 def smoothed(image: Array) -> Array:
-    """3 × 3, the centre 5-fold, in 13ths, truncated; the border as it was."""
+    """3 × 3, the center 5-fold, in 13ths, truncated; the border as it was."""
     smooth, (height, width) = image.copy(), image.shape[:2]
     if min(height, width) >= 3:
         around = sum(image[i : height - 2 + i, j : width - 2 + j] for i in range(3) for j in range(3))
@@ -133,7 +133,7 @@ def cutout(image: Array, strength: float, down: float, right: float) -> Array:
     return np.where(hidden[..., None], 128, image)
 
 
-def expected(name: str, image: Array, magnitude: int, centre: tuple[float, float] = (0.5, 0.5)) -> Expected:
+def expected(name: str, image: Array, magnitude: int, center: tuple[float, float] = (0.5, 0.5)) -> Expected:
     """For the operations that look at levels, and cutout."""
     image = image.astype(np.int64)
     match name:
@@ -161,7 +161,7 @@ def expected(name: str, image: Array, magnitude: int, centre: tuple[float, float
             slack = math.ceil(abs(1 - STRENGTHS["color"](magnitude)) - 1e-9)
             return plain._replace(below=slack, above=slack)
         case "cutout":
-            return Expected(cutout(image, magnitude * 40 // 10, *centre))
+            return Expected(cutout(image, magnitude * 40 // 10, *center))
     raise AssertionError(name)
 
 
@@ -183,8 +183,8 @@ SIZES = [(224, 224), (37, 53), (96, 65), (32, 32), (3, 4), (2, 7), (1, 1)]
 MAGNITUDES = (5, 10, 15, 20)
 
 
-def applied(name: str, image: Array, strength: float, centre: tuple[float, float] = (0.5, 0.5)) -> Array:
-    new = apply_operation(Image.fromarray(image), name, strength, centre)
+def applied(name: str, image: Array, strength: float, center: tuple[float, float] = (0.5, 0.5)) -> Array:
+    new = apply_operation(Image.fromarray(image), name, strength, center)
     assert new.mode == "RGB"
     assert new.size == (image.shape[1], image.shape[0])
     return np.asarray(new).astype(np.int64)
@@ -220,7 +220,7 @@ def test_levels_are_the_references(name: str) -> None:
 def test_positions_are_the_references(name: str, most: float) -> None:
     """Exact wherever a position is further than 0.01 from halfway between two pixels, for Pillow works in 65,536ths.
 
-    At halfway, either neighbour will do; but no more than ``most`` of the pixels may then be another than the one that
+    At halfway, either neighbor will do; but no more than ``most`` of the pixels may then be another than the one that
     the reference takes, which rounds away from zero (a shear of 0.3 has a tenth of its rows at halfway).
     """
     for size in SIZES[:4]:
@@ -267,7 +267,7 @@ def test_a_factor_of_one_changes_nothing() -> None:
             assert np.array_equal(applied(name, image, 1.0), image)
 
 
-def test_a_grey_image_has_no_colour_to_strengthen() -> None:
+def test_a_grey_image_has_no_color_to_strengthen() -> None:
     image = np.repeat(np.arange(256, dtype=np.uint8).reshape(16, 16, 1), 3, axis=2)
     for magnitude in MAGNITUDES:
         assert np.array_equal(applied("color", image, STRENGTHS["color"](magnitude)), image)
@@ -326,15 +326,15 @@ def test_the_given_image_is_left_alone() -> None:
 class Drawn(NamedTuple):
     name: str
     strength: float
-    centre: tuple[float, float]
+    center: tuple[float, float]
 
 
 def draws(monkeypatch: pytest.MonkeyPatch, augment: RandAugment, images: int, seed: int) -> list[Drawn]:
     """The operations of so many images, without the pixels."""
     seen: list[Drawn] = []
 
-    def spy(image: Image.Image, name: str, strength: float, centre: tuple[float, float] = (0.5, 0.5)) -> Image.Image:
-        seen.append(Drawn(name, strength, centre))
+    def spy(image: Image.Image, name: str, strength: float, center: tuple[float, float] = (0.5, 0.5)) -> Image.Image:
+        seen.append(Drawn(name, strength, center))
         return image
 
     monkeypatch.setattr(randaugment, "apply_operation", spy)
@@ -384,9 +384,9 @@ def test_geometric_operations_go_either_way_the_others_do_not(monkeypatch: pytes
 
 def test_cutouts_centres_are_uniform(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = draws(monkeypatch, RandAugment(layers=100), 4000, seed=3)
-    centres = [drawn.centre for drawn in seen if drawn.name == "cutout"]
-    assert len(centres) > 24_000
-    down, right = ([centre[axis] for centre in centres] for axis in (0, 1))
+    centers = [drawn.center for drawn in seen if drawn.name == "cutout"]
+    assert len(centers) > 24_000
+    down, right = ([center[axis] for center in centers] for axis in (0, 1))
     assert min(down + right) >= 0
     assert max(down + right) < 1
     assert chisquare(bins(down, 224)).pvalue > 1e-3

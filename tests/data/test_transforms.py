@@ -10,7 +10,7 @@ from scipy.stats import chisquare
 from torch import Tensor
 
 from allmlp.data.randaugment import RandAugment
-from allmlp.data.transforms import EvaluationTransform, TrainingTransform, inception_box, normalise
+from allmlp.data.transforms import EvaluationTransform, TrainingTransform, inception_box, normalize
 from allmlp.metadata import Preprocessing
 
 SIZES = [(1, 1), (1, 5000), (5000, 1), (8, 8), (640, 480), (480, 640), (333, 77), (255, 256), (224, 224), (3, 900)]
@@ -149,11 +149,11 @@ def test_pad_crop_is_every_shift_of_the_reflected_image(height: int, width: int,
 def test_pad_crop_of_an_image_smaller_than_its_border() -> None:
     for side, border in ((1, 4), (2, 9), (3, 3)):
         image = photo(side, side)
-        colours = {tuple(colour) for colour in np.asarray(image).reshape(-1, 3).tolist()}
+        colors = {tuple(color) for color in np.asarray(image).reshape(-1, 3).tolist()}
         for seed in range(50):
             view = pixels(training((side, side), "pad", border, crop_ratio=1.0)(image, generator(seed)))
             assert view.shape == (side, side, 3)
-            assert {tuple(colour) for colour in view.reshape(-1, 3).tolist()} <= colours
+            assert {tuple(color) for color in view.reshape(-1, 3).tolist()} <= colors
 
 
 def test_half_of_the_images_are_mirrored() -> None:
@@ -265,7 +265,7 @@ def test_an_image_that_no_box_fits_is_taken_whole() -> None:
 
 
 @pytest.mark.parametrize("crop", ["none", "pad", "inception"])
-def test_without_them_randaugment_and_colour_jitter_change_nothing_and_draw_nothing(crop: str) -> None:
+def test_without_them_randaugment_and_color_jitter_change_nothing_and_draw_nothing(crop: str) -> None:
     image = photo(40, 30)
     for seed in range(30):
         rng, by_hand = generator(seed), generator(seed)
@@ -291,7 +291,7 @@ def test_randaugment_comes_after_crop_and_flip(crop: str) -> None:
         assert np.array_equal(pixels(view), np.asarray(randaugment(plain, rng)))
 
 
-# Colour jitter
+# Color jitter
 
 
 def test_a_grey_image_is_as_bright_as_its_factor() -> None:
@@ -309,7 +309,7 @@ def test_brightness_contrast_and_saturation_vary_each_by_itself() -> None:
     weights = np.array([0.299, 0.587, 0.114])
 
     def measures(image: np.ndarray) -> tuple[float, float, float]:
-        """Mean light, its spread, and colour; they are multiplied by b, b · c and b · c · s, in any order."""
+        """Mean light, its spread, and color; they are multiplied by b, b · c and b · c · s, in any order."""
         light = image.astype(float) @ weights
         return light.mean(), light[0, 0] - light[0, 1], float(image[0, :, 0].mean() - image[0, :, 1].mean())
 
@@ -356,9 +356,9 @@ def test_a_jittered_view_is_a_function_of_its_generator() -> None:
     assert len({view(image, generator(seed)).numpy().tobytes() for seed in range(20)}) > 18
 
 
-def test_normalise_maps_0_to_minus_1_and_255_to_1() -> None:
+def test_normalize_maps_0_to_minus_1_and_255_to_1() -> None:
     given = torch.tensor([0, 255, 51], dtype=torch.uint8).view(1, 1, 1, 3).expand(2, 3, 4, 3)
-    found = normalise(given, Preprocessing())
+    found = normalize(given, Preprocessing())
     assert found.dtype == torch.float32
     assert found.shape == (2, 3, 4, 3)
     assert torch.allclose(found, torch.tensor([-1, 1, -0.6]).expand(2, 3, 4, 3), atol=1e-6)
@@ -366,7 +366,7 @@ def test_normalise_maps_0_to_minus_1_and_255_to_1() -> None:
     assert (found[..., 1] == 1).all()
 
 
-def test_normalise_uses_the_mean_and_std_of_each_channel() -> None:
+def test_normalize_uses_the_mean_and_std_of_each_channel() -> None:
     preprocessing = Preprocessing(mean=(0, 0.25, 0.5), std=(1, 0.5, 0.25))
-    found = normalise(torch.full((1, 3, 1, 1), 255, dtype=torch.uint8), preprocessing)
+    found = normalize(torch.full((1, 3, 1, 1), 255, dtype=torch.uint8), preprocessing)
     assert torch.allclose(found.flatten(), torch.tensor([1, 1.5, 2]))

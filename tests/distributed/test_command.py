@@ -114,13 +114,13 @@ def in_environment(environment: dict[str, str], words: list[str]) -> int:
 
 
 def test_two_processes_search_the_learning_rate_of_a_transfer(
-    colour_weights: Path, pictures: Callable[[Path, dict[str, int]], Path], tmp_path: Path
+    color_weights: Path, pictures: Callable[[Path, dict[str, int]], Path], tmp_path: Path
 ) -> None:
     """Started by the launcher; then one process repeats the command, and finds that the transfer is complete."""
     data = pictures(tmp_path / "data", {"blue": 20, "green": 20, "red": 20})
     out = tmp_path / "out"
     words = (
-        *("finetune", colour_weights, "--data", data, "--out", out, "--learning-rates", "0.01", "0.1", "--seeds", 2),
+        *("finetune", color_weights, "--data", data, "--out", out, "--learning-rates", "0.01", "0.1", "--seeds", 2),
         *("--steps", 4, "--global-batch-size", 8, "--warmup-steps", 0, "--workers", 0, "--compile", "off"),
         *("--device", "cpu", "--precision", "float32", "--json"),
     )

@@ -140,8 +140,8 @@ def test_progress_reaches_the_number_of_images() -> None:
     assert progress == [(3, 7), (6, 7), (7, 7)]
 
 
-def test_gradients_are_not_kept(colour_weights: Path) -> None:
-    model = allmlp.load(colour_weights)
+def test_gradients_are_not_kept(color_weights: Path) -> None:
+    model = allmlp.load(color_weights)
     few = ImageDataset(store=Numbered(), names=("1", "2"), labels=np.array([0, 2]), classes=("blue", "green", "red"))
     scored(model, few)
     assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())

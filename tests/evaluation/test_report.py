@@ -106,7 +106,7 @@ def test_shows_the_run(write):
         assert text in page.text, text
 
 
-def test_charts_have_names_and_follow_the_page_colours(write):
+def test_charts_have_names_and_follow_the_page_colors(write):
     page = write()
     names = [value for key, value in page.attributes if key == "aria-label"]
     assert names[0] == "Loss by step: training from 2 to 0.01; validation from 0.3 to 0.3"
@@ -272,7 +272,7 @@ def test_thumbnails(size, kind, shown):
 
 @pytest.mark.parametrize(
     ("correct", "total", "low", "high"),
-    # by hand: z² = 3.84146; (8, 10): centre 0.99207 / 1.38415, half 0.31361 / 1.38415
+    # by hand: z² = 3.84146; (8, 10): center 0.99207 / 1.38415, half 0.31361 / 1.38415
     [(8, 10, 0.4902, 0.9433), (0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (50, 100, 0.4038, 0.5962), (0, 0, 0, 1)],
 )
 def test_wilson(correct, total, low, high):

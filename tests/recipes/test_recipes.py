@@ -272,7 +272,7 @@ SIZES = {
 
 
 def methods(recipe: Recipe) -> dict[str, dict[str, Any]]:
-    """All of a recipe that is no size: augmentation, loss, optimiser, schedule, mixing, regularisation, the kept."""
+    """All of a recipe that is no size: augmentation, loss, optimizer, schedule, mixing, regularization, the kept."""
     return {
         section: {name: value for name, value in vars(getattr(recipe, section)).items() if name not in sizes}
         for section, sizes in SIZES.items()
@@ -333,7 +333,7 @@ def test_a_twin_trains(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["imagenet-b16", "imagenet21k-l16", "jft-h14", "jft-s32"])
 def test_what_a_twin_is_trained_with_is_what_its_original_would_be(name: str) -> None:
-    """As the run makes them: the view of each image, the mixing, the optimiser."""
+    """As the run makes them: the view of each image, the mixing, the optimizer."""
     made = []
     for recipe in (get_recipe(name), get_recipe(f"{name}-small")):
         model = build_initializer(get_recipe(f"{name}-small"))(CLASSES)
@@ -342,8 +342,8 @@ def test_what_a_twin_is_trained_with_is_what_its_original_would_be(name: str) ->
         made.append((build_training_transform(recipe.data, model), build_mixing(recipe.data), type(optimizer), groups))
     assert made[0] == made[1]
     view, mixing, _, _ = made[0]
-    regularised = name.startswith("imagenet")
-    assert (view.randaugment is not None, mixing is not None) == (regularised, regularised)
+    regularized = name.startswith("imagenet")
+    assert (view.randaugment is not None, mixing is not None) == (regularized, regularized)
 
 
 @pytest.fixture(scope="module")

@@ -92,7 +92,7 @@ def test_shown_and_put_back_bit_for_bit(fails: bool) -> None:
             pass
         assert same(weights(followed), trained)
         assert same(average.tensors, averaged)
-    assert [p.data_ptr() for p in followed.parameters()] == places  # what an optimiser or a graph knows stays valid
+    assert [p.data_ptr() for p in followed.parameters()] == places  # what an optimizer or a graph knows stays valid
     average.swap()
     assert same(weights(followed), averaged)
 

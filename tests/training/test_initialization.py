@@ -222,7 +222,7 @@ def test_preprocessing_is_that_of_the_weights(weights: str) -> None:
     ids=str,
 )  # fmt: skip
 def test_what_the_recipe_says_of_the_view_goes_first(weights: str, told: dict[str, Any]) -> None:
-    """But the normalisation is the weights': their stem has learnt it."""
+    """But the normalization is the weights': their stem has learnt it."""
     recipe = changed(finetune(weights, "digits"), "data", **told)
     assert started(recipe).metadata.preprocessing == dataclasses.replace(VIEW, **told)
 

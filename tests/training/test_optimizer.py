@@ -1,4 +1,4 @@
-"""The optimisers as the paper uses them, and whole trajectories against NumPy."""
+"""The optimizers as the paper uses them, and whole trajectories against NumPy."""
 
 import itertools
 import math
@@ -84,7 +84,7 @@ def test_what_is_frozen_is_not_the_optimizers(kind: str) -> None:
     assert trainable(model) == list(model.head.parameters())
 
 
-# The reference: forward, backward, losses, mixing, schedules, clip and optimisers in NumPy
+# The reference: forward, backward, losses, mixing, schedules, clip and optimizers in NumPy
 
 
 @dataclass(frozen=True)

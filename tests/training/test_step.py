@@ -13,7 +13,7 @@ from torch import Tensor
 
 from allmlp.data.loader import Batch
 from allmlp.data.mixup import Mixing
-from allmlp.data.transforms import normalise
+from allmlp.data.transforms import normalize
 from allmlp.metadata import Preprocessing
 from allmlp.model import Mixer
 from allmlp.rng import sample_keys
@@ -100,7 +100,7 @@ def test_a_step_descends_along_the_gradient_of_the_mean_cross_entropy(label_smoo
     batch = batch_of(6)
     found, step = gradient(batch, clip_norm=None, label_smoothing=label_smoothing)
     model = random_head(tiny())
-    logits = model(normalise(batch.images, Preprocessing()))
+    logits = model(normalize(batch.images, Preprocessing()))
     loss = F.cross_entropy(logits, batch.labels, label_smoothing=label_smoothing)
     loss.backward()
     assert float(step.loss) == pytest.approx(loss.item(), rel=1e-6)

@@ -455,7 +455,7 @@ def photographs(pictures: Callable[[Path, dict[str, int]], Path], tmp_path: Path
 
 
 def test_the_search_sees_no_test_image_and_the_last_runs_all_training_images(
-    colour_weights: Path, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    color_weights: Path, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, opened = tmp_path / "out", dict[str, set[str]]()
     at: list[str] = []
@@ -467,7 +467,7 @@ def test_the_search_sees_no_test_image_and_the_last_runs_all_training_images(
 
     monkeypatch.setattr(FolderStore, "open", recorded)
     one = Real(out, watch=at.append)
-    summary = sweep(real(colour_weights, photographs, learning_rates=(0.1, 0.01), seeds=2), out, one)
+    summary = sweep(real(color_weights, photographs, learning_rates=(0.1, 0.01), seeds=2), out, one)
     given = load_source(str(photographs))
     training = set(given.split("train").names)
     assert at == ["search/rate-0.1", "search/rate-0.01", "seed-0", "seed-1"]
@@ -500,10 +500,10 @@ def test_images_are_held_out_in_place_of_validation_not_beside_it(val_fraction: 
 
 
 def test_interrupted_amid_training_it_ends_with_the_same_weights(
-    colour_weights: Path, photographs: Path, tmp_path: Path
+    color_weights: Path, photographs: Path, tmp_path: Path
 ) -> None:
     """Control-C in the second run, after its first step, and in the last, after its last."""
-    settings = real(colour_weights, photographs, learning_rates=(0.1, 0.01))
+    settings = real(color_weights, photographs, learning_rates=(0.1, 0.01))
     whole, out = tmp_path / "whole", tmp_path / "out"
     bar = Bar()
     expected = sweep(settings, whole, Real(whole, bar))
@@ -521,11 +521,11 @@ def test_interrupted_amid_training_it_ends_with_the_same_weights(
 
 
 def test_a_rate_that_diverges_in_truth(
-    colour_weights: Path, pictures: Callable[[Path, dict[str, int]], Path], tmp_path: Path
+    color_weights: Path, pictures: Callable[[Path, dict[str, int]], Path], tmp_path: Path
 ) -> None:
     """The two classes have the same images, so that no step, however long, ends in peace."""
     data = pictures(tmp_path / "data", {"train/grey": 8, "train/gray": 8})
-    settings = real(colour_weights, data, learning_rates=(1e30, 0.01))
+    settings = real(color_weights, data, learning_rates=(1e30, 0.01))
     summary = sweep(settings, tmp_path / "out", Real(tmp_path / "out"))
     assert summary["learning_rate"] == 0.01
     assert summary["search"]["1e+30"] is None

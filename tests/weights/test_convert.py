@@ -277,8 +277,8 @@ VIEWS = {"mean": Preprocessing(mean=(0.1, 0.2, 0.3)), "std": Preprocessing(std=(
         ("npz", {"image_size": (8, 12)}, Metadata(), ["the shape of the grid", "image_size=(8, 12)"]),
         ("npz", {"image_size": (12, 8)}, Metadata(), ["the shape of the grid", "image_size=(12, 8)"]),
         ("npz", {}, Metadata(classes=("a", "b", "c")), ["the class names"]),
-        ("npz", {}, Metadata(preprocessing=VIEWS["mean"]), ["the normalisation", "(0.1, 0.2, 0.3)"]),
-        ("npz", {}, Metadata(preprocessing=VIEWS["std"]), ["the normalisation", "(0.2, 0.2, 0.2)"]),
+        ("npz", {}, Metadata(preprocessing=VIEWS["mean"]), ["the normalization", "(0.1, 0.2, 0.3)"]),
+        ("npz", {}, Metadata(preprocessing=VIEWS["std"]), ["the normalization", "(0.2, 0.2, 0.2)"]),
     ],
     ids=["npz gelu", "timm gelu", "npz eps", "timm eps", "wide", "tall", "classes", "mean", "std"],
 )
@@ -301,7 +301,7 @@ def test_all_losses_are_in_one_line(tmp_path: Path, caplog: pytest.LogCaptureFix
     model.metadata = Metadata(classes=("a", "b", "c"), preprocessing=VIEWS["mean"])
     save_as(model, tmp_path / "m.npz", "npz")
     (said,) = warnings_of(caplog)
-    for words in ("erf GELU", "ε of 0.0001", "shape of the grid", "class names", "normalisation"):
+    for words in ("erf GELU", "ε of 0.0001", "shape of the grid", "class names", "normalization"):
         assert words in said
 
 

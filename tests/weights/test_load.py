@@ -135,7 +135,7 @@ def test_other_arrays_of_a_checkpoint_are_ignored_and_logged(tmp_path: Path, cap
     assert "opt/target" not in said
 
 
-def test_integers_of_the_optimiser_are_ignored(tmp_path: Path) -> None:
+def test_integers_of_the_optimizer_are_ignored(tmp_path: Path) -> None:
     """flax.optim stores its step as an int32 next to the moments."""
     weights = random_weights()
     state = {"opt/state/step": np.int32(300), "opt/state/rng": np.arange(2, dtype=np.uint32)}
@@ -143,7 +143,7 @@ def test_integers_of_the_optimiser_are_ignored(tmp_path: Path) -> None:
     agrees(load(tmp_path / "w.npz"), weights, "tanh", torch.float64)
 
 
-def test_files_are_recognised_by_content_not_by_name(tmp_path: Path) -> None:
+def test_files_are_recognized_by_content_not_by_name(tmp_path: Path) -> None:
     weights = random_weights()
     arrays = timm_layout(weights)
     np.savez(tmp_path / "w.npz", **current(weights))

@@ -194,10 +194,10 @@ def test_the_matrices_of_an_axis_preserve_constants(before: int) -> None:
 
 
 def triangle(before: int, after: int) -> np.ndarray:
-    """(after, before): weights of the old patches for each new one, by the distance of their centres."""
+    """(after, before): weights of the old patches for each new one, by the distance of their centers."""
     width = max(before / after, 1.0)  # of the coarser grid's patches, in patches of the old grid
-    centres = (np.arange(after) + 0.5) * before / after - 0.5
-    weight = np.clip(1 - np.abs(centres[:, None] - np.arange(before)) / width, 0, None)
+    centers = (np.arange(after) + 0.5) * before / after - 0.5
+    weight = np.clip(1 - np.abs(centers[:, None] - np.arange(before)) / width, 0, None)
     return weight / weight.sum(1, keepdims=True)
 
 
@@ -257,7 +257,7 @@ def test_one_repeated_patch_gives_the_same_tokens_at_every_size(new: Pair, patch
 
 
 def smooth(height: int, width: int, channels: int, linear: bool) -> Tensor:
-    """(1, channels, H, W): a random smooth function over the unit square, sampled at the patches' centres."""
+    """(1, channels, H, W): a random smooth function over the unit square, sampled at the patches' centers."""
     rng = np.random.default_rng(0)
     y, x = ((np.arange(n) + 0.5) / n for n in (height, width))
     a, b, c, d = rng.normal(size=(4, channels, 1, 1))

@@ -163,7 +163,7 @@ def newest_sound(folder: Path, trusted: bool = False) -> tuple[Path, dict[str, A
             damaged.append(str(error))
             log.warning("%s: falling back to an older checkpoint", error)
     if damaged:
-        raise RunError(f"all {len(damaged)} checkpoints in {folder} are damaged ({damaged[0]}): train again")
+        raise RunError(f"no checkpoint in {folder} is sound ({len(damaged)} damaged: {damaged[0]}): train again")
     return None
 
 

@@ -17,7 +17,7 @@ DESCRIPTION = """Writes weights in another format, every tensor bit for bit.
 example: mixer convert Mixer-B_16.npz b16.safetensors
 
 Reads allmlp's .safetensors, the authors' .npz in both layouts, and state dicts of timm and lucidrains as .safetensors,
-.pt or .pth. Give the class names and the normalisation of pixels here if a file does not record them; allmlp's own
+.pt or .pth. Give the class names and the normalization of pixels here if a file does not record them; allmlp's own
 format stores both."""
 
 
@@ -35,9 +35,9 @@ class Arguments:
     classes: Path | None = None
     """A text file with one class name per line, in the order of the logits."""
     mean: tuple[float, ...] = ()
-    """Mean that normalised pixels in [0, 1], one number or three."""
+    """Mean that normalized pixels in [0, 1], one number or three."""
     std: tuple[float, ...] = ()
-    """Standard deviation that normalised pixels in [0, 1], one number or three."""
+    """Standard deviation that normalized pixels in [0, 1], one number or three."""
     json: bool = False
     """Print one JSON object."""
 

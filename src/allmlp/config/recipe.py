@@ -70,7 +70,7 @@ class DataRecipe:
     split_seed: int = 0
     """Seed of the random splits."""
     crop: Literal["resmall", "resize"] | None = "resmall"
-    """Evaluation: resize the shorter side, or both sides, then crop the centre; None: as recorded with --weights."""
+    """Evaluation: resize the shorter side, or both sides, then crop the center; None: as recorded with --weights."""
     crop_ratio: Annotated[float | None, Limits(above=0, at_most=1)] = 224 / 256
     """Evaluation: side of the crop relative to the resized image; None: as recorded with --weights."""
     interpolation: Literal["nearest", "bilinear", "bicubic"] | None = "bilinear"

@@ -66,7 +66,7 @@ def decode(data: bytes, name: str, max_pixels: int = MAX_PIXELS, min_side: int |
     """Decodes an image to upright 8-bit RGB; if it has several frames or pages, the first.
 
     EXIF orientation is applied, transparent pixels are composited over white, and 16-bit grey is scaled to 8 bits
-    (65535 → 255). Colour profiles are not applied, as in the authors' input pipeline.
+    (65535 → 255). Color profiles are not applied, as in the authors' input pipeline.
 
     Args:
         data: the bytes of the file.
@@ -94,7 +94,7 @@ def decode(data: bytes, name: str, max_pixels: int = MAX_PIXELS, min_side: int |
             image.draft(None, (min_side, min_side))  # a no-op for all formats but JPEG
         image.load()
         if isinstance(image, PngImageFile):
-            scale_transparent_colour(image, stored_bits=data[24])
+            scale_transparent_color(image, stored_bits=data[24])
         return apply_orientation(image, to_rgb(image, name))
     except UnreadableImage:
         raise
@@ -112,8 +112,8 @@ def unreadable_image(name: str, reason: str, remedy: str = "replace it or remove
     return UnreadableImage(printable(f"{name} cannot be read: {reason}; {remedy}"))
 
 
-def scale_transparent_colour(image: PngImageFile, stored_bits: int) -> None:
-    """Scales the transparent colour (tRNS) of a 2-, 4- or 3 × 16-bit PNG to 8 bits, as Pillow does for pixels only."""
+def scale_transparent_color(image: PngImageFile, stored_bits: int) -> None:
+    """Scales the transparent color (tRNS) of a 2-, 4- or 3 × 16-bit PNG to 8 bits, as Pillow does for pixels only."""
     key = image.info.get("transparency")
     if isinstance(key, int) and image.mode == "L":
         image.info["transparency"] = key * 255 // (2**stored_bits - 1)

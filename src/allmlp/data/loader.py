@@ -193,7 +193,7 @@ def make_loader(
 
 
 def ignore_first_signals(worker: int) -> None:
-    """Initialises a worker process, which leaves signals to the whole process group to the main process.
+    """Initializes a worker process, which leaves signals to the whole process group to the main process.
 
     SIGINT and the first SIGTERM are ignored. A second SIGTERM, which the loader sends to a worker that does not exit,
     terminates it as usual.

@@ -53,8 +53,8 @@ class Mixing:
         side = (1 - rng.beta(self.cutmix, self.cutmix)) ** 0.5
         ends = []
         for size in (height, width):
-            centre, half = int(rng.integers(size)), int(size * side) // 2
-            ends.append((max(centre - half, 0), min(centre + half, size)))
+            center, half = int(rng.integers(size)), int(size * side) // 2
+            ends.append((max(center - half, 0), min(center + half, size)))
         (top, bottom), (left, right) = ends
         return MixParameters(1 - (bottom - top) * (right - left) / (height * width), (top, left, bottom, right))
 

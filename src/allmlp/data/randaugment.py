@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageFilter
 
-FILL_COLOUR = (128, 128, 128)
+FILL_COLOR = (128, 128, 128)
 REFERENCE_SIDE = 224  # strengths in pixels are for images of this side and scale with it
 CONTRAST_GREY = REFERENCE_SIDE**2 // 256  # the reference uses number of pixels / 256, apparently meant as the mean
 GREY_WEIGHTS = (*(255.5 / 255 * w for w in (0.2989, 0.587, 0.114)), -0.5)  # truncates like the reference; Pillow rounds
@@ -31,7 +31,7 @@ STRENGTHS: dict[str, Callable[[float], float]] = {
     "rotate": lambda m: m / 10 * 30,  # degrees
     "posterize": lambda m: min(int(m / 10 * 4), 8),  # bits that are kept: weaker with m, without effect from 20 on
     "solarize": lambda m: min(int(m / 10 * 256), 256),  # inverts from this level up; none from m = 10 on
-    "color": lambda m: m / 10 * 1.8 + 0.1,  # 0: grey, 1: unchanged, above 1: more colour; so the next three
+    "color": lambda m: m / 10 * 1.8 + 0.1,  # 0: grey, 1: unchanged, above 1: more color; so the next three
     "contrast": lambda m: m / 10 * 1.8 + 0.1,
     "brightness": lambda m: m / 10 * 1.8 + 0.1,
     "sharpness": lambda m: m / 10 * 1.8 + 0.1,
@@ -68,9 +68,9 @@ class RandAugment:
 
 
 def apply_operation(
-    image: Image.Image, name: str, strength: float, centre: tuple[float, float] = (0.5, 0.5)
+    image: Image.Image, name: str, strength: float, center: tuple[float, float] = (0.5, 0.5)
 ) -> Image.Image:
-    """Applies one operation. ``centre`` is used by cutout only: (down, right) as fractions of the sides."""
+    """Applies one operation. ``center`` is used by cutout only: (down, right) as fractions of the sides."""
     width, height = image.size
     match name:
         case "autocontrast":
@@ -84,8 +84,8 @@ def apply_operation(
         case "sharpness":
             return Image.blend(image.filter(BLUR), image, strength)
         case "rotate":
-            return image.rotate(strength, Image.Resampling.NEAREST, fillcolor=FILL_COLOUR)
-        case "shear_x":  # Pillow transforms the centres of pixels, the reference their corners: half a pixel apart
+            return image.rotate(strength, Image.Resampling.NEAREST, fillcolor=FILL_COLOR)
+        case "shear_x":  # Pillow transforms the centers of pixels, the reference their corners: half a pixel apart
             return transform_affine(image, (1, strength, TIE_SHIFT - strength / 2, 0, 1, 0))
         case "shear_y":
             return transform_affine(image, (1, 0, 0, strength, 1, TIE_SHIFT - strength / 2))
@@ -94,11 +94,11 @@ def apply_operation(
         case "translate_y":
             return transform_affine(image, (1, 0, 0, 0, 1, strength * height / REFERENCE_SIDE))
         case "cutout":
-            row, column = int(centre[0] * height), int(centre[1] * width)
+            row, column = int(center[0] * height), int(center[1] * width)
             half_height, half_width = (round(strength * side / REFERENCE_SIDE) for side in (height, width))
             image = image.copy()
             box = (column - half_width, row - half_height, column + half_width, row + half_height)
-            image.paste(FILL_COLOUR, (max(box[0], 0), max(box[1], 0), min(box[2], width), min(box[3], height)))
+            image.paste(FILL_COLOR, (max(box[0], 0), max(box[1], 0), min(box[2], width), min(box[3], height)))
             return image
     raise AssertionError(name)
 
@@ -106,7 +106,7 @@ def apply_operation(
 def transform_affine(image: Image.Image, coefficients: Sequence[float]) -> Image.Image:
     """Takes the pixel at (x, y) from (a x + b y + c, d x + e y + f), for coefficients (a, b, c, d, e, f)."""
     return image.transform(
-        image.size, Image.Transform.AFFINE, coefficients, Image.Resampling.NEAREST, fillcolor=FILL_COLOUR
+        image.size, Image.Transform.AFFINE, coefficients, Image.Resampling.NEAREST, fillcolor=FILL_COLOR
     )
 
 

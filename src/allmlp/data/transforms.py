@@ -83,10 +83,10 @@ class TrainingTransform:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         if self.randaugment is not None:
             image = self.randaugment(image, rng)
-        return to_tensor(jitter_colour(image, self.color_jitter, rng) if self.color_jitter else image)
+        return to_tensor(jitter_color(image, self.color_jitter, rng) if self.color_jitter else image)
 
 
-def jitter_colour(image: Image.Image, strength: float, rng: np.random.Generator) -> Image.Image:
+def jitter_color(image: Image.Image, strength: float, rng: np.random.Generator) -> Image.Image:
     enhancers = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
     for i in rng.permutation(len(enhancers)):
         image = enhancers[i](image).enhance(rng.uniform(max(1 - strength, 0), 1 + strength))
@@ -115,7 +115,7 @@ def resize_and_crop(image: Image.Image, image_size: tuple[int, int], preprocessi
 
 
 def crop_to_aspect(image: Image.Image, limit: int) -> Image.Image:
-    """Crops the longer side to at most ``limit`` times the shorter one, around the centre."""
+    """Crops the longer side to at most ``limit`` times the shorter one, around the center."""
     width, height = min(image.width, limit * image.height), min(image.height, limit * image.width)
     left, top = (image.width - width) // 2, (image.height - height) // 2
     return image if (width, height) == image.size else image.crop((left, top, left + width, top + height))
@@ -155,7 +155,7 @@ def to_tensor(image: Image.Image | np.ndarray) -> Tensor:
     return torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())
 
 
-def normalise(pixels: Tensor, preprocessing: Preprocessing) -> Tensor:
+def normalize(pixels: Tensor, preprocessing: Preprocessing) -> Tensor:
     """(B, 3, H, W) uint8 → float32, (x / 255 − mean) / std, on the same device."""
     scale, shift = scale_and_shift(preprocessing, pixels.device)
     return pixels.float() * scale - shift

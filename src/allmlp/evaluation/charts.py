@@ -1,4 +1,4 @@
-"""Charts of a run as inline SVG, in the colours of the page, light or dark, without names of classes or files."""
+"""Charts of a run as inline SVG, in the colors of the page, light or dark, without names of classes or files."""
 
 import html
 import io
@@ -19,7 +19,7 @@ INK, TRAIN, VALIDATION = (
     "#010203",
     "#010204",
     "#010205",
-)  # placeholders: `to_svg` inserts the colours of the page
+)  # placeholders: `to_svg` inserts the colors of the page
 CSS = {INK: "currentColor", TRAIN: "var(--train)", VALIDATION: "var(--validation)"}
 CORRECT, WRONG = (0.22, 0.47, 0.74), (0.83, 0.42, 0.18)  # legible on white and on near-black
 STYLE: dict[Any, Any] = dict.fromkeys(
@@ -36,14 +36,14 @@ STYLE: dict[Any, Any] = dict.fromkeys(
 
 
 def to_svg(figure: Figure, name: str, title: str) -> Markup:
-    """The figure as inline SVG in the colours of the page; ``name`` makes its ids unique on the page."""
+    """The figure as inline SVG in the colors of the page; ``name`` makes its ids unique on the page."""
     stream = io.StringIO()
     no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))  # it contains URLs and differs between runs
     figure.savefig(stream, format="svg", transparent=True, metadata=no_metadata)
 
     def adapt(tag: re.Match) -> str:
         text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", tag[0])
-        return re.sub("|".join(CSS), lambda colour: CSS[colour[0]], text)
+        return re.sub("|".join(CSS), lambda color: CSS[color[0]], text)
 
     text = re.sub(r"<[^>]+>", adapt, stream.getvalue().partition("<svg ")[2])
     return Markup(f'<svg role="img" aria-label="{html.escape(title)}" {text}')
@@ -66,7 +66,7 @@ def downsample(values: np.ndarray, limit: int = CURVE_POINTS) -> np.ndarray:
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """Mean over a centred window of 1/40 of the curve; gaps are kept."""
+    """Mean over a centered window of 1/40 of the curve; gaps are kept."""
     half, finite, position = len(values) // 80, np.isfinite(values), np.arange(len(values))
     low, high = np.maximum(position - half, 0), np.minimum(position + half + 1, len(values))
     sums = np.cumsum([np.r_[0.0, np.where(finite, values, 0)], np.r_[0.0, finite]], axis=1)
@@ -77,7 +77,7 @@ def smooth(values: np.ndarray) -> np.ndarray:
 def draw_curves(metrics: Sequence[Mapping]) -> list[tuple[str, Markup]]:
     """Caption and chart of each quantity that was recorded at least once, all with the same horizontal axis."""
     last = max((record["step"] for record in metrics if "step" in record), default=0)
-    plots = [  # caption, label of the vertical axis, its scale, lines: (key, name, colour, factor)
+    plots = [  # caption, label of the vertical axis, its scale, lines: (key, name, color, factor)
         ("Loss", "loss (nats)", "linear", [("loss", "training", TRAIN, 1), ("val_loss", "validation", VALIDATION, 1)]),
         ("Validation top-1", "correct (%)", "linear", [("val_top1", "validation", VALIDATION, 100)]),
         ("Learning rate", "learning rate", "linear", [("learning_rate", "learning rate", TRAIN, 1)]),
@@ -92,8 +92,7 @@ def draw_curves(metrics: Sequence[Mapping]) -> list[tuple[str, Markup]]:
                 axes.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), minor_formatter=NullFormatter())
                 axes.yaxis.set_major_formatter("{x:g}")
             texts = [
-                draw_line(axes, *extract_curve(metrics, key), name, colour, factor)
-                for key, name, colour, factor in lines
+                draw_line(axes, *extract_curve(metrics, key), name, color, factor) for key, name, color, factor in lines
             ]
             if not (texts := [text for text in texts if text]):
                 continue
@@ -105,7 +104,7 @@ def draw_curves(metrics: Sequence[Mapping]) -> list[tuple[str, Markup]]:
     return charts
 
 
-def draw_line(axes: Axes, steps: np.ndarray, values: np.ndarray, name: str, colour: str, factor: float) -> str:
+def draw_line(axes: Axes, steps: np.ndarray, values: np.ndarray, name: str, color: str, factor: float) -> str:
     """Draws one line, smoothed over its recorded values if it is long.
 
     Returns:
@@ -118,10 +117,10 @@ def draw_line(axes: Axes, steps: np.ndarray, values: np.ndarray, name: str, colo
     first, last = values[finite][[0, -1]]
     if len(values) >= 80 and name != "learning rate":  # which has no noise: smoothing would only round its corners
         kept = downsample(values)
-        axes.plot(steps[kept], values[kept], color=colour, linewidth=0.5, alpha=0.3)
+        axes.plot(steps[kept], values[kept], color=color, linewidth=0.5, alpha=0.3)
         values = smooth(values)
     kept = downsample(values)
-    axes.plot(steps[kept], values[kept], color=colour, label=name, marker="o" if len(kept) <= 40 else "", markersize=3)
+    axes.plot(steps[kept], values[kept], color=color, label=name, marker="o" if len(kept) <= 40 else "", markersize=3)
     return f"{name} from {first:.3g} to {last:.3g}"
 
 

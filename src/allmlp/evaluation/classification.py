@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from allmlp.classifier import Classifier, evaluation_mode
 from allmlp.data.dataset import Dataset
 from allmlp.data.loader import default_workers, evaluation_batches
-from allmlp.data.transforms import EvaluationTransform, normalise
+from allmlp.data.transforms import EvaluationTransform, normalize
 from allmlp.device import autocast
 from allmlp.distributed.context import SINGLE_PROCESS, DistributedContext
 from allmlp.errors import UserError
@@ -104,7 +104,7 @@ def classify(
     with evaluation_mode(model, device), torch.inference_mode():
         for batch in batches:
             with autocast(device, precision):
-                logits = model(normalise(batch.images.to(device), model.metadata.preprocessing)).float()
+                logits = model(normalize(batch.images.to(device), model.metadata.preprocessing)).float()
             losses = F.cross_entropy(logits, batch.labels.to(logits.device), reduction="none")
             top = logits.softmax(-1).topk(min(TOP_CLASSES, logits.shape[1]))
             columns = (batch.indices, batch.labels, top.indices.cpu(), top.values.cpu(), losses.cpu())

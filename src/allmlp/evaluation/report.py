@@ -96,9 +96,9 @@ def wilson(correct: int, total: int) -> tuple[float, float]:
         return 0.0, 1.0
     z = 1.959964
     p, shrink = correct / total, 1 + z * z / total
-    centre = (p + z * z / (2 * total)) / shrink
+    center = (p + z * z / (2 * total)) / shrink
     half = z * math.sqrt(p * (1 - p) / total + (z / (2 * total)) ** 2) / shrink
-    return max(centre - half, 0.0), min(centre + half, 1.0)
+    return max(center - half, 0.0), min(center + half, 1.0)
 
 
 # Numbers as text

@@ -15,7 +15,7 @@ from torch import Tensor
 from allmlp.classifier import Classifier, evaluation_mode
 from allmlp.data.decode import MAX_PIXELS, UnreadableImage, is_image_name
 from allmlp.data.stores import FolderStore, Store, ZipStore
-from allmlp.data.transforms import EvaluationTransform, normalise
+from allmlp.data.transforms import EvaluationTransform, normalize
 from allmlp.device import Precision, autocast, select_device, select_precision
 from allmlp.errors import UserError
 
@@ -125,7 +125,7 @@ def classify_pixels(
 ) -> list[list[tuple[int, float]]]:
     """The ``top`` most probable classes of each (3, H, W) uint8 image, with their probabilities."""
     with torch.inference_mode():
-        images = normalise(torch.stack(pixels).to(device), model.metadata.preprocessing)
+        images = normalize(torch.stack(pixels).to(device), model.metadata.preprocessing)
         with autocast(device, precision):
             logits = model(images)
         best = logits.float().softmax(-1).topk(top)

@@ -18,17 +18,17 @@ def imagenet(model: str) -> Recipe:
     Hardware: 93,835 steps of 4,096 images, 29 (B/16) or 103 (L/16) exaFLOP: 10 or 40 days of a TPU-v3 core in Table 3.
     If the batch does not fit in memory, give --micro-batch-size. Expected here: not yet measured.
     """
-    return regularised(f"imagenet-{short(model)}", model, data="imagenet", magnitude=15, mixup=0.5, head_bias=-6.9)
+    return regularized(f"imagenet-{short(model)}", model, data="imagenet", magnitude=15, mixup=0.5, head_bias=-6.9)
 
 
 def imagenet21k(model: str) -> Recipe:
     """``mixer train imagenet21k-l16 --data imagenet21k/``: 300 epochs, 1,040,039 steps; for fine-tuning.
 
-    B is regularised less than L (RandAugment 10 and 20, mixup 0.2 and 0.5). Expected here: not yet measured.
+    B is regularized less than L (RandAugment 10 and 20, mixup 0.2 and 0.5). Expected here: not yet measured.
     """
     magnitude, mixup = {"B": (10, 0.2), "L": (20, 0.5)}[model[0]]
     name = f"imagenet21k-{short(model)}"
-    return regularised(name, model, data="imagenet21k", magnitude=magnitude, mixup=mixup, head_bias=-10.0)
+    return regularized(name, model, data="imagenet21k", magnitude=magnitude, mixup=mixup, head_bias=-10.0)
 
 
 def jft(model: str, epochs: int, name: str | None = None) -> Recipe:
@@ -47,7 +47,7 @@ def jft(model: str, epochs: int, name: str | None = None) -> Recipe:
     )
 
 
-def regularised(name: str, model: str, *, data: str, magnitude: float, mixup: float, head_bias: float) -> Recipe:
+def regularized(name: str, model: str, *, data: str, magnitude: float, mixup: float, head_bias: float) -> Recipe:
     return Recipe(
         name=name,
         model=ModelRecipe(model=model, stochastic_depth=0.1, head_bias=head_bias),

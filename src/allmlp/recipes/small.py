@@ -6,7 +6,7 @@ from allmlp.config.recipe import Recipe, Transfer
 
 
 def small(recipe: Recipe) -> Recipe:
-    """``mixer train imagenet-b16-small``: the same augmentation, loss, optimiser and schedule on the embedded digits.
+    """``mixer train imagenet-b16-small``: the same augmentation, loss, optimizer and schedule on the embedded digits.
 
     To try a recipe before it runs on a cluster, not for accuracy: 16 × 16 pixels, 2 blocks of 32 channels, batches of
     64, 40 epochs, and a head bias for 10 classes. --data uses other images.

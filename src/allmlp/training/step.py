@@ -8,7 +8,7 @@ from torch import Tensor
 
 from allmlp.data.loader import Batch
 from allmlp.data.mixup import Mixing
-from allmlp.data.transforms import normalise
+from allmlp.data.transforms import normalize
 from allmlp.device import autocast
 from allmlp.distributed.context import SINGLE_PROCESS, DistributedContext
 from allmlp.distributed.parallelize import grad_sync
@@ -59,7 +59,7 @@ class InputPreparation:
 
     def __call__(self, batch: Batch, step: int, samples: Tensor) -> Inputs:
         """``step`` counts from 1; ``samples`` (B,) are the numbers of the batch's samples within the run."""
-        images = normalise(batch.images.to(self.device, non_blocking=True), self.preprocessing)
+        images = normalize(batch.images.to(self.device, non_blocking=True), self.preprocessing)
         labels, valid = (t.to(self.device, non_blocking=True) for t in (batch.labels, batch.valid))
         keys = sample_keys(self.seed, samples).to(self.device, non_blocking=True)
         if self.mixing is None:

@@ -78,7 +78,7 @@ class Container:
 
 
 def open_container(path: Path) -> Container:
-    """Opens a safetensors, ``.npz`` or torch file, recognised by its first bytes; its name does not matter.
+    """Opens a safetensors, ``.npz`` or torch file, recognized by its first bytes; its name does not matter.
 
     Raises:
         UserError: the file is missing, a folder, of another kind, damaged or dangerous.

@@ -95,7 +95,7 @@ def warn_of_loss(model: Mixer, layout: Layout, path: Path) -> None:
             lost.append("the class names")
         used, default = model.metadata.preprocessing, layout.preprocessing
         if (used.mean, used.std) != (default.mean, default.std):
-            lost.append(f"the normalisation with mean {used.mean} and std {used.std}")
+            lost.append(f"the normalization with mean {used.mean} and std {used.std}")
         if replace(used, mean=default.mean, std=default.std) != default:
             lost.append(f"the evaluation crop ({used.crop}, ratio {used.crop_ratio:g}, {used.interpolation})")
     if lost:

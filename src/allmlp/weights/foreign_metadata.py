@@ -40,14 +40,14 @@ def foreign_metadata(container: Container, file: WeightsFile, layout: Layout, mo
         preprocessing = MIIL
     elif layout is TIMM and not checkpoint and candidates(model.config, authors=False):
         log.warning(
-            "%s does not say which of timm's weights it contains: pixels normalised to [−1, 1] are assumed, but MIIL's "
+            "%s does not say which of timm's weights it contains: pixels normalized to [−1, 1] are assumed, but MIIL's "
             "weights need [0, 1] (mixer convert --mean 0 --std 1); despite its name, goog_in21k_ft_in1k contains the "
             "authors' from-scratch ImageNet weights",
             name,
         )
     elif not layout.publisher:
         log.warning(
-            "%s does not say how pixels were normalised: [−1, 1] is assumed (to change it: mixer convert --mean --std)",
+            "%s does not say how pixels were normalized: [−1, 1] is assumed (to change it: mixer convert --mean --std)",
             name,
         )
     return Metadata(classes=classes, preprocessing=preprocessing, provenance={"source": source})

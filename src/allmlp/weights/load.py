@@ -1,4 +1,4 @@
-"""``load`` for any Mixer's weights: the format is recognised by content, and every tensor must be accounted for."""
+"""``load`` for any Mixer's weights: the format is recognized by content, and every tensor must be accounted for."""
 
 import logging
 import re
