@@ -53,8 +53,9 @@ def parse_with_overrides(
     kind: type[T], groups: dict[str, Any], args: Sequence[str], *, verb: str, description: str
 ) -> tuple[T, dict[str, dict[str, Any]]]:
     """The verb's arguments, and those options of the groups (``overrides.option_group``) that were given, by group."""
-    options = ("options", Annotated[kind, tyro.conf.arg(name="")])
-    combined = dataclasses.make_dataclass("Arguments", [options, *groups.items()], frozen=True, kw_only=True)
+    fields = [("options", Annotated[kind, tyro.conf.arg(name="", help="")])]
+    fields += [(name, Annotated[group, tyro.conf.arg(help=group.__doc__ or "")]) for name, group in groups.items()]
+    combined = dataclasses.make_dataclass("Arguments", fields, frozen=True, kw_only=True)
     arguments: Any = parse(combined, args, verb=verb, description=description)
     return arguments.options, {name: getattr(arguments, name) for name in groups}
 

@@ -9,6 +9,7 @@ from typing import Literal
 import tyro
 
 from allmlp.cli.arguments import Weights, height_and_width, parse
+from allmlp.cli.docstrings import help_from_docstrings
 from allmlp.errors import UserError
 from allmlp.files import to_json
 
@@ -22,6 +23,7 @@ format stores both."""
 
 
 @dataclass(frozen=True, kw_only=True)
+@help_from_docstrings
 class Arguments:
     weights: Weights
     out: tyro.conf.Positional[Path]

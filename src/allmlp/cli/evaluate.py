@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from allmlp.cli.arguments import Weights, height_and_width, parse
+from allmlp.cli.docstrings import help_from_docstrings
 from allmlp.errors import UserError
 from allmlp.files import to_json
 
@@ -23,6 +24,7 @@ A source without splits is split as it was for training, so that no test image w
 
 
 @dataclass(frozen=True, kw_only=True)
+@help_from_docstrings
 class Arguments:
     weights: Weights
     data: str

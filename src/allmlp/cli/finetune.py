@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from allmlp.cli.arguments import Weights, height_and_width, parse_with_overrides
+from allmlp.cli.docstrings import help_from_docstrings
 from allmlp.cli.overrides import (
     Option,
     Overrides,
@@ -54,6 +55,7 @@ MODEL_FIELDS = ("frozen", "dropout", "stochastic_depth", "rescale")
 
 
 @dataclass(frozen=True, kw_only=True)
+@help_from_docstrings
 class Arguments:
     weights: Weights = ""
     recipe: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[RECIPE]", help_behavior_hint="")] = "photos"

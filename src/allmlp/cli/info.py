@@ -9,6 +9,7 @@ import tyro
 
 from allmlp.cli.arguments import height_and_width, parse
 from allmlp.cli.costs import compare_costs, print_comparison
+from allmlp.cli.docstrings import help_from_docstrings
 from allmlp.errors import UserError, printable
 from allmlp.files import to_json
 
@@ -21,6 +22,7 @@ example: mixer info Mixer-B_16.npz --image-size 448"""
 
 
 @dataclass(frozen=True, kw_only=True)
+@help_from_docstrings
 class Arguments:
     model: tyro.conf.Positional[str]
     """S/32, S/16, B/32, B/16, L/32, L/16, H/14, a weights file, or hf-hub:OWNER/NAME."""

@@ -1,16 +1,12 @@
 """Options for the fields of a recipe. Parsed, they are the fields that were given, which override the recipe's own."""
 
-import ast
 import dataclasses
-import functools
-import inspect
-import itertools
-import sys
 import typing
 from typing import Annotated, Any, NamedTuple
 
 import tyro
 
+from allmlp.cli.docstrings import field_docstrings
 from allmlp.config.recipe import ModelRecipe, Recipe, SearchRecipe
 from allmlp.errors import UserError
 
@@ -57,21 +53,6 @@ def show_default(value: Any) -> str:
     if value in ("", ()):
         return "(required)" if value == "" else "(default: none)"
     return f"(default: {' '.join(map(str, value)) if isinstance(value, tuple) else value})"
-
-
-@functools.cache
-def field_docstrings(module: str) -> dict[str, dict[str, str]]:
-    """The strings below the fields of a module's classes: class → field → text."""
-    tree = ast.parse(inspect.getsource(sys.modules[module]))
-    found: dict[str, dict[str, str]] = {}
-    for definition in tree.body:
-        if isinstance(definition, ast.ClassDef):
-            texts = found[definition.name] = {}
-            for field, text in itertools.pairwise(definition.body):
-                match field, text:
-                    case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(docstring))):
-                        texts[name] = docstring
-    return found
 
 
 def override(recipe: Recipe, model: ModelRecipe, given: Overrides) -> Recipe:

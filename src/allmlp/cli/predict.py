@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 import tyro
 
 from allmlp.cli.arguments import Weights, parse
+from allmlp.cli.docstrings import help_from_docstrings
 from allmlp.errors import UserError, printable
 from allmlp.files import to_json
 
@@ -22,6 +23,7 @@ example: mixer predict runs/photos/model.safetensors a.jpg holiday/ more.zip --f
 
 
 @dataclass(frozen=True, kw_only=True)
+@help_from_docstrings
 class Arguments:
     weights: Weights
     images: tyro.conf.Positional[tuple[Path, ...]]

@@ -8,6 +8,7 @@ import tyro
 
 from allmlp.cli.arguments import Weights, height_and_width, parse
 from allmlp.cli.costs import compare_costs, print_comparison
+from allmlp.cli.docstrings import help_from_docstrings
 from allmlp.files import to_json
 
 DESCRIPTION = """Writes weights for another image size, ready to be fine-tuned at that size.
@@ -20,6 +21,7 @@ the same."""
 
 
 @dataclass(frozen=True, kw_only=True)
+@help_from_docstrings
 class Arguments:
     weights: Weights
     out: tyro.conf.Positional[Path]

@@ -9,6 +9,7 @@ from typing import Any
 import tyro
 
 from allmlp.cli.arguments import parse
+from allmlp.cli.docstrings import help_from_docstrings
 from allmlp.files import to_json
 
 DESCRIPTION = """Prints the progress of a run: step, accuracy, speed, checkpoints, and how to resume it.
@@ -17,6 +18,7 @@ example: mixer status runs/digits-20260501-120000"""
 
 
 @dataclass(frozen=True, kw_only=True)
+@help_from_docstrings
 class Arguments:
     run: tyro.conf.Positional[Path]
     """The run's folder."""

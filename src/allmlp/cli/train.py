@@ -9,6 +9,7 @@ from typing import Annotated
 import tyro
 
 from allmlp.cli.arguments import parse_with_overrides
+from allmlp.cli.docstrings import help_from_docstrings
 from allmlp.cli.overrides import Overrides, override, override_model, recipe_groups
 from allmlp.cli.training import (
     LaunchOptions,
@@ -38,6 +39,7 @@ The defaults below are those of the recipe {name}."""
 
 
 @dataclass(frozen=True, kw_only=True)
+@help_from_docstrings
 class Arguments:
     recipe: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[RECIPE]", help_behavior_hint="")] = None
     """What to train, by name; mixer train RECIPE --help shows its defaults."""

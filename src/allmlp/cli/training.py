@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from allmlp.cli.docstrings import help_from_docstrings
 from allmlp.config.checks import check_world_size
 from allmlp.config.recipe import Recipe
 from allmlp.errors import UserError
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
+@help_from_docstrings
 class LaunchOptions:
     resume: str | None = None
     """The folder of a run to continue from its newest checkpoint; auto: the folder of --out, if it holds a run."""
