@@ -31,7 +31,7 @@ from allmlp.training.build import build, build_initializer
 from allmlp.training.optimizer_step import OptimizerStep
 from allmlp.training.preemption import Preemption, SignalState
 from allmlp.training.run import RunOptions
-from allmlp.training.step import Forward, InputPreparation, Loss, StepResult, TrainingStep
+from allmlp.training.step import Forward, InputPreparation, LossFunction, StepResult, TrainingStep
 from allmlp.training.trainer import Progress
 
 CLASSES = ("a", "b", "c")
@@ -206,7 +206,7 @@ def train_steps(
     batches: Iterable[Batch],
     optimizer_step: OptimizerStep,
     schedule: Callable[[int], float],
-    loss: Loss,
+    loss: LossFunction,
     *,
     precision: torch.dtype = torch.float32,
     preprocessing: Preprocessing = Preprocessing(),  # noqa: B008

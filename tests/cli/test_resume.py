@@ -128,7 +128,7 @@ def test_a_run_stays_in_its_folder(mixer: Mixer, done: Path, tmp_path: Path) -> 
     assert mixer("train", "--resume", f"{done}/", "--out", done).status == 0
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"optimization": {}}'])
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"optimisation": {}}'])
 def test_a_run_whose_recipe_is_damaged(mixer: Mixer, stopped: Path, text: str) -> None:
     (stopped / "recipe.json").write_text(text)
     assert_mistake(mixer("train", "--resume", stopped), str(stopped / "recipe.json"))

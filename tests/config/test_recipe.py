@@ -4,7 +4,7 @@ import dataclasses
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from small_runs import evaluator_of
 from allmlp.config.limits import flag
 from allmlp.config.recipe import (
     DataRecipe,
+    Loss,
     ModelRecipe,
     OptimizationRecipe,
     Recipe,
@@ -242,7 +243,10 @@ def test_an_unknown_field_is_told_the_nearest(content: dict, message: str, tmp_p
         ({"optimization": {"decay": "step"}}, "optimization: decay = 'step': use one of 'linear', 'cosine'"),
         ({"optimization": {"decay": ["linear"]}}, "optimization: decay = ['linear']: use one of"),
         ({"optimization": {"steps": 2.5}}, "optimization: steps = 2.5: should be int or NoneType"),
-        ({"optimization": {"loss": "hinge"}}, "optimization: loss = 'hinge': use one of 'softmax', 'sigmoid'"),
+        (
+            {"optimization": {"loss": "hinge"}},
+            f"optimization: loss = 'hinge': use one of {', '.join(map(repr, get_args(Loss)))}",
+        ),
         ({"data": {"mixup": "0.5"}}, "data: mixup = '0.5': should be float or NoneType"),
         ({"data": {"randaugment_layers": 2.0}}, "data: randaugment_layers = 2.0: should be int"),
         ({"model": {"frozen": 1}}, "model: frozen = 1: should be bool"),

@@ -11,13 +11,14 @@ import torch.nn.functional as F
 from small_runs import train_steps
 from torch import Tensor
 
+from allmlp.config.recipe import Loss
 from allmlp.data.loader import Batch
 from allmlp.data.mixup import Mixing
 from allmlp.data.transforms import normalize
 from allmlp.metadata import Preprocessing
 from allmlp.model import Mixer
 from allmlp.rng import sample_keys
-from allmlp.training.losses import LOSSES, Loss
+from allmlp.training.losses import LOSSES
 from allmlp.training.optimizer import adamw, sgd
 from allmlp.training.optimizer_step import OptimizerStep
 from allmlp.training.step import StepResult

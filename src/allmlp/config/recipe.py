@@ -10,6 +10,8 @@ from typing import Annotated, Literal
 from allmlp.config.limits import Limits, check_limits, flag
 from allmlp.errors import UserError
 
+Loss = Literal["softmax", "sigmoid"]  # the functions are in training/losses.py
+Decay = Literal["linear", "cosine"]  # the functions are in training/schedules.py
 MODEL_SIZES = ("model", "patch_size", "num_blocks", "hidden_dim", "tokens_mlp_dim", "channels_mlp_dim", "gelu")
 
 
@@ -129,8 +131,8 @@ class OptimizationRecipe:
     """Images per forward and backward pass; gradients accumulate over a step: less memory, same result; None: all."""
     recompute: bool = False
     """Recompute activations in the backward pass instead of storing them: less memory, more time."""
-    loss: Literal["softmax", "sigmoid"] = "softmax"
-    """Cross-entropy over exclusive classes, or one binary cross-entropy per class, summed, as the authors pre-train."""
+    loss: Loss = "softmax"
+    """softmax: cross-entropy over exclusive classes; sigmoid: one binary cross-entropy per class, summed."""
     learning_rate: Annotated[float, Limits(above=0, at_most=1e30, hint="1e-3 is usual")] = 1e-3
     """Peak learning rate, at the end of the warm-up."""
     momentum: Annotated[float, Limits(at_least=0, below=1)] = 0.9
@@ -143,7 +145,7 @@ class OptimizationRecipe:
     """AdamW's decay rate of the second moment."""
     warmup_steps: Annotated[int, Limits(at_least=0)] = 10_000
     """Steps of linear warm-up."""
-    decay: Literal["linear", "cosine"] = "linear"
+    decay: Decay = "linear"
     """Shape of the learning rate's decay after the warm-up."""
     clip_norm: Annotated[float | None, Limits(above=0)] = 1.0
     """Global norm at which gradients are clipped; None: no clipping."""

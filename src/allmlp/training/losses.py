@@ -1,14 +1,15 @@
 """The paper's losses, one value per image; the loss of a batch is their mean.
 
-Both are linear in the target, so the loss of an image mixed from two is the two labels' losses in the same shares.
+To add one: the function here, its name in ``config.recipe.Loss``. Mixup adds the losses of an image's two labels, each
+with its share. That is the loss of the mixed label only for a loss that is linear in the target, as these are.
 """
 
-from typing import Literal
+from collections.abc import Callable
 
 import torch.nn.functional as F
 from torch import Tensor
 
-Loss = Literal["softmax", "sigmoid"]
+from allmlp.config.recipe import Loss
 
 
 def softmax(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
@@ -29,4 +30,4 @@ def sigmoid(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
     return F.softplus(logits).sum(1) - target
 
 
-LOSSES = {"softmax": softmax, "sigmoid": sigmoid}
+LOSSES: dict[Loss, Callable[..., Tensor]] = {"softmax": softmax, "sigmoid": sigmoid}

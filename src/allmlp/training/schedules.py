@@ -1,9 +1,8 @@
 """Learning rates as pure functions of the step."""
 
 import math
-from typing import Literal
 
-Decay = Literal["linear", "cosine"]
+from allmlp.config.recipe import Decay
 
 
 def learning_rate(step: int, *, peak: float, warmup_steps: int, steps: int, decay: Decay) -> float:

@@ -17,7 +17,7 @@ from allmlp.rng import sample_keys, splitmix64
 from allmlp.training.optimizer_step import OptimizerStep
 
 Forward = Callable[[Tensor, Tensor], Tensor]  # images and sample keys → logits
-Loss = Callable[[Tensor, Tensor], Tensor]  # (B, K) logits and (B,) labels → (B,)
+LossFunction = Callable[[Tensor, Tensor], Tensor]  # (B, K) logits and (B,) labels → (B,)
 
 
 class StepResult(NamedTuple):
@@ -88,7 +88,7 @@ class TrainingStep:
         self,
         forward: Forward,
         inputs: InputPreparation,
-        loss: Loss,
+        loss: LossFunction,
         optimizer_step: OptimizerStep,
         schedule: Callable[[int], float],
         precision: torch.dtype = torch.float32,
