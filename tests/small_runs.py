@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from allmlp.checkpointing.manager import CheckpointManager
 from allmlp.config.recipe import DataRecipe, ModelRecipe, OptimizationRecipe, Recipe, RunRecipe
 from allmlp.data.dataset import DatasetSplits, ImageDataset
 from allmlp.data.loader import Batch
@@ -27,7 +26,7 @@ from allmlp.runs.result import RunResult
 from allmlp.runs.resume import Checkpoint
 from allmlp.training import build as build_module
 from allmlp.training import run as run_module
-from allmlp.training.build import build, build_initializer
+from allmlp.training.build import build, build_initializer, build_preemption
 from allmlp.training.optimizer_step import OptimizerStep
 from allmlp.training.preemption import Preemption, SignalState
 from allmlp.training.run import RunOptions
@@ -130,9 +129,7 @@ def preemption_of(
     signals: SignalState | None = None,
     resume: str = "",
 ) -> Preemption:
-    run = settings.run
-    checkpoints = CheckpointManager(out / "checkpoints", context, run.keep_checkpoints, run.save_in_background)
-    return Preemption(context, signals or SignalState(), checkpoints, 60 * run.save_every_minutes, resume)
+    return build_preemption(settings, out, signals or SignalState(), resume, context)
 
 
 def fit(

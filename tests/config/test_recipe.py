@@ -28,6 +28,7 @@ from allmlp.recipes import RECIPES, get_recipe
 from allmlp.training.build import build_initializer
 from allmlp.training.run import train
 
+LOSS_NAMES = ", ".join(map(repr, get_args(Loss)))
 SECTIONS = {"model": ModelRecipe, "data": DataRecipe, "optimization": OptimizationRecipe, "run": RunRecipe}
 
 

@@ -6,11 +6,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import DataLoader
 
+from allmlp.checkpointing.manager import CheckpointManager
 from allmlp.config.checks import micro_batch_size
 from allmlp.config.recipe import DataRecipe, OptimizationRecipe, Recipe
 from allmlp.config.serialize import to_json_object
@@ -37,7 +39,7 @@ from allmlp.training.losses import LOSSES
 from allmlp.training.memory import memory_errors, recompute_blocks
 from allmlp.training.optimizer import adamw, sgd
 from allmlp.training.optimizer_step import OptimizerStep
-from allmlp.training.preemption import Preemption
+from allmlp.training.preemption import Preemption, SignalState
 from allmlp.training.schedules import learning_rate
 from allmlp.training.state import TrainingState
 from allmlp.training.step import InputPreparation, TrainingStep
@@ -213,6 +215,15 @@ def build_batches(
         rank=context.rank,
         world_size=context.world_size,
     )
+
+
+def build_preemption(
+    recipe: Recipe, out: Path, signals: SignalState, resume_command: str, context: DistributedContext
+) -> Preemption:
+    """What saves, and stops, the run in the folder ``out``."""
+    run = recipe.run
+    checkpoints = CheckpointManager(out / "checkpoints", context, run.keep_checkpoints, run.save_in_background)
+    return Preemption(context, signals, checkpoints, 60 * run.save_every_minutes, resume_command)
 
 
 def run_identity(

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from allmlp.checkpointing.manager import CheckpointManager
+import torch
+
 from allmlp.config.checks import check_world_size
 from allmlp.config.recipe import Recipe
 from allmlp.data.dataset import DatasetSplits
@@ -20,8 +21,8 @@ from allmlp.model import Mixer
 from allmlp.runs.folder import locked, run_folder
 from allmlp.runs.provenance import current_commit, describe_device, peak_memory, versions
 from allmlp.runs.result import RunResult
-from allmlp.runs.resume import check_same_data, claim_folder, find_checkpoint
-from allmlp.training.build import Built, build, build_data, build_initializer
+from allmlp.runs.resume import Checkpoint, check_same_data, claim_folder, find_checkpoint
+from allmlp.training.build import Built, build, build_data, build_initializer, build_preemption
 from allmlp.training.compilation import restore_eager
 from allmlp.training.memory import keep_freed_memory
 from allmlp.training.preemption import Preemption, deferred_signals
@@ -68,10 +69,7 @@ def train(
         Stopped: by SIGTERM or SIGINT, after a checkpoint.
     """
     check_world_size(recipe, context.world_size)
-    if not options.resume and context.broadcast_from_rank0(out.exists):
-        raise UserError(f"{out} exists: resume it with --resume {out}, name another folder with --out, or remove it")
-    if context.broadcast_from_rank0(lambda: out.exists() and not out.is_dir()):
-        raise UserError(f"{out} is a file: name a folder with --out")
+    check_folder(out, options, context)
     device = context.local_device(select_device(recipe.run.device))
     precision = select_precision(recipe.run.precision, device)
     initializer = build_initializer(recipe)  # finds mistakes in the sizes before any data is read
@@ -79,32 +77,15 @@ def train(
         keep_freed_memory()
     context.heartbeat("reading the data", slow=True)
     data = context.local_rank0_first(lambda: build_data(recipe))
-    origin: dict[str, Any] = {
-        "seed": recipe.run.seed,
-        "command": options.command,
-        "commit": current_commit(),
-        "versions": versions(),
-        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
+    origin = describe_origin(recipe, options)
     with deferred_signals() as signals, run_folder(out, context.is_rank0), locked(out, context.is_rank0):
-        checkpoints = CheckpointManager(
-            out / "checkpoints", context, recipe.run.keep_checkpoints, recipe.run.save_in_background
-        )
-        preemption = Preemption(
-            context, signals, checkpoints, 60 * recipe.run.save_every_minutes, options.resume_command
-        )
-        found = context.broadcast_from_rank0(lambda: find_checkpoint(recipe, out, options.trust_checkpoint))
-        if found is not None:
-            checkpoints.last_step = found.state["step"]
-            check_same_data(found, data, str(precision).removeprefix("torch."))
-            author = "trusted as requested" if options.trust_checkpoint else "trusted: written by you"
-            log.info("resuming after step %d, from %s (%s)", found.state["step"], found.folder, author)
-        context.broadcast_from_rank0(lambda: claim_folder(recipe, out, found))
+        preemption = build_preemption(recipe, out, signals, options.resume_command, context)
+        checkpoint = find_start(recipe, out, data, precision, options, preemption)
         model = initializer.build_meta(data.classes)
         if recipe.run.shard and context.world_size > 1:
             shard(model, context, device)
         model.to_empty(device=device)
-        if found is None:
+        if checkpoint is None:
             initializer.init_weights(model)
 
         def evaluator(split: str) -> Evaluator:
@@ -113,25 +94,23 @@ def train(
                 preemption.check()
                 progress.update(done, total, f"evaluating on {split}")
 
-            dataset = data.splits[split]
-            return make_evaluator(
-                split, dataset, device=device, precision=precision, context=context, on_batch=on_batch
-            )
+            where = {"device": device, "precision": precision, "context": context}
+            return make_evaluator(split, data.splits[split], on_batch=on_batch, **where)
 
         validation = [evaluator("val")] if "val" in data.splits else []
         built = build(recipe, data, model, device, precision, validation, preemption, progress)
-        if found is not None:
-            built.trainer.load(found)
+        if checkpoint is not None:
+            built.trainer.load(checkpoint)
         built.trainer.fit()
         model, kept_step = built.trainer.kept_model(recipe.run.keep)
-        results = {"val": validation[0].result} if validation else {}
         if context.is_rank0:
             save(model, out / "model.safetensors", **origin)
+        held_out = [*validation]
         if "test" in data.splits:
-            test = evaluator("test")
-            test(model)
-            results["test"] = test.result
+            held_out.append(evaluator("test"))
+            held_out[-1](model)
         restore_eager(model)
+        results = {evaluator.name: evaluator.result for evaluator in held_out}
         summary = summarize(recipe, data, model, built, results) | {"kept_step": kept_step} | origin
         if context.is_rank0:
             scores: dict[str, Any] = {key: summary[key] for key in ("data", "split", "epochs", "val_top1", "test_top1")}
@@ -139,6 +118,44 @@ def train(
             write_text(out / "summary.json", to_json(summary, indent=2) + "\n")
     metrics = built.trainer.records.metrics
     return RunResult(out=out, recipe=recipe, summary=summary, metrics=metrics, model=model, data=data, results=results)
+
+
+def check_folder(out: Path, options: RunOptions, context: DistributedContext) -> None:
+    if not options.resume and context.broadcast_from_rank0(out.exists):
+        raise UserError(f"{out} exists: resume it with --resume {out}, name another folder with --out, or remove it")
+    if context.broadcast_from_rank0(lambda: out.exists() and not out.is_dir()):
+        raise UserError(f"{out} is a file: name a folder with --out")
+
+
+def describe_origin(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
+    """Where the weights of the run come from, for their metadata and the summary."""
+    return {
+        "seed": recipe.run.seed,
+        "command": options.command,
+        "commit": current_commit(),
+        "versions": versions(),
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def find_start(
+    recipe: Recipe,
+    out: Path,
+    data: DatasetSplits,
+    precision: torch.dtype,
+    options: RunOptions,
+    preemption: Preemption,
+) -> Checkpoint | None:
+    """The checkpoint that the run resumes from, None for a new run; then the folder is this run's. Collective."""
+    context = preemption.context
+    checkpoint = context.broadcast_from_rank0(lambda: find_checkpoint(recipe, out, options.trust_checkpoint))
+    if checkpoint is not None:
+        preemption.checkpoints.last_step = checkpoint.state["step"]
+        check_same_data(checkpoint, data, str(precision).removeprefix("torch."))
+        author = "trusted as requested" if options.trust_checkpoint else "trusted: written by you"
+        log.info("resuming after step %d, from %s (%s)", checkpoint.state["step"], checkpoint.folder, author)
+    context.broadcast_from_rank0(lambda: claim_folder(recipe, out, checkpoint))
+    return checkpoint
 
 
 def summarize(
