@@ -72,7 +72,7 @@ def killed(lab: Lab, rng: random.Random, trials: int, mode: str) -> Result:
 
 
 def killed_during_save(lab: Lab, rng: random.Random, trials: int) -> Result:
-    """Row 3: SIGKILL in each part of a save; at least one sound checkpoint remains, and the newest one is loaded."""
+    """Row 3: SIGKILL in each part of a save; at least one intact checkpoint remains, and the newest one is loaded."""
     tally, expected = Tally(), uninterrupted(lab, "1 process")
     saves = STEPS // SAVE
     places = [
@@ -92,7 +92,7 @@ def killed_during_save(lab: Lab, rng: random.Random, trials: int) -> Result:
         text = f"{place} {call}: {first.status}, sound {sound}, then {second.status} {second.err[-300:]}"
         tally.add(
             first.status != -signal.SIGKILL and f"{text}: the fault did not happen",
-            has_checkpoints and not sound and f"{text}: no sound checkpoint",
+            has_checkpoints and not sound and f"{text}: no intact checkpoint",
             second.status != 0 and text,
             second.status == 0 and run_digest(lab.root / name) != expected and f"{text}: differs",
             leftovers(lab.root / name) and f"{text}: leaves {leftovers(lab.root / name)}",
@@ -334,7 +334,7 @@ def unwritable_disk(lab: Lab, rng: random.Random, trials: int) -> Result:
 def flipped_bit(lab: Lab, rng: random.Random, trials: int) -> Result:
     """Row 10: one flipped bit in each file of a checkpoint."""
     from allmlp.checkpointing.checkpoint import DamagedCheckpoint, verify_checkpoint
-    from allmlp.checkpointing.manager import newest_sound
+    from allmlp.checkpointing.manager import newest_intact
 
     uninterrupted(lab, "2 FSDP2")
     tally = Tally()
@@ -354,7 +354,7 @@ def flipped_bit(lab: Lab, rng: random.Random, trials: int) -> Result:
                 message = ""
             except DamagedCheckpoint as error:
                 message = str(error)
-            found = newest_sound(copy / "checkpoints", trusted=True)
+            found = newest_intact(copy / "checkpoints", trusted=True)
             text = f"bit {bit} of {file.name}"
             tally.add(
                 str(path) not in message and f"{text}: {message or 'not found'}",

@@ -17,7 +17,7 @@ from allmlp.data.transforms import normalize
 from allmlp.metadata import Preprocessing
 from allmlp.model import Mixer
 from allmlp.rng import sample_keys
-from allmlp.training.losses import LOSSES, Loss
+from allmlp.training.losses import LOSSES, LossName
 from allmlp.training.optimizer import adamw, sgd
 from allmlp.training.optimizer_step import OptimizerStep
 from allmlp.training.step import StepResult
@@ -54,7 +54,7 @@ def train(
     forward: Forward | None = None,
     seed: int = 0,
     clip_norm: float | None = 1.0,
-    loss: Loss = "softmax",
+    loss: LossName = "softmax",
     label_smoothing: float = 0.0,
     precision: torch.dtype = torch.float32,
     mixing: Mixing | None = None,
@@ -283,7 +283,7 @@ class Case:
     """What a step has to give the same for, however its batch is cut."""
 
     model: dict = field(default_factory=dict)
-    loss: Loss = "softmax"
+    loss: LossName = "softmax"
     smoothing: float = 0.0
     mixing: Mixing | None = None
     invalid: tuple[int, ...] = ()

@@ -33,7 +33,7 @@ class Arguments:
 
 
 def run(args: Sequence[str]) -> None:
-    arguments = parse(Arguments, args, verb="resize", description=DESCRIPTION)
+    arguments = parse(Arguments, args, command="resize", description=DESCRIPTION)
     from allmlp.weights.load import load
     from allmlp.weights.native import save
     from allmlp.weights.resize import resize

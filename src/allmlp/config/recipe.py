@@ -1,4 +1,4 @@
-"""What to train and how: typed, frozen, each limit beside its field. An invalid recipe cannot be made.
+"""What to train and how, as frozen dataclasses with the limits of each field. An invalid recipe cannot be created.
 
 The docstrings of the fields are the command line's help, which is made without importing torch.
 """
@@ -253,8 +253,8 @@ class SearchRecipe:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Transfer:
-    """Fine-tuning of trained weights on a data set: the recipe of each run, and the search around it."""
+class FinetuneRecipe:
+    """Fine-tuning of trained weights on a dataset: the recipe of each run, and the search around it."""
 
     recipe: Recipe
     search: SearchRecipe = field(default_factory=SearchRecipe)

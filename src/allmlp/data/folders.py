@@ -1,4 +1,4 @@
-"""Labelled images from a tree of folders, on disk or in a zip: one folder per class, perhaps below split folders.
+"""Labeled images from a tree of folders, on disk or in a zip: one folder per class, perhaps below split folders.
 
 Split folders are ``train/``, ``val/`` or ``validation/``, and ``test/``. Images inside a class folder are found at any
 depth; a single outer folder around everything, which many zips have, is ignored.

@@ -1,6 +1,6 @@
 """The paper's losses, one value per image; the loss of a batch is their mean.
 
-Both are linear in the target, so the loss of an image mixed from two is the two labels' losses in the same shares.
+Both are linear in the target, so the loss of a mixed image is the weighted mean of the losses of its two labels.
 """
 
 from typing import Literal
@@ -8,7 +8,7 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor
 
-Loss = Literal["softmax", "sigmoid"]
+LossName = Literal["softmax", "sigmoid"]
 
 
 def softmax(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:

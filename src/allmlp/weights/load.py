@@ -31,8 +31,8 @@ def load(path: str | Path, *, image_size: Size | None = None, in_channels: int |
 
     Args:
         path: a file, or "hf-hub:OWNER/NAME", "hf-hub:OWNER/NAME@REVISION" on the Hugging Face hub.
-        image_size: that the weights were trained at, in pixels; needed if the grid of patches is not square.
-        in_channels: of the images; needed if the stem is stored flat (lucidrains') and its shape is ambiguous.
+        image_size: size that the weights were trained at, in pixels; needed if the grid of patches is not square.
+        in_channels: number of channels of the images; needed if a flat stem (lucidrains') leaves it ambiguous.
 
     Raises:
         UserError: the file is missing, damaged, dangerous or another architecture's; tensors are missing, unexpected,
@@ -139,7 +139,7 @@ def unwrap(names: Iterable[str], file_name: str) -> dict[str, str]:
 
 
 def check_arguments(config: dict[str, Any], image_size: Size | None, in_channels: int | None, file_name: str) -> None:
-    """A UserError if an argument of ``load`` contradicts the file."""
+    """Raises a UserError if an argument of ``load`` contradicts the file."""
     if in_channels is not None and in_channels != config["in_channels"]:
         raise UserError(
             f"{file_name}: in_channels={in_channels}, but its stem takes {config['in_channels']}: leave it out"
