@@ -221,7 +221,7 @@ def test_no_images_at_all(tmp_path: Path) -> None:
 @pytest.mark.parametrize("folder", ["", "train/"])
 def test_images_without_class_folders(tmp_path: Path, folder: str) -> None:
     make_folder(tmp_path, [f"{folder}{i}.png" for i in range(4)])
-    with pytest.raises(UserError, match=r"holds 4 images but no class folders: put each class in a folder of its own"):
+    with pytest.raises(UserError, match=r"holds 4 images but no class folders: put each class in a separate folder"):
         load_source(str(tmp_path))
 
 

@@ -1,4 +1,4 @@
-"""``mixer``: runs the module of the command that is given. Each imports torch only when it needs it."""
+"""The program ``mixer``: runs the module of the given command, each of which imports torch only when it needs it."""
 
 import difflib
 import importlib
@@ -99,7 +99,7 @@ def raise_terminated(number: int, frame: object) -> None:
 
 
 def fail(error: BaseException | str, status: int, debug: bool, unexpected: bool = False) -> int:
-    """Prints the error in one line on standard error, with ``debug`` after its traceback; returns the status."""
+    """Prints the error in one line on standard error, after its traceback if ``debug``; returns the status."""
     message = " ".join(str(error).split()) or type(error).__name__
     if unexpected:
         message = f"{type(error).__name__}: {message}"

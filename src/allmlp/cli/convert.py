@@ -29,7 +29,7 @@ class Arguments:
     out: tyro.conf.Positional[Path]
     """The file to write."""
     to: Literal["auto", "native", "npz", "timm"] = "auto"
-    """native: allmlp's .safetensors; npz: the authors' layout; timm: timm's names, .safetensors; auto: by OUT."""
+    """native: allmlp's .safetensors; npz: the authors' layout; timm: timm's names; auto: from the suffix of OUT."""
     image_size: tuple[int, ...] = ()
     """Size that the weights were trained at, for a grid that is not square: height and width in pixels, as 224 448."""
     in_channels: int | None = None

@@ -64,7 +64,7 @@ def read_class_folders(
     counts = Counter(name.removeprefix(prefix).split("/")[0] for name in members)
     if not classes:
         raise UserError(
-            f"{location} holds {len(below)} images but no class folders: put each class in a folder of its own"
+            f"{location} holds {len(below)} images but no class folders: put each class in a separate folder"
         )
     for name in classes:
         if not counts[name]:

@@ -68,7 +68,7 @@ def global_norm(tensors: list[Tensor], sharded: bool) -> Tensor:
 
 
 def replicate(model: Mixer, context: DistributedContext, device: torch.device) -> nn.Module:
-    """Wraps the model in DDP, which averages gradients over the ranks; not in one process, or if it is sharded."""
+    """The model in DDP, which averages gradients over ranks; the model itself in one process, or if it is sharded."""
     if context.world_size == 1 or isinstance(model, FSDPModule):
         return model
     return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)

@@ -1,4 +1,4 @@
-"""The words of the command line that go on with a run, share it out, and ask where it is: mistakes in one line."""
+"""On the command line: resuming a run, launching its processes, and mixer status; mistakes are one line."""
 
 import json
 import os
@@ -17,7 +17,7 @@ STEPS = ("--steps", "4", "--save-every-steps", "2", "--compile", "off", "--worke
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Of no launcher's, and in a folder of its own."""
+    """Started by no launcher, in an empty folder."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
