@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -26,7 +26,7 @@ format stores both."""
 @help_from_docstrings
 class Arguments:
     weights: Weights
-    out: tyro.conf.Positional[Path]
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """The file to write."""
     to: Literal["auto", "native", "npz", "timm"] = "auto"
     """native: allmlp's .safetensors; npz: the authors' layout; timm: timm's names; auto: from the suffix of OUT."""

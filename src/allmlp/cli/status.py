@@ -63,8 +63,8 @@ def status_lines(status: dict[str, Any]) -> list[tuple[str, str]]:
     else:
         shown.append(("checkpoints", "none yet"))
     if "sound" in status:
-        sound = "nothing to verify" if status["sound"] is None else f"step {status['sound']:,} is intact"
-        shown.append(("verified", sound))
+        verified = "nothing to verify" if status["sound"] is None else f"step {status['sound']:,} is intact"
+        shown.append(("verified", verified))
     if status["state"] == "stopped":
         shown.append(("resume", f"mixer train --resume {shlex.quote(status['run'])}"))
     return shown

@@ -1,4 +1,4 @@
-"""torch.compile for the training step where it pays and works; elsewhere the model runs as it is."""
+"""torch.compile for the training step, where it works and saves time; otherwise the model runs in eager mode."""
 
 import logging
 import math
