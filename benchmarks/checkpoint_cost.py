@@ -36,7 +36,7 @@ from allmlp.data.stores import ArrayStore
 from allmlp.device import select_precision
 from allmlp.distributed.context import SINGLE_PROCESS
 from allmlp.recipes import get_recipe
-from allmlp.training.build import build_batches, build_initializer, build_mixing, build_optimizer, find_data
+from allmlp.training.build import build_batches, build_initializer, build_mixing, build_optimizer, load_data
 from allmlp.training.compilation import compile_model
 from allmlp.training.losses import LOSSES
 from allmlp.training.memory import keep_freed_memory
@@ -51,7 +51,7 @@ CPU = torch.device("cpu")
 def cifar10(data: Path) -> tuple[Recipe, DatasetSplits]:
     recipe = get_recipe("cifar10")
     recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, data=str(data), workers=1))
-    return recipe, find_data(recipe)
+    return recipe, load_data(recipe)
 
 
 def b16() -> tuple[Recipe, DatasetSplits]:

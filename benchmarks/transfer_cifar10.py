@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from common import NoProgress, machine, print_table, write_results
 
-from allmlp.config.recipe import DataRecipe, ModelRecipe, OptimizationRecipe, Recipe, RunRecipe, Transfer
+from allmlp.config.recipe import DataRecipe, FinetuneRecipe, ModelRecipe, OptimizationRecipe, Recipe, RunRecipe
 from allmlp.evaluation.classification import SplitEvaluator
 from allmlp.evaluation.run_report import write_run_report
-from allmlp.recipes import get_transfer
+from allmlp.recipes import get_finetune_recipe
 from allmlp.training.run import train
 from allmlp.training.sweep import sweep
 
@@ -65,9 +65,9 @@ def pretrain(data: Path, out: Path, seed: int) -> dict:
     return run_one(recipe, out)
 
 
-def plan(data: Path, weights: Path | None, seed: int) -> Transfer:
+def plan(data: Path, weights: Path | None, seed: int) -> FinetuneRecipe:
     """Fine-tuning of the weights, or training from scratch without weights, with the same budget."""
-    tuning = get_transfer("photos")
+    tuning = get_finetune_recipe("photos")
     recipe, search = tuning.recipe, replace(tuning.search, search_fraction=0.2)
     budget = {"steps": STEPS, "global_batch_size": BATCH, "warmup_steps": STEPS // 10}
     if weights is None:
@@ -83,7 +83,7 @@ def plan(data: Path, weights: Path | None, seed: int) -> Transfer:
         optimization=optimization,
         run=RunRecipe(seed=seed, evaluate_every_epochs=STEPS, log_every_steps=100),
     )
-    return Transfer(recipe=recipe, search=search)
+    return FinetuneRecipe(recipe=recipe, search=search)
 
 
 def main() -> None:

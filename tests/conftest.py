@@ -74,7 +74,7 @@ def tiny() -> tuple[str, ...]:
 
 
 def write_pictures(root: Path, counts: dict[str, int]) -> Path:
-    """``counts``: folder → how many noisy 16×16 PNGs of the color that its last name says (or grey)."""
+    """``counts``: folder → how many noisy 16×16 PNGs of the color that its last name says (or gray)."""
     for folder, count in counts.items():
         (root / folder).mkdir(parents=True)
         color = COLORS.get(Path(folder).name, (128, 128, 128))

@@ -56,16 +56,16 @@ def test_the_pretraining_recipes_are_in_the_table() -> None:
 def test_the_fine_tuning_recipes_are_in_the_table() -> None:
     rows = table("training.md")
     for name, make in FINETUNE.items():
-        transfer = make()
-        optimization = transfer.recipe.optimization
+        finetune = make()
+        optimization = finetune.recipe.optimization
         steps = f"{optimization.steps:,}" if optimization.steps else f"{optimization.epochs:g} epochs"
-        rates = ", ".join(map(str, transfer.search.learning_rates))
+        rates = ", ".join(map(str, finetune.search.learning_rates))
         row = rows["vtab-… (19 tasks)" if name.startswith("vtab-") else name]
         assert row == [
             steps,
             f"{optimization.warmup_steps:,}",
             rates,
-            f"{transfer.search.search_fraction:.0%}".replace("%", " %"),
+            f"{finetune.search.search_fraction:.0%}".replace("%", " %"),
         ]
 
 

@@ -19,7 +19,7 @@ GOLDEN = 0x9E3779B97F4A7C15
 
 
 def splitmix(z: int) -> int:
-    """Steele et al. 2014's finaliser of 64 bits, in Python's integers."""
+    """Steele et al. 2014's finalizer of 64 bits, in Python's integers."""
     z &= WRAP
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & WRAP
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & WRAP

@@ -1,4 +1,4 @@
-"""The ``Classifier`` protocol: all that evaluation, prediction and serving ask of a model.
+"""The ``Classifier`` protocol: all that evaluation and prediction need from a model.
 
 A Mixer satisfies it, and so can an optimized engine or an ONNX session.
 """

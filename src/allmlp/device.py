@@ -11,7 +11,7 @@ Precision = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 def select_device(name: str) -> torch.device:
-    """The device of a name such as "cpu", "cuda", "cuda:1" or "mps"; "auto" takes CUDA, else MPS, else the CPU.
+    """The device for a name such as "cpu", "cuda", "cuda:1" or "mps"; "auto" takes CUDA, else MPS, else the CPU.
 
     Raises:
         UserError: an unknown name, or a device that this machine does not have.
@@ -37,7 +37,7 @@ def select_device(name: str) -> torch.device:
 
 
 def select_precision(name: Precision, device: torch.device) -> torch.dtype:
-    """The type of a name; "auto" is bfloat16 where the hardware computes in it (AVX512-BF16, AMX, recent GPUs)."""
+    """The dtype for a name; "auto" is bfloat16 where the hardware computes in it (AVX512-BF16, AMX, recent GPUs)."""
     if name == "auto":
         return torch.bfloat16 if has_bfloat16_hardware(device) else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]

@@ -1,7 +1,7 @@
-"""Dropout and stochastic depth with masks that belong to a sample, whatever batch or device it is computed on.
+"""Dropout and stochastic depth, with masks that depend on the sample and not on its batch or device.
 
 In training both take the samples' keys (``rng.sample_keys``); without keys, torch's generator draws the masks. Each
-module needs a stream number of its own, so that no two masks of a model are the same.
+module needs its own stream number, so that no two masks of a model are the same.
 """
 
 import torch
@@ -25,11 +25,11 @@ class Dropout(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth (Huang et al. 2016): in training, a sample of (B, S, C) loses the whole branch.
+    """Stochastic depth (Huang et al. 2016): in training, drops the whole branch for some samples of (B, S, C).
 
     Args:
-        rate: the probability of that.
-        stream: of the random numbers.
+        rate: probability to drop the branch of a sample.
+        stream: number of the random stream.
         rescale: whether branches that are kept are divided by 1 − rate.
     """
 

@@ -23,7 +23,7 @@ def create(variant: str | None = None, *, num_classes: int = 1000, image_size: S
         variant: a name from Table 1 ("B/16"; case does not matter, "Mixer-B/16" is the same). None: custom sizes;
             num_blocks, patch_size, hidden_dim, tokens_mlp_dim and channels_mlp_dim are then required.
         num_classes: 0 leaves out the head: the model then returns features (B, C).
-        image_size: in pixels, one number or (height, width); a multiple of the patch size.
+        image_size: height and width in pixels, or one number for both; multiples of the patch size.
         options: any other argument of ``Mixer``; they override the variant's sizes, unless they are None.
 
     Raises:

@@ -1,4 +1,7 @@
-"""What a model costs. On the meta device (``factory.build_meta``) this computes nothing and uses no memory."""
+"""A model's parameters, FLOPs and activation memory.
+
+For a model on the meta device (``factory.build_meta``), counting computes nothing and uses no memory.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 class ImageModel(Protocol):
-    """What is needed of a model to count its cost."""
+    """What counting the cost of a model requires of it."""
 
     in_channels: int
     image_size: tuple[int, int]

@@ -9,6 +9,7 @@ from allmlp.rng import parameter_generator
 
 
 def copy_into(parameter: Tensor, value: Tensor) -> None:
+    """Copies a value into a parameter without a gradient."""
     with torch.no_grad():
         parameter.copy_(value)
 
@@ -21,7 +22,7 @@ def init_weights(model: nn.Module, seed: int, copy_: Callable[[Tensor, Tensor], 
 
     Args:
         model: any module with the parameter names of ``Mixer``.
-        seed: of the weights.
+        seed: seed of the weights.
         copy_: writes a full value into a parameter, which may hold only a shard of it.
     """
     for name, parameter in model.named_parameters():

@@ -1,4 +1,4 @@
-"""What a weights file holds besides the tensors: everything that is needed to predict with them."""
+"""The metadata of weights: what prediction needs besides the tensors, and where the weights come from."""
 
 import math
 from dataclasses import dataclass, field

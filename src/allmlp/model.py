@@ -32,9 +32,9 @@ class MixerBlock(nn.Module):
 
     Args:
         tokens, channels, tokens_mlp_dim, channels_mlp_dim: S, C, D_S and D_C.
-        gelu, norm_eps, dropout, rescale: as for ``Mixer``.
+        gelu, norm_eps, dropout, rescale: see ``Mixer``.
         drop_path: probability to drop a branch of this block in training.
-        index: of the block in its model; blocks with different indices draw different random masks.
+        index: the block's number in its model; blocks with different numbers draw different random masks.
     """
 
     def __init__(
@@ -63,8 +63,8 @@ class MixerBlock(nn.Module):
     def forward(self, x: Tensor, keys: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """(B, S, C) → (B, S, C).
 
-        ``mask``, (B, S) bool, is true where a token is present: what absent tokens hold, even NaN, then has no effect
-        on present ones or on gradients, and the output at absent tokens has no meaning. ``keys``: see ``Mixer.tokens``.
+        ``mask``, (B, S) bool, is true where a token is present. Absent tokens, even NaN, have no effect on present
+        ones or on gradients, and their outputs are meaningless. ``keys``: see ``Mixer.tokens``.
         """
         x = zero_absent(x, mask)
         normed = zero_absent(self.norm1(x), mask)
@@ -75,7 +75,7 @@ class MixerBlock(nn.Module):
 
 
 def zero_absent(x: Tensor, mask: Tensor | None) -> Tensor:
-    """(B, S, C) with zeros where the mask (B, S) is false; not by a product, which would keep a NaN."""
+    """Sets x (B, S, C) to zero where the mask (B, S) is false. Multiplying by the mask would keep NaNs."""
     if mask is None:
         return x
     check_mask(mask, x)
@@ -93,7 +93,7 @@ def mean_pool(x: Tensor, mask: Tensor | None = None) -> Tensor:
     x = zero_absent(x, mask)
     check_any_present(mask)
     present = mask.sum(1, keepdim=True).to(torch.promote_types(x.dtype, torch.float32))
-    scale = torch.full_like(present, x.shape[1]) / present  # exactly 1 if all are; a number / present would round
+    scale = torch.full_like(present, x.shape[1]) / present  # exactly 1 if all are; number / tensor is inexact
     return (x.mean(1) * scale).to(x.dtype)
 
 
@@ -102,16 +102,16 @@ class Mixer(nn.Module):
 
     Args:
         num_classes: size of the head; 0 leaves it out.
-        image_size: in pixels, (height, width) or one number for both; a multiple of the patch size.
-        patch_size: likewise; S = (H / patch height) · (W / patch width).
+        image_size: height and width in pixels, or one number for both; multiples of the patch size.
+        patch_size: height and width in pixels, or one number for both; S = (H / patch height) · (W / patch width).
         num_blocks, hidden_dim, tokens_mlp_dim, channels_mlp_dim: Table 1's number of layers, C, D_S and D_C.
-        in_channels: of the images.
+        in_channels: number of channels of the images.
         gelu: "tanh" as in the authors' code, "erf" for weights trained with timm.
         norm_eps: added to the variance in every LayerNorm (1e-5 in lucidrains' port).
         dropout: after each dense layer of an MLP block (0 in every published setting).
         stochastic_depth: probability to drop a branch in training; rises linearly over the blocks from 0 to this.
         rescale: divide the branches that are kept by 1 − p (timm does, the authors' code does not).
-        seed: of the initial weights; None draws one from torch's generator.
+        seed: seed of the initial weights; None draws one from torch's generator.
 
     Raises:
         UserError: a size that is not positive or not a multiple of the patch size, or a rate outside [0, 1).
@@ -142,7 +142,6 @@ class Mixer(nn.Module):
         self.config = check_config(arguments)
         self.num_classes, self.in_channels = self.config["num_classes"], self.config["in_channels"]
         self.image_size, self.patch_size = self.config["image_size"], self.config["patch_size"]
-        self.num_classes, self.in_channels = self.config["num_classes"], self.config["in_channels"]
         self.grid = (self.image_size[0] // self.patch_size[0], self.image_size[1] // self.patch_size[1])
         self.metadata = Metadata()
 

@@ -2,8 +2,9 @@
 
 - ``rng_stream``: a NumPy generator for (seed, stream), for the order of images, augmentation and mixing.
 - ``parameter_generator``: a torch generator for (seed, parameter name), for initial weights.
-- ``sample_keys`` and ``uniform``: numbers of one sample for dropout and stochastic depth. They do not depend on the
-  rest of the batch or on the device, so micro-batches, ranks and recomputed activations all see the same masks.
+- ``sample_keys`` and ``uniform``: the random numbers of each sample for dropout and stochastic depth. They do not
+  depend on the rest of the batch or on the device, so the masks are the same for any micro-batch size, any number of
+  ranks, and when activations are recomputed.
 """
 
 import hashlib
@@ -36,7 +37,7 @@ def uniform(keys: Tensor | None, stream: int, like: Tensor) -> Tensor:
     """Uniform float32 numbers in [0, 1), of the shape and on the device of ``like``, (B, …).
 
     Args:
-        keys: of the samples, (B,) int64; None draws from torch's generator.
+        keys: the samples' keys, (B,) int64; None draws from torch's generator.
         stream: a different number for each place in the model that uses randomness.
         like: gives shape and device.
     """
@@ -51,7 +52,7 @@ def uniform(keys: Tensor | None, stream: int, like: Tensor) -> Tensor:
 
 
 def splitmix64(z: Tensor) -> Tensor:
-    """SplitMix64's finaliser (Steele et al. 2014): every bit of the result depends on every bit of z, int64."""
+    """SplitMix64's finalizer (Steele et al. 2014): every bit of the result depends on every bit of z, int64."""
     z = (z ^ logical_right_shift(z, 30)) * MULTIPLIER_1
     z = (z ^ logical_right_shift(z, 27)) * MULTIPLIER_2
     return z ^ logical_right_shift(z, 31)

@@ -123,7 +123,7 @@ def run_digest(run: Path) -> str:
     return total.hexdigest()
 
 
-def sound_steps(run: Path) -> list[int]:
+def intact_steps(run: Path) -> list[int]:
     """The steps of the checkpoints that match their manifests."""
     from allmlp.checkpointing.checkpoint import DamagedCheckpoint, verify_checkpoint
 

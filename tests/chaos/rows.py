@@ -22,10 +22,10 @@ from harness import (
     Result,
     Tally,
     checkpoints,
+    intact_steps,
     leftovers,
     metrics,
     run_digest,
-    sound_steps,
     tensor_digests,
     tensors,
 )
@@ -72,7 +72,7 @@ def killed(lab: Lab, rng: random.Random, trials: int, mode: str) -> Result:
 
 
 def killed_during_save(lab: Lab, rng: random.Random, trials: int) -> Result:
-    """Row 3: SIGKILL in each part of a save; at least one sound checkpoint remains, and the newest one is loaded."""
+    """Row 3: SIGKILL in each part of a save; at least one intact checkpoint remains, and the newest one is loaded."""
     tally, expected = Tally(), uninterrupted(lab, "1 process")
     saves = STEPS // SAVE
     places = [
@@ -86,13 +86,13 @@ def killed_during_save(lab: Lab, rng: random.Random, trials: int) -> Result:
     for place, call in places if trials >= len(places) else rng.sample(places, trials):
         name = f"saving {place} {call}"
         first = lab.train(name, fault={"place": place, "call": call, "action": "kill"})
-        sound = sound_steps(lab.root / name)
+        intact = intact_steps(lab.root / name)
         has_checkpoints = len(checkpoints(lab.root / name)) > 0
         second = lab.train(name)
-        text = f"{place} {call}: {first.status}, sound {sound}, then {second.status} {second.err[-300:]}"
+        text = f"{place} {call}: {first.status}, intact {intact}, then {second.status} {second.err[-300:]}"
         tally.add(
             first.status != -signal.SIGKILL and f"{text}: the fault did not happen",
-            has_checkpoints and not sound and f"{text}: no sound checkpoint",
+            has_checkpoints and not intact and f"{text}: no intact checkpoint",
             second.status != 0 and text,
             second.status == 0 and run_digest(lab.root / name) != expected and f"{text}: differs",
             leftovers(lab.root / name) and f"{text}: leaves {leftovers(lab.root / name)}",
@@ -262,8 +262,8 @@ def second_signal(lab: Lab) -> str | None:
     start = time.monotonic()
     process.communicate(timeout=60)
     seconds = time.monotonic() - start
-    if process.returncode != 143 or seconds > 1.5 or sound_steps(run) != [SAVE]:
-        return f"second signal: {process.returncode} after {seconds:.1f} s, sound {sound_steps(run)}"
+    if process.returncode != 143 or seconds > 1.5 or intact_steps(run) != [SAVE]:
+        return f"second signal: {process.returncode} after {seconds:.1f} s, intact {intact_steps(run)}"
     resumed = lab.call(*TRAIN, "--out", run, "--resume", "auto")
     return None if run_digest(run) == uninterrupted(lab, "1 process") else f"second signal: {resumed.err[-300:]}"
 
@@ -314,15 +314,15 @@ def unwritable_disk(lab: Lab, rng: random.Random, trials: int) -> Result:
                 subprocess.run(["umount", path], check=True)
             else:
                 path.unlink()
-            sound = sound_steps(run)
+            intact = intact_steps(run)
             second = lab.call(*TRAIN, "--out", run, "--resume", "auto")
             text = (
-                f"{action} in the {saves}: {first.status}, {kept}, sound {sound}: {first.err[-300:]} "
+                f"{action} in the {saves}: {first.status}, {kept}, intact {intact}: {first.err[-300:]} "
                 f"{second.err[-200:]}"
             )
             tally.add(
                 (first.status != 1 or "cannot be written" not in first.err) and text,
-                3 * SAVE not in sound and text,
+                3 * SAVE not in intact and text,
                 left and f"{text}: leaves {left}",
                 (second.status != 0 or run_digest(run) != uninterrupted(lab, "1 process")) and f"{text}: differs",
             )
@@ -334,7 +334,7 @@ def unwritable_disk(lab: Lab, rng: random.Random, trials: int) -> Result:
 def flipped_bit(lab: Lab, rng: random.Random, trials: int) -> Result:
     """Row 10: one flipped bit in each file of a checkpoint."""
     from allmlp.checkpointing.checkpoint import DamagedCheckpoint, verify_checkpoint
-    from allmlp.checkpointing.manager import newest_sound
+    from allmlp.checkpointing.manager import newest_intact
 
     uninterrupted(lab, "2 FSDP2")
     tally = Tally()
@@ -354,7 +354,7 @@ def flipped_bit(lab: Lab, rng: random.Random, trials: int) -> Result:
                 message = ""
             except DamagedCheckpoint as error:
                 message = str(error)
-            found = newest_sound(copy / "checkpoints", trusted=True)
+            found = newest_intact(copy / "checkpoints", trusted=True)
             text = f"bit {bit} of {file.name}"
             tally.add(
                 str(path) not in message and f"{text}: {message or 'not found'}",
@@ -383,7 +383,7 @@ def nan_loss(lab: Lab, rng: random.Random, trials: int) -> Result:
         same = last is not None and all((good[f"model.{name}"] == p).all() for name, p in last.named_parameters())
         tally.add(
             (diverged.status != 1 or f"step {step}:" not in diverged.err or "diverged" not in diverged.err) and text,
-            (max(kept, default=0) >= step or sorted(kept) != sorted(sound_steps(run)))
+            (max(kept, default=0) >= step or sorted(kept) != sorted(intact_steps(run)))
             and f"{text}: checkpoints {kept}",
             not same and f"{text}: weights changed",
         )

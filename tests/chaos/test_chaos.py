@@ -23,7 +23,7 @@ def test_a_run_that_is_killed_and_resumed_ends_like_an_uninterrupted_one(lab: La
     check(rows.killed(lab, random.Random(1), trials, mode))
 
 
-def test_a_run_killed_during_a_save_leaves_a_sound_checkpoint(lab: Lab) -> None:
+def test_a_run_killed_during_a_save_leaves_an_intact_checkpoint(lab: Lab) -> None:
     check(rows.killed_during_save(lab, random.Random(2), 2))
 
 

@@ -1,4 +1,4 @@
-"""The checkpoints of a run: written in the background, the newest sound one found, old ones removed."""
+"""The checkpoints of a run: written in the background, the newest intact one found, old ones removed."""
 
 import json
 import logging
@@ -19,11 +19,11 @@ from allmlp.checkpointing.checkpoint import STATE, read_tensors, verify_checkpoi
 from allmlp.checkpointing.manager import (
     CheckpointManager,
     checkpoint_name,
+    checkpoints_by_step,
     clean_up,
-    newest_sound,
+    newest_intact,
     remove_old,
     set_aside_damaged,
-    steps_in,
 )
 from allmlp.distributed.context import SINGLE_PROCESS
 from allmlp.errors import RunError, UserError
@@ -45,8 +45,8 @@ def damage(folder: Path, *steps: int) -> None:
 
 
 def newest_step(folder: Path) -> int | None:
-    """The step of the newest sound checkpoint, whose tensors are compared with those that were written."""
-    sound = newest_sound(folder)
+    """The step of the newest intact checkpoint, whose tensors are compared with those that were written."""
+    sound = newest_intact(folder)
     if sound is None:
         return None
     assert sound[0] == folder / checkpoint_name(sound[1]["step"])
@@ -62,8 +62,8 @@ def names(folder: Path) -> list[str]:
 
 def steps_kept(folder: Path) -> list[int]:
     """The steps of the checkpoints, after checking that the folder holds nothing else."""
-    assert names(folder) == sorted(checkpoint_name(step) for step in steps_in(folder))
-    return list(steps_in(folder))
+    assert names(folder) == sorted(checkpoint_name(step) for step in checkpoints_by_step(folder))
+    return list(checkpoints_by_step(folder))
 
 
 # Saving
@@ -223,7 +223,7 @@ def test_the_checkpoint_just_written_is_kept_even_if_later_steps_exist(tmp_path:
     damage(tmp_path, 8, 12)
     with CheckpointManager(tmp_path, SINGLE_PROCESS, keep=1) as manager:
         manager.save(4, tensors(4), {"step": 4})
-    assert 4 in steps_in(tmp_path)
+    assert 4 in checkpoints_by_step(tmp_path)
     assert newest_step(tmp_path) == 4
 
 
@@ -233,9 +233,9 @@ def test_other_files_and_folders_are_left_alone(tmp_path: Path) -> None:
     for other in others:
         (tmp_path / other).mkdir()
     (tmp_path / "step-00000010").write_text("a file where a folder should be")
-    assert list(steps_in(tmp_path)) == [3, 2, 1]
+    assert list(checkpoints_by_step(tmp_path)) == [3, 2, 1]
     remove_old(tmp_path, 1, set())
-    assert list(steps_in(tmp_path)) == [3]
+    assert list(checkpoints_by_step(tmp_path)) == [3]
     assert {*others, "step-00000010"} <= {*names(tmp_path)}
     assert newest_step(tmp_path) == 3
 
@@ -244,8 +244,8 @@ def test_steps_are_sorted_as_numbers(tmp_path: Path) -> None:
     steps = [999_999_999, 100_000_000, 99_999_999, 10, 9]
     for step in steps:
         (tmp_path / checkpoint_name(step)).mkdir()
-    assert list(steps_in(tmp_path)) == steps
-    assert steps_in(tmp_path / "gone") == {}
+    assert list(checkpoints_by_step(tmp_path)) == steps
+    assert checkpoints_by_step(tmp_path / "gone") == {}
 
 
 def test_an_old_checkpoint_that_is_a_link_is_unlinked(tmp_path: Path) -> None:
@@ -259,14 +259,14 @@ def test_an_old_checkpoint_that_is_a_link_is_unlinked(tmp_path: Path) -> None:
     assert steps_kept(tmp_path / "c") == [2]
 
 
-# Finding the newest sound checkpoint
+# Finding the newest intact checkpoint
 
 
 def test_the_newest_sound_checkpoint_is_found_and_damaged_ones_are_logged(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert newest_sound(tmp_path) is None
-    assert newest_sound(tmp_path / "gone") is None
+    assert newest_intact(tmp_path) is None
+    assert newest_intact(tmp_path / "gone") is None
     write_steps(tmp_path, 4, 8, 12)
     assert newest_step(tmp_path) == 12
     assert [record for record in caplog.records if record.name.startswith("allmlp")] == []
@@ -279,8 +279,8 @@ def test_the_newest_sound_checkpoint_is_found_and_damaged_ones_are_logged(
     damage(tmp_path, 8)
     assert newest_step(tmp_path) == 4
     damage(tmp_path, 4)
-    with pytest.raises(RunError, match=r"no checkpoint in .* is sound \(3 damaged: .*step-00000012.*\): train again"):
-        newest_sound(tmp_path)
+    with pytest.raises(RunError, match=r"no checkpoint in .* is intact \(3 damaged: .*step-00000012.*\): train again"):
+        newest_intact(tmp_path)
 
 
 def test_any_combination_of_damaged_checkpoints(tmp_path: Path) -> None:
@@ -294,7 +294,7 @@ def test_any_combination_of_damaged_checkpoints(tmp_path: Path) -> None:
         expected = max({*steps} - {*damaged})
         assert newest_step(folder) == expected
         set_aside_damaged(folder, expected)
-        assert max(steps_in(folder)) == expected == newest_step(folder)
+        assert max(checkpoints_by_step(folder)) == expected == newest_step(folder)
         assert {n for n in names(folder) if n.startswith("damaged-")} == {
             f"damaged-{checkpoint_name(step)}" for step in steps if step > expected
         }
@@ -314,8 +314,8 @@ def test_the_newest_checkpoint_is_not_skipped_if_another_user_wrote_it(
         patch.setenv("XDG_STATE_HOME", str(tmp_path / "another user"))
         write_steps(tmp_path / "c", 8)
     with pytest.raises(UserError, match="step-00000008 was not written by a run of yours"):
-        newest_sound(tmp_path / "c")
-    sound = newest_sound(tmp_path / "c", trusted=True)
+        newest_intact(tmp_path / "c")
+    sound = newest_intact(tmp_path / "c", trusted=True)
     assert sound is not None
     assert sound[1] == {"step": 8}
 
@@ -324,7 +324,7 @@ def test_a_checkpoint_under_the_name_of_another_step_is_damaged(tmp_path: Path) 
     """It was copied by hand; the original must stay, and the copy's name must not count as a step."""
     write_steps(tmp_path, 4, 8)
     shutil.copytree(tmp_path / checkpoint_name(8), tmp_path / checkpoint_name(99))
-    sound = newest_sound(tmp_path)
+    sound = newest_intact(tmp_path)
     assert sound is not None
     set_aside_damaged(tmp_path, sound[1]["step"])
     assert sound[0].is_dir()
@@ -335,7 +335,7 @@ def test_setting_aside_the_same_step_twice(tmp_path: Path) -> None:
     for _ in range(2):
         write_steps(tmp_path, 4, 8)
         set_aside_damaged(tmp_path, 4)
-        assert list(steps_in(tmp_path)) == [4]
+        assert list(checkpoints_by_step(tmp_path)) == [4]
     assert names(tmp_path) == ["damaged-step-00000008", checkpoint_name(4)]
 
 

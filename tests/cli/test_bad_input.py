@@ -56,20 +56,20 @@ def leftovers(folder: Path) -> list[str]:
 # what is not there, or not what it should be
 
 
-@pytest.mark.parametrize("verb", ["train", "evaluate", "predict"])
-def test_no_such_folder(mixer, train, color_weights, tmp_path, verb) -> None:
+@pytest.mark.parametrize("command", ["train", "evaluate", "predict"])
+def test_no_such_folder(mixer, train, color_weights, tmp_path, command) -> None:
     gone = tmp_path / "gone"
     answer = {
         "train": lambda: train(gone),
         "evaluate": lambda: mixer("evaluate", color_weights, "--data", gone),
         "predict": lambda: mixer("predict", color_weights, gone),
-    }[verb]()
+    }[command]()
     assert_only_mistake(answer, str(gone), "give")
     assert leftovers(tmp_path) == []
 
 
-@pytest.mark.parametrize("verb", ["train", "evaluate", "predict"])
-def test_a_folder_without_images(mixer, train, color_weights, tmp_path, verb) -> None:
+@pytest.mark.parametrize("command", ["train", "evaluate", "predict"])
+def test_a_folder_without_images(mixer, train, color_weights, tmp_path, command) -> None:
     bare = tmp_path / "bare"
     (bare / "red").mkdir(parents=True)
     (bare / "red" / "notes.txt").write_text("none")
@@ -77,15 +77,15 @@ def test_a_folder_without_images(mixer, train, color_weights, tmp_path, verb) ->
         "train": lambda: train(bare),
         "evaluate": lambda: mixer("evaluate", color_weights, "--data", bare),
         "predict": lambda: mixer("predict", color_weights, bare),
-    }[verb]()
+    }[command]()
     assert_only_mistake(answer, str(bare), "holds no images", "give")
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("verb", ["train", "evaluate"])
-def test_an_empty_class(mixer, train, color_weights, pictures, tmp_path, verb) -> None:
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+def test_an_empty_class(mixer, train, color_weights, pictures, tmp_path, command) -> None:
     data = pictures(tmp_path / "data", {"red": 5, "blue": 5, "green": 0})
-    answer = train(data) if verb == "train" else mixer("evaluate", color_weights, "--data", data)
+    answer = train(data) if command == "train" else mixer("evaluate", color_weights, "--data", data)
     assert_only_mistake(answer, "'green'", "holds no images", "remove the folder")
     assert not (tmp_path / "out").exists()
 
@@ -142,9 +142,9 @@ def test_recipe_files(mixer, digits_run, tmp_path) -> None:
     assert not out.exists()
 
 
-@pytest.mark.parametrize("verb", ["evaluate", "predict", "info"])
+@pytest.mark.parametrize("command", ["evaluate", "predict", "info"])
 @pytest.mark.parametrize("kind", ["gone", "folder", "text", "cut short", "changed", "another's"])
-def test_a_weights_file_that_is_none(mixer, color_weights, pictures, tmp_path, verb, kind) -> None:
+def test_a_weights_file_that_is_none(mixer, color_weights, pictures, tmp_path, command, kind) -> None:
     path = tmp_path / "w.safetensors"
     whole = color_weights.read_bytes()
     {
@@ -156,8 +156,8 @@ def test_a_weights_file_that_is_none(mixer, color_weights, pictures, tmp_path, v
         "another's": lambda: save_file({"a": torch.zeros(2)}, path),
     }[kind]()
     data = pictures(tmp_path / "data", {"red": 2, "blue": 2})
-    rest = {"evaluate": ["--data", data], "predict": [data], "info": []}[verb]
-    assert_only_mistake(mixer(verb, path, *rest), str(path))
+    rest = {"evaluate": ["--data", data], "predict": [data], "info": []}[command]
+    assert_only_mistake(mixer(command, path, *rest), str(path))
 
 
 def test_the_folder_of_a_run_is_never_overwritten(train, pictures, tmp_path) -> None:
@@ -254,8 +254,8 @@ def test_prediction_of_names_that_are_no_utf8(mixer, color_weights, odd_names, m
 # images that cannot be read
 
 
-@pytest.mark.parametrize("verb", ["train", "evaluate", "predict"])
-def test_nothing_but_unreadable_images(mixer, train, color_weights, bad_picture, tmp_path, verb) -> None:
+@pytest.mark.parametrize("command", ["train", "evaluate", "predict"])
+def test_nothing_but_unreadable_images(mixer, train, color_weights, bad_picture, tmp_path, command) -> None:
     file, data, said = bad_picture
     for color in ("red", "blue"):
         (tmp_path / "data" / color).mkdir(parents=True)
@@ -264,10 +264,10 @@ def test_nothing_but_unreadable_images(mixer, train, color_weights, bad_picture,
         "train": lambda: train(tmp_path / "data", "--json"),
         "evaluate": lambda: mixer("evaluate", color_weights, "--data", tmp_path / "data", "--part", "all", "--json"),
         "predict": lambda: mixer("predict", color_weights, tmp_path / "data" / "red" / file),
-    }[verb]()
+    }[command]()
     assert_mistake(answer, file, said)
     assert "; " in answer.last  # the remedy
-    if verb != "train":
+    if command != "train":
         assert len(answer.err.splitlines()) == 1
     assert not (tmp_path / "out" / "run").exists()
 

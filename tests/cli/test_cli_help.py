@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from allmlp.cli import VERBS
+from allmlp.cli import COMMANDS
 
 HEAVY = ("torch", "timm", "torchvision", "numpy", "PIL", "matplotlib", "sklearn", "rich")
 RUN = "import sys; from allmlp.cli import main; sys.exit(main(sys.argv[1:]))"
@@ -34,7 +34,7 @@ def test_help_is_there_at_once(words: list[str], limit: float) -> None:
     assert min(seconds) < limit
 
 
-@pytest.mark.parametrize("words", [["--help"], *([verb, "--help"] for verb in VERBS)], ids=" ".join)
+@pytest.mark.parametrize("words", [["--help"], *([command, "--help"] for command in COMMANDS)], ids=" ".join)
 def test_help_imports_nothing_heavy(words: list[str]) -> None:
     code = (
         "import sys\nfrom allmlp.cli import main\n"
@@ -52,18 +52,18 @@ def test_help_names_every_verb(mixer, words: list[str]) -> None:
     answer = mixer(*words)
     assert answer.status == 0
     assert answer.err == ""
-    for verb, what in VERBS.items():
-        assert verb in answer.out
+    for command, what in COMMANDS.items():
+        assert command in answer.out
         assert what in answer.out
     assert "example" in answer.out
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_each_verb_explains_itself_with_an_example(mixer, verb: str) -> None:
-    answer = mixer(verb, "--help")
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_command_explains_itself_with_an_example(mixer, command: str) -> None:
+    answer = mixer(command, "--help")
     assert answer.status == 0
     assert answer.err == ""
-    assert re.search(rf"examples?: mixer {verb} ", answer.out)
+    assert re.search(rf"examples?: mixer {command} ", answer.out)
     assert "--json" in answer.out
 
 
@@ -90,7 +90,7 @@ def test_help_of_a_recipe_shows_its_defaults(mixer, recipe: str) -> None:
 
 
 def test_help_of_a_fine_tuning_recipe_shows_its_defaults(mixer) -> None:
-    from allmlp.recipes import get_transfer
+    from allmlp.recipes import get_finetune_recipe
 
     for words, recipe in (
         (["w.npz", "pets"], "pets"),
@@ -99,7 +99,7 @@ def test_help_of_a_fine_tuning_recipe_shows_its_defaults(mixer) -> None:
         (["w.npz", "--data=photos/"], "photos"),
         ([], "photos"),
     ):
-        answer, expected = mixer("finetune", *words, "--help"), get_transfer(recipe)
+        answer, expected = mixer("finetune", *words, "--help"), get_finetune_recipe(recipe)
         assert f"those of the recipe finetune-{recipe}." in " ".join(answer.out.split())
         assert default_of("--learning-rates", answer.out) == " ".join(map(str, expected.search.learning_rates))
         assert default_of("--search-fraction", answer.out) == str(expected.search.search_fraction)
@@ -108,13 +108,13 @@ def test_help_of_a_fine_tuning_recipe_shows_its_defaults(mixer) -> None:
 
 
 def test_help_names_every_recipe(mixer) -> None:
-    from allmlp.recipes import RECIPES, TRANSFERS
+    from allmlp.recipes import FINETUNE_RECIPES, RECIPES
 
-    for verb, recipes in (("train", RECIPES), ("finetune", TRANSFERS)):
-        listed = re.search(r"RECIPE is one of (.*?); without one", " ".join(mixer(verb, "--help").out.split()))
+    for command, recipes in (("train", RECIPES), ("finetune", FINETUNE_RECIPES)):
+        listed = re.search(r"RECIPE is one of (.*?); without one", " ".join(mixer(command, "--help").out.split()))
         assert listed
         assert set(listed[1].split(", ")) >= {name for name in recipes if not name.endswith("-small")}
-        assert "-small" in mixer(verb, "--help").out  # the twins are there too
+        assert "-small" in mixer(command, "--help").out  # the twins are there too
 
 
 def test_the_package_imports_nothing_heavy() -> None:

@@ -238,8 +238,8 @@ def test_predict_a_file_a_folder_and_a_zip_in_the_order_given(mixer, color_weigh
 
 def test_a_closed_pipe_leaves_no_traceback(color_weights, pictures, tmp_path) -> None:
     data = pictures(tmp_path / "data", {"red": 200})
-    for verb in (["predict", color_weights, data, "--format", "jsonl"], ["train", "--help"]):
-        process = subprocess.Popen([*COMMAND, *verb], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for command in (["predict", color_weights, data, "--format", "jsonl"], ["train", "--help"]):
+        process = subprocess.Popen([*COMMAND, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         assert process.stdout.readline()
         process.stdout.close()
         error = process.stderr.read()

@@ -11,7 +11,7 @@ from allmlp.cli.arguments import option_names
 from allmlp.cli.overrides import override, override_model, recipe_groups
 from allmlp.config.recipe import ModelRecipe, Recipe
 from allmlp.errors import UserError
-from allmlp.recipes import get_recipe, get_transfer
+from allmlp.recipes import get_finetune_recipe, get_recipe
 
 SECTIONS = ("model", "data", "optimization", "run")
 
@@ -24,9 +24,9 @@ def trained(*words: str) -> Recipe:
 
 
 def transferred(*words: str) -> Any:
-    """The transfer of ``mixer finetune w.npz WORDS``."""
+    """The recipe of ``mixer finetune w.npz WORDS``."""
     arguments, given = finetune.parse_arguments(["w.npz", *words])
-    return finetune.override_transfer(get_transfer(arguments.recipe), arguments.weights, given)
+    return finetune.override_finetune(get_finetune_recipe(arguments.recipe), arguments.weights, given)
 
 
 def given(*words: str) -> dict[str, dict[str, Any]]:

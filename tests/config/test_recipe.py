@@ -13,13 +13,13 @@ from small_runs import evaluator_of
 from allmlp.config.limits import flag
 from allmlp.config.recipe import (
     DataRecipe,
-    Loss,
+    FinetuneRecipe,
+    LossName,
     ModelRecipe,
     OptimizationRecipe,
     Recipe,
     RunRecipe,
     SearchRecipe,
-    Transfer,
 )
 from allmlp.config.serialize import from_json, to_json_object
 from allmlp.data.sources import load_source
@@ -28,7 +28,7 @@ from allmlp.recipes import RECIPES, get_recipe
 from allmlp.training.build import build_initializer
 from allmlp.training.run import train
 
-LOSS_NAMES = ", ".join(map(repr, get_args(Loss)))
+LOSS_NAMES = ", ".join(map(repr, get_args(LossName)))
 SECTIONS = {"model": ModelRecipe, "data": DataRecipe, "optimization": OptimizationRecipe, "run": RunRecipe}
 
 
@@ -246,7 +246,7 @@ def test_an_unknown_field_is_told_the_nearest(content: dict, message: str, tmp_p
         ({"optimization": {"steps": 2.5}}, "optimization: steps = 2.5: should be int or NoneType"),
         (
             {"optimization": {"loss": "hinge"}},
-            f"optimization: loss = 'hinge': use one of {', '.join(map(repr, get_args(Loss)))}",
+            f"optimization: loss = 'hinge': use one of {', '.join(map(repr, get_args(LossName)))}",
         ),
         ({"data": {"mixup": "0.5"}}, "data: mixup = '0.5': should be float or NoneType"),
         ({"data": {"randaugment_layers": 2.0}}, "data: randaugment_layers = 2.0: should be int"),
@@ -413,8 +413,8 @@ def test_frozen_without_weights_is_a_mistake(model: dict[str, str], tmp_path: Pa
     changed("model", frozen=True, weights="w.npz")
 
 
-def transferred(**search: Any) -> Transfer:
-    return Transfer(recipe=get_recipe("digits"), search=SearchRecipe(**search))
+def fine_tuned(**search: Any) -> FinetuneRecipe:
+    return FinetuneRecipe(recipe=get_recipe("digits"), search=SearchRecipe(**search))
 
 
 @pytest.mark.parametrize(
@@ -430,24 +430,24 @@ def transferred(**search: Any) -> Transfer:
 )  # fmt: skip
 def test_a_search_out_of_range_names_flag_and_value(search: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=f"^{re.escape(message)}"):
-        transferred(**search)
+        fine_tuned(**search)
 
 
 def test_searches_at_the_limits_are_allowed() -> None:
     for search in ({"learning_rates": ()}, {"learning_rates": (1e-9,)}, {"search_fraction": 0.999}, {"seeds": 2**31}):
-        assert transferred(**search).search == SearchRecipe(**search)
+        assert fine_tuned(**search).search == SearchRecipe(**search)
 
 
 def test_the_last_seed_of_a_transfer_is_a_seed() -> None:
     recipe = dataclasses.replace(get_recipe("digits"), run=RunRecipe(seed=2**31 - 2))
-    Transfer(recipe=recipe, search=SearchRecipe(seeds=2))
+    FinetuneRecipe(recipe=recipe, search=SearchRecipe(seeds=2))
     with pytest.raises(UserError, match=f"--seeds 3: added to --seed {2**31 - 2}, must be at most {2**31}"):
-        Transfer(recipe=recipe, search=SearchRecipe(seeds=3))
+        FinetuneRecipe(recipe=recipe, search=SearchRecipe(seeds=3))
 
 
 def test_the_recipe_of_a_transfer_is_checked_too() -> None:
     with pytest.raises(UserError, match="--learning-rate -1: must be above 0"):
-        Transfer(recipe=changed("optimization", learning_rate=-1))
+        FinetuneRecipe(recipe=changed("optimization", learning_rate=-1))
 
 
 class Silent:

@@ -116,7 +116,7 @@ def test_orientation_is_applied_once(kind: str, orientation: int) -> None:
     assert ORIENTATION not in decode(data, "photo").getexif()  # so that it is not applied a second time
 
 
-def test_orientation_of_grey_and_16_bit() -> None:
+def test_orientation_of_gray_and_16_bit() -> None:
     exif = Image.Exif()
     exif[ORIENTATION] = 6
     for image in (Image.new("L", (2, 1)), Image.new("I;16", (2, 1))):
@@ -154,15 +154,15 @@ def test_cmyk(kind: str) -> None:
 def test_ycbcr_and_lab() -> None:
     assert_same(encode(quarters().convert("YCbCr"), "TIFF", compression="raw"), quarters(), within=2)
     if features.check("littlecms2"):
-        grey = Image.new("RGB", (4, 4), (119, 119, 119))
-        assert_same(encode(Image.new("LAB", (4, 4), (127, 128, 128)), "TIFF"), grey, within=3)
+        gray = Image.new("RGB", (4, 4), (119, 119, 119))
+        assert_same(encode(Image.new("LAB", (4, 4), (127, 128, 128)), "TIFF"), gray, within=3)
 
 
-def test_palette_grey_and_one_bit() -> None:
+def test_palette_gray_and_one_bit() -> None:
     assert_same(encode(quarters().quantize(4), "PNG"), quarters())
-    grey = Image.linear_gradient("L")
+    gray = Image.linear_gradient("L")
     for kind in ("PNG", "BMP", "TIFF", "GIF"):
-        assert_same(encode(grey, kind), grey.convert("RGB"))
+        assert_same(encode(gray, kind), gray.convert("RGB"))
     bits = Image.new("1", (9, 3), 0)
     bits.putpixel((8, 2), 1)
     for kind in ("PNG", "BMP", "TIFF", "GIF"):
@@ -198,9 +198,9 @@ def test_alpha_over_white() -> None:
 
 def test_transparent_color() -> None:
     """The tRNS chunk of images with neither palette nor alpha, at every depth. Other colors are unchanged."""
-    grey = Image.new("L", (2, 1), 7)
-    grey.putpixel((1, 0), 8)
-    assert pixels(encode(grey, "PNG", transparency=7))[0, :, 0].tolist() == [255, 8]
+    gray = Image.new("L", (2, 1), 7)
+    gray.putpixel((1, 0), 8)
+    assert pixels(encode(gray, "PNG", transparency=7))[0, :, 0].tolist() == [255, 8]
     red_blue = Image.new("RGB", (2, 1), RED)
     red_blue.putpixel((1, 0), BLUE)
     assert pixels(encode(red_blue, "PNG", transparency=RED))[0].tolist() == [[255] * 3, list(BLUE)]
@@ -219,7 +219,7 @@ SIXTEEN = np.array([[0, 257, 32896, 65535, 128, 129]], dtype=np.uint16)
 EIGHT = [0, 1, 128, 255, 0, 1]
 
 
-def test_16_bit_grey_is_scaled_not_clipped() -> None:
+def test_16_bit_gray_is_scaled_not_clipped() -> None:
     image = Image.fromarray(SIXTEEN)
     wide = Image.fromarray(SIXTEEN.astype(np.int32))
     big_endian = Image.frombytes("I;16B", image.size, SIXTEEN.astype(">u2").tobytes())
@@ -233,7 +233,7 @@ def test_16_bit_grey_is_scaled_not_clipped() -> None:
     assert pixels(twelve)[0, :, 0].tolist() == [255, 128]
 
 
-def test_32_bit_grey_beyond_16_bits_is_rejected() -> None:
+def test_32_bit_gray_beyond_16_bits_is_rejected() -> None:
     for value in (-1, 65536):
         message = rejection(encode(Image.new("I", (2, 2), value), "TIFF"))
         assert "65535" in message
@@ -245,8 +245,8 @@ def test_16_bit_color() -> None:
     assert pixels(color)[0].tolist() == [[0, 128, 255], [255, 1, 0]]
     with_alpha = png((1, 1), 16, 6, b"\0" + struct.pack(">4H", 65535, 0, 0, 32896))
     assert first_pixel(with_alpha) == (255, 127, 127)
-    grey_with_alpha = png((1, 1), 16, 4, b"\0" + struct.pack(">2H", 0, 32896))
-    assert first_pixel(grey_with_alpha) == (127, 127, 127)
+    gray_with_alpha = png((1, 1), 16, 4, b"\0" + struct.pack(">2H", 0, 32896))
+    assert first_pixel(gray_with_alpha) == (127, 127, 127)
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF", "MPO"])

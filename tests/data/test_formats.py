@@ -83,7 +83,7 @@ def write_color(folder: Path) -> dict[str, int]:
     return dict.fromkeys(exact, 0) | dict.fromkeys(lossy, 4)
 
 
-def write_grey(folder: Path) -> dict[str, int]:
+def write_gray(folder: Path) -> dict[str, int]:
     steps = np.tile(np.arange(48, dtype=np.uint8) * 5, (32, 1))
     steps[:10] //= 3
     Image.fromarray(steps).save(folder / "upright.png")
@@ -98,7 +98,7 @@ def write_grey(folder: Path) -> dict[str, int]:
 def formats(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, int]]:
     root = tmp_path_factory.mktemp("formats")
     limits = {}
-    for kind, write in (("color", write_color), ("grey", write_grey)):
+    for kind, write in (("color", write_color), ("gray", write_gray)):
         (root / kind).mkdir()
         limits |= {f"{kind}/{name}": limit for name, limit in write(root / kind).items()}
     return root, limits

@@ -23,7 +23,7 @@ def draws(
 
 
 def shares(drawn: list[MixParameters]) -> Array:
-    return np.array([draw.share for draw in drawn])
+    return np.array([draw.lam for draw in drawn])
 
 
 def boxes(drawn: list[MixParameters]) -> Array:
@@ -127,7 +127,7 @@ def test_a_share_is_that_of_the_pixels(height: int, width: int) -> None:
         assert 0 <= left <= right <= width
         mask = np.ones((height, width))
         mask[top:bottom, left:right] = 0
-        assert draw.share == pytest.approx(mask.mean(), abs=1e-12)
+        assert draw.lam == pytest.approx(mask.mean(), abs=1e-12)
 
 
 def test_with_both_each_step_tosses_a_coin() -> None:
@@ -152,7 +152,7 @@ def test_mixup_by_hand() -> None:
     values = torch.tensor([250.75, 7.75, 77.5, 775.0])  # ¾ of itself, ¼ of the one before
     assert torch.equal(mixed.images, values.view(4, 1, 1, 1).expand(4, 3, 2, 2))
     assert mixed.partners.tolist() == [3, 0, 1, 2]
-    assert mixed.shares.tolist() == [0.75] * 4
+    assert mixed.lam.tolist() == [0.75] * 4
 
 
 def test_cutmix_by_hand() -> None:
@@ -163,7 +163,7 @@ def test_cutmix_by_hand() -> None:
         rows = [[i] * 4, [i, partner, partner, i], [i] * 4]
         assert mixed.images[i].tolist() == [rows, rows]
     assert mixed.partners.tolist() == [2, 0, 1]
-    assert torch.allclose(mixed.shares, torch.full((3,), 10 / 12))
+    assert torch.allclose(mixed.lam, torch.full((3,), 10 / 12))
     assert torch.equal(images[:, 0, 1, 1], torch.arange(3.0))  # the images that were given stay as they were
 
 
@@ -209,10 +209,10 @@ def test_an_image_whose_partner_could_not_be_read_stays_as_it_is(box: tuple[int,
     mixed, sound = mixing.mix(images, valid, draw), mixing.mix(images, all_of(8), draw)
     alone = [1, 2, 4, 5]
     assert torch.equal(mixed.images[alone], images[alone])
-    assert mixed.shares[alone].tolist() == [1.0] * 4
+    assert mixed.lam[alone].tolist() == [1.0] * 4
     others = [0, 3, 6, 7]
     assert torch.equal(mixed.images[others], sound.images[others])
-    assert torch.allclose(mixed.shares[others], torch.full((4,), 0.7))
+    assert torch.allclose(mixed.lam[others], torch.full((4,), 0.7))
     assert torch.equal(mixed.partners, sound.partners)
 
 
@@ -229,7 +229,7 @@ def test_micro_batches_of_whole_groups_give_the_same_mixtures(
         piece = slice(start, start + micro_batch)
         mixed = mixing.mix(images[piece], valid[piece], draw)
         assert torch.equal(mixed.images, whole.images[piece])
-        assert torch.equal(mixed.shares, whole.shares[piece])
+        assert torch.equal(mixed.lam, whole.lam[piece])
         assert torch.equal(mixed.partners + start, whole.partners[piece])
 
 
@@ -238,5 +238,5 @@ def test_micro_batches_of_whole_groups_give_the_same_mixtures(
 def test_mixtures_have_the_images_type(dtype: torch.dtype, box: tuple[int, int, int, int] | None) -> None:
     images = images_of(4).to(dtype)
     mixed = Mixing(mixup=0.2, cutmix=1.0).mix(images, all_of(4), MixParameters(0.7, box))
-    assert mixed.images.dtype == mixed.shares.dtype == dtype
+    assert mixed.images.dtype == mixed.lam.dtype == dtype
     assert mixed.images.shape == images.shape

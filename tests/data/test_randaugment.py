@@ -61,7 +61,7 @@ def blend(degenerate: Array, image: Array, tenths: int) -> Expected:
     return Expected(np.clip(value, 0, 25500) // 100, below=(value % 100 == 0) & (value > 0) & (value <= 25500))
 
 
-def grey(image: Array) -> Array:
+def gray(image: Array) -> Array:
     """tf.image.rgb_to_grayscale of uint8: to [0, 1], weighed, times 255.5, truncated."""
     weighed = (image / np.float32(255)).astype(np.float32) @ np.array([0.2989, 0.5870, 0.1140], np.float32)
     return np.repeat((weighed * np.float32(255.5)).astype(np.int64)[..., None], 3, axis=2)
@@ -99,7 +99,7 @@ def equalize(image: Array) -> Array:
 
 
 def taken_from(image: Array, x: Array, y: Array) -> Array:
-    """The pixels at whole positions, grey outside."""
+    """The pixels at whole positions, gray outside."""
     height, width = image.shape[:2]
     inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
     new = np.full_like(image, 128)
@@ -156,8 +156,8 @@ def expected(name: str, image: Array, magnitude: int, center: tuple[float, float
             return blend(np.full_like(image, 196), image, magnitude)
         case "sharpness":
             return blend(smoothed(image), image, magnitude)
-        case "color":  # Pillow rounds a grey that TensorFlow truncates (of 255.5ths): up to a level, which is weighed
-            plain = blend(grey(image), image, magnitude)
+        case "color":  # Pillow rounds a gray that TensorFlow truncates (of 255.5ths): up to a level, which is weighed
+            plain = blend(gray(image), image, magnitude)
             slack = math.ceil(abs(1 - STRENGTHS["color"](magnitude)) - 1e-9)
             return plain._replace(below=slack, above=slack)
         case "cutout":
@@ -204,7 +204,7 @@ def test_strengths_are_those_worked_out_by_hand(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(set(BY_HAND) - BOTH_WAYS))
 def test_levels_are_the_references(name: str) -> None:
-    """Exact, except that where a quotient is whole one level less will do, and for what color's grey is rounded by."""
+    """Exact, except that where a quotient is whole one level less will do, and for what color's gray is rounded by."""
     for size in SIZES:
         for kind, image in pictures(*size):
             for magnitude in MAGNITUDES:
@@ -267,7 +267,7 @@ def test_a_factor_of_one_changes_nothing() -> None:
             assert np.array_equal(applied(name, image, 1.0), image)
 
 
-def test_a_grey_image_has_no_color_to_strengthen() -> None:
+def test_a_gray_image_has_no_color_to_strengthen() -> None:
     image = np.repeat(np.arange(256, dtype=np.uint8).reshape(16, 16, 1), 3, axis=2)
     for magnitude in MAGNITUDES:
         assert np.array_equal(applied("color", image, STRENGTHS["color"](magnitude)), image)

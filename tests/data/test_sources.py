@@ -221,7 +221,7 @@ def test_no_images_at_all(tmp_path: Path) -> None:
 @pytest.mark.parametrize("folder", ["", "train/"])
 def test_images_without_class_folders(tmp_path: Path, folder: str) -> None:
     make_folder(tmp_path, [f"{folder}{i}.png" for i in range(4)])
-    with pytest.raises(UserError, match=r"holds 4 images but no class folders: put each class in a folder of its own"):
+    with pytest.raises(UserError, match=r"holds 4 images but no class folders: put each class in a separate folder"):
         load_source(str(tmp_path))
 
 
@@ -363,7 +363,7 @@ def small_dataset(classes: tuple[str, ...], labels: list[int]) -> ImageDataset:
 
 
 def test_relabelling_matches_names_so_a_missing_class_shifts_no_label() -> None:
-    dataset = small_dataset(("bee", "dog"), [0, 1, 1, 0]).relabelled(("ant", "dog", "cat", "bee"))
+    dataset = small_dataset(("bee", "dog"), [0, 1, 1, 0]).relabeled(("ant", "dog", "cat", "bee"))
     assert dataset.labels.tolist() == [3, 1, 1, 3]
     assert dataset.classes == ("ant", "dog", "cat", "bee")
     assert dataset.names == ("0.png", "1.png", "2.png", "3.png")
@@ -373,7 +373,7 @@ def test_relabelling_with_a_class_the_model_does_not_know() -> None:
     with pytest.raises(
         UserError, match=r"1 class\(es\) of the data are unknown to the model \('dog'\); its classes are 'ant'"
     ):
-        small_dataset(("bee", "dog"), [0, 1]).relabelled(("ant", "bee"))
+        small_dataset(("bee", "dog"), [0, 1]).relabeled(("ant", "bee"))
 
 
 def test_a_subset_keeps_names_labels_and_pixels_together() -> None:

@@ -294,11 +294,11 @@ def test_randaugment_comes_after_crop_and_flip(crop: str) -> None:
 # Color jitter
 
 
-def test_a_grey_image_is_as_bright_as_its_factor() -> None:
-    grey, rng = Image.new("RGB", (2, 2), (100, 100, 100)), generator(0)
+def test_a_gray_image_is_as_bright_as_its_factor() -> None:
+    gray, rng = Image.new("RGB", (2, 2), (100, 100, 100)), generator(0)
     view = training((2, 2), "none", color_jitter=0.4, crop_ratio=1.0)
-    levels = [np.unique(pixels(view(grey, rng))) for _ in range(8000)]
-    assert {len(level) for level in levels} == {1}  # contrast and saturation leave it grey
+    levels = [np.unique(pixels(view(gray, rng))) for _ in range(8000)]
+    assert {len(level) for level in levels} == {1}  # contrast and saturation leave it gray
     counts = np.bincount([int(level[0]) for level in levels], minlength=256)
     assert counts[:60].sum() == counts[140:].sum() == 0
     assert chisquare(counts[60:140]).pvalue > 1e-3  # truncated: 60 is [0.6, 0.61)

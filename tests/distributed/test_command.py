@@ -116,7 +116,7 @@ def in_environment(environment: dict[str, str], words: list[str]) -> int:
 def test_two_processes_search_the_learning_rate_of_a_transfer(
     color_weights: Path, pictures: Callable[[Path, dict[str, int]], Path], tmp_path: Path
 ) -> None:
-    """Started by the launcher; then one process repeats the command, and finds that the transfer is complete."""
+    """Started by the launcher; then one process repeats the command, and finds that the fine-tuning is complete."""
     data = pictures(tmp_path / "data", {"blue": 20, "green": 20, "red": 20})
     out = tmp_path / "out"
     words = (

@@ -19,7 +19,7 @@ from PIL import Image
 from ranks import rank_values
 from small_runs import CLASSES, CPU, Silent, preemption_of
 
-from allmlp.config.checks import check_world_size
+from allmlp.config.batch_size import check_world_size
 from allmlp.config.recipe import Recipe
 from allmlp.data.dataset import DatasetSplits, ImageDataset
 from allmlp.data.decode import UnreadableImage

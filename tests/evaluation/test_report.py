@@ -143,7 +143,7 @@ def test_without_labels_says_why_there_is_no_matrix(write):
     page = write(confusion=None, mistakes=[], examples=[], summary=SUMMARY | {"test_top1": None})
     assert "no-confusion" in page.ids
     assert not {"confusion", "mistakes", "examples"} & set(page.ids)
-    assert "no labelled test split" in page.text
+    assert "no labeled test split" in page.text
 
 
 def test_without_mistakes_says_so(write):

@@ -24,7 +24,7 @@ def small_model(classes: int = 3, head: bool = True):
 
 
 class FakeStore:
-    """Grey images by number; those named in ``bad`` cannot be read."""
+    """Gray images by number; those named in ``bad`` cannot be read."""
 
     def __init__(self, bad: frozenset[str] = frozenset()) -> None:
         self.bad = bad

@@ -11,9 +11,9 @@ import torch
 from small_runs import evaluator_of
 
 import allmlp
-from allmlp.config.recipe import Recipe, Transfer
+from allmlp.config.recipe import FinetuneRecipe, Recipe
 from allmlp.errors import UserError
-from allmlp.recipes import RECIPES, TRANSFERS, get_recipe, get_transfer
+from allmlp.recipes import FINETUNE_RECIPES, RECIPES, get_finetune_recipe, get_recipe
 from allmlp.recipes.finetune import resolution, vtab
 from allmlp.runs.result import RunResult
 from allmlp.training.build import build_initializer, build_mixing, build_optimizer, build_training_transform
@@ -54,7 +54,7 @@ VTAB = {
     "natural": {
         "caltech101": 448, "cifar100": 224, "dtd": 448, "flowers102": 448, "pets": 448, "svhn": 224, "sun397": 448,
     },
-    "specialised": {"pcam": 448, "eurosat": 224, "resisc45": 448, "retinopathy": 448},
+    "specialized": {"pcam": 448, "eurosat": 224, "resisc45": 448, "retinopathy": 448},
     "structured": {
         "clevr-count": 448, "clevr-distance": 448, "dmlab": 448, "kitti-distance": 448, "dsprites-location": 224,
         "dsprites-orientation": 224, "smallnorb-azimuth": 448, "smallnorb-elevation": 448,
@@ -73,14 +73,14 @@ def changed(recipe: Recipe, section: str, **fields: Any) -> Recipe:
 def test_each_of_the_papers_runs_has_a_recipe_and_each_recipe_a_twin() -> None:
     assert set(RECIPES) == {*OWN, *TABLE_4, *(f"{name}-small" for name in TABLE_4)}
     transfers = ["photos", *FINE_TUNING, *(f"vtab-{task}" for task in TASKS)]
-    assert set(TRANSFERS) == {*transfers, *(f"{name}-small" for name in transfers)}
+    assert set(FINETUNE_RECIPES) == {*transfers, *(f"{name}-small" for name in transfers)}
     assert len(TASKS) == 19
     assert [len(tasks) for tasks in VTAB.values()] == [7, 4, 8]
 
 
-@pytest.mark.parametrize("name", TRANSFERS)
+@pytest.mark.parametrize("name", FINETUNE_RECIPES)
 def test_every_transfer_is_sound_and_named(name: str) -> None:
-    assert get_transfer(name).recipe.name == f"finetune-{name}"
+    assert get_finetune_recipe(name).recipe.name == f"finetune-{name}"
 
 
 @pytest.mark.parametrize(
@@ -90,9 +90,9 @@ def test_every_transfer_is_sound_and_named(name: str) -> None:
         (get_recipe, "imagenet-b16-smal", "imagenet-b16-small"),
         (get_recipe, "imagenet21k", "imagenet21k-"),
         (get_recipe, "jft-h1", "jft-h14"),
-        (get_transfer, "pet", "pets"),
-        (get_transfer, "vtab-svnh", "vtab-svhn"),
-        (get_transfer, "flowers", "flowers102"),
+        (get_finetune_recipe, "pet", "pets"),
+        (get_finetune_recipe, "vtab-svnh", "vtab-svhn"),
+        (get_finetune_recipe, "flowers", "flowers102"),
     ],
 )
 def test_an_unknown_recipe_is_told_the_nearest(find: Any, wrong: str, near: str) -> None:
@@ -100,7 +100,7 @@ def test_an_unknown_recipe_is_told_the_nearest(find: Any, wrong: str, near: str)
         find(wrong)
     listed = str(caught.value).partition("there are ")[2].split(", ")
     assert not [name for name in listed if name.endswith("-small")]  # they are implied
-    assert {*listed, *(f"{name}-small" for name in listed)} >= set(RECIPES if find is get_recipe else TRANSFERS)
+    assert {*listed, *(f"{name}-small" for name in listed)} >= set(RECIPES if find is get_recipe else FINETUNE_RECIPES)
 
 
 # Table 4
@@ -185,7 +185,7 @@ def test_table_4_cell_by_cell() -> None:
 # Fine-tuning
 
 
-def assert_section_3(plan: Transfer, batch: int = 512) -> None:
+def assert_section_3(plan: FinetuneRecipe, batch: int = 512) -> None:
     """What all of the paper's fine-tuning shares."""
     settings = plan.recipe.optimization
     assert (settings.optimizer, settings.momentum, settings.global_batch_size) == ("sgd", 0.9, batch)
@@ -199,7 +199,7 @@ def assert_section_3(plan: Transfer, batch: int = 512) -> None:
 
 @pytest.mark.parametrize("name", FINE_TUNING)
 def test_fine_tuning_is_the_papers(name: str) -> None:
-    plan = get_transfer(name)
+    plan = get_finetune_recipe(name)
     settings = plan.recipe.optimization
     assert_section_3(plan)
     assert (settings.steps, settings.warmup_steps, plan.search.search_fraction) == FINE_TUNING[name]
@@ -214,7 +214,7 @@ def test_fine_tuning_is_the_papers(name: str) -> None:
 @pytest.mark.parametrize("task", TASKS)
 def test_vtab_is_as_the_bit_hyperrule_and_section_3_say(task: str) -> None:
     group, pixels = TASKS[task]
-    plan = get_transfer(f"vtab-{task}")
+    plan = get_finetune_recipe(f"vtab-{task}")
     assert_section_3(plan)
     assert (plan.recipe.optimization.steps, plan.recipe.optimization.warmup_steps) == (2500, 500)
     assert plan.search.learning_rates == (0.003, 0.01, 0.03)
@@ -226,7 +226,7 @@ def test_vtab_is_as_the_bit_hyperrule_and_section_3_say(task: str) -> None:
 
 
 def test_five_tasks_of_vtab_have_small_images() -> None:
-    small = {task for task in TASKS if get_transfer(f"vtab-{task}").recipe.model.image_size == 224}
+    small = {task for task in TASKS if get_finetune_recipe(f"vtab-{task}").recipe.model.image_size == 224}
     assert small == {"cifar100", "svhn", "dsprites-location", "dsprites-orientation", "eurosat"}
 
 
@@ -243,7 +243,7 @@ def test_vtab_in_500_steps_has_the_short_warm_up() -> None:
 
 
 def test_fine_tuning_on_ones_own_photos_searches_too_in_batches_for_a_small_machine() -> None:
-    plan = get_transfer("photos")
+    plan = get_finetune_recipe("photos")
     assert_section_3(plan, batch=64)
     assert plan.search.learning_rates == (0.003, 0.01, 0.03, 0.06)
     assert (plan.search.search_fraction, plan.search.seeds) == (0.1, 1)
@@ -253,7 +253,7 @@ def test_fine_tuning_on_ones_own_photos_searches_too_in_batches_for_a_small_mach
 
 @pytest.mark.parametrize("name", [*FINE_TUNING, "photos"])
 def test_fine_tuning_sees_images_as_the_weights_did(name: str) -> None:
-    data = get_transfer(name).recipe.data
+    data = get_finetune_recipe(name).recipe.data
     assert (data.crop, data.crop_ratio, data.interpolation) == (None, None, None)
 
 
@@ -288,9 +288,9 @@ def test_a_twin_has_every_method_of_its_original(name: str) -> None:
     assert (twin.optimization.epochs, twin.optimization.global_batch_size) == (40, 64)
 
 
-@pytest.mark.parametrize("name", [name for name in TRANSFERS if not name.endswith("-small")])
+@pytest.mark.parametrize("name", [name for name in FINETUNE_RECIPES if not name.endswith("-small")])
 def test_a_fine_tuning_twin_has_every_method_of_its_original(name: str) -> None:
-    plan, twin = get_transfer(name), get_transfer(f"{name}-small")
+    plan, twin = get_finetune_recipe(name), get_finetune_recipe(f"{name}-small")
     assert methods(twin.recipe) == methods(plan.recipe)
     assert twin.search.learning_rates == plan.search.learning_rates
     assert twin.search.seeds == plan.search.seeds
@@ -355,9 +355,9 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("name", [name for name in TRANSFERS if name.endswith("-small")])
+@pytest.mark.parametrize("name", [name for name in FINETUNE_RECIPES if name.endswith("-small")])
 def test_a_fine_tuning_twin_trains(name: str, weights: str, tmp_path: Path) -> None:
-    plan = get_transfer(name)
+    plan = get_finetune_recipe(name)
     recipe = changed(plan.recipe, "model", weights=weights)
     searched = changed(recipe, "data", holdout=plan.search.search_fraction)
     start = build_initializer(recipe)

@@ -23,7 +23,7 @@ from small_runs import (
 )
 
 from allmlp.checkpointing.checkpoint import STATE
-from allmlp.checkpointing.manager import steps_in
+from allmlp.checkpointing.manager import checkpoints_by_step
 from allmlp.config.limits import flag
 from allmlp.config.recipe import Recipe
 from allmlp.config.serialize import to_json_object
@@ -102,10 +102,10 @@ def test_a_file_in_place_of_the_folder(tmp_path: Path) -> None:
 def test_without_a_sound_checkpoint_nothing_is_changed(tmp_path: Path) -> None:
     out = tmp_path / "run"
     stopped_run(out)
-    for path in steps_in(out / "checkpoints").values():
+    for path in checkpoints_by_step(out / "checkpoints").values():
         (path / STATE).write_text("{}")
     before = sorted(out.rglob("*"))
-    with pytest.raises(RunError, match=r"no checkpoint in .* is sound \(2 damaged: "):
+    with pytest.raises(RunError, match=r"no checkpoint in .* is intact \(2 damaged: "):
         train(recipe(save_every_steps=1), out)
     assert sorted(out.rglob("*")) == before
 

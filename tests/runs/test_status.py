@@ -183,7 +183,7 @@ def test_verifying_reads_every_file(out: Path, caplog: pytest.LogCaptureFixture)
     assert "SHA-256 differs" in caplog.text
     for step in (2, 4):
         (out / "checkpoints" / checkpoint_name(step) / STATE).unlink()
-    with pytest.raises(RunError, match=r"no checkpoint in .* is sound \(3 damaged: "):
+    with pytest.raises(RunError, match=r"no checkpoint in .* is intact \(3 damaged: "):
         run_status(out, verify=True)
     assert sorted(path.name for path in (out / "checkpoints").iterdir()) == [
         checkpoint_name(step) for step in (2, 4, 6)
@@ -216,7 +216,7 @@ def test_the_lines_of_a_stopped_run(out: Path) -> None:
     assert lines["speed"] == "24 images/s, 50% of the time spent waiting for images"
     assert lines["time"] == "1.0 min in steps, about 2 s left"
     assert lines["checkpoints"].startswith("steps 6, 4, 2; the newest ")
-    assert lines["verified"] == "step 6 is sound"
+    assert lines["verified"] == "step 6 is intact"
 
 
 def test_the_command_to_resume_can_be_pasted_into_a_shell(out: Path) -> None:

@@ -18,7 +18,7 @@ from allmlp.config.serialize import from_json, to_json_object
 from allmlp.errors import UserError
 from allmlp.metadata import Metadata, Preprocessing
 from allmlp.model import Mixer
-from allmlp.recipes import get_transfer
+from allmlp.recipes import get_finetune_recipe
 from allmlp.recipes.digits import digits
 from allmlp.runs.result import RunResult
 from allmlp.training.build import build_initializer, build_preprocessing
@@ -57,7 +57,7 @@ def changed(recipe: Recipe, section: str, **fields: Any) -> Recipe:
 
 
 def finetune(weights: str, data: str) -> Recipe:
-    recipe = get_transfer("photos").recipe
+    recipe = get_finetune_recipe("photos").recipe
     return changed(changed(recipe, "model", weights=weights), "data", data=data)
 
 
@@ -85,7 +85,7 @@ def assert_transferred(model: Mixer, trained: Mixer, classes: int) -> None:
 
 @pytest.mark.parametrize("classes", [DIGITS, ("a", "b"), ("x", "y", "z")], ids=len)
 def test_the_head_is_zero_and_the_rest_is_bit_for_bit_the_same(weights: str, classes: tuple[str, ...]) -> None:
-    """Also for as many classes, and for the very same: whatever its head knew is of another data set."""
+    """Also for as many classes, and for the very same: whatever its head knew is of another dataset."""
     model = started(finetune(weights, "digits"), classes)
     assert_transferred(model, make(), len(classes))
     assert model.metadata.classes == classes

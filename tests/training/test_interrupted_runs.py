@@ -34,7 +34,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from allmlp.checkpointing.checkpoint import STATE, read_tensors, verify_checkpoint
-from allmlp.checkpointing.manager import checkpoint_name, steps_in
+from allmlp.checkpointing.manager import checkpoint_name, checkpoints_by_step
 from allmlp.config.recipe import Recipe
 from allmlp.data.dataset import Dataset, DatasetSplits
 from allmlp.data.decode import UnreadableImage
@@ -128,7 +128,7 @@ def metrics(out: Path) -> list[dict[str, Any]]:
 
 def assert_same(out: Path, reference: Path) -> None:
     """Compares weights, moments, averages, metrics and consumed samples."""
-    checkpoints, expected_checkpoints = (steps_in(folder / "checkpoints") for folder in (out, reference))
+    checkpoints, expected_checkpoints = (checkpoints_by_step(folder / "checkpoints") for folder in (out, reference))
     assert list(checkpoints) == list(expected_checkpoints)
     for step in checkpoints:
         found = checkpoints[step], expected_checkpoints[step]
@@ -166,7 +166,7 @@ def test_a_run_stopped_within_an_epoch(changes: dict[str, Any], tmp_path: Path, 
     settings = recipe(save_every_steps=1, **changes)
     with pytest.raises(Interrupted):
         train(settings, tmp_path / "run", progress=InterruptAt(4))
-    assert max(steps_in(tmp_path / "run" / "checkpoints")) == 3
+    assert max(checkpoints_by_step(tmp_path / "run" / "checkpoints")) == 3
     train(settings, tmp_path / "run")
     assert_same(tmp_path / "run", uninterrupted(settings))
 
@@ -176,7 +176,7 @@ def test_a_run_stopped_at_every_step(tmp_path: Path, uninterrupted: Uninterrupte
     for at in range(2, 7):
         with pytest.raises(Interrupted):
             train(settings, tmp_path / "run", progress=InterruptAt(at))
-        assert max(steps_in(tmp_path / "run" / "checkpoints")) == at - 1
+        assert max(checkpoints_by_step(tmp_path / "run" / "checkpoints")) == at - 1
     train(settings, tmp_path / "run")
     assert_same(tmp_path / "run", uninterrupted(settings))
 
@@ -206,7 +206,7 @@ def test_patience_and_the_best_survive_any_interruption(moment: int | str, n: in
         train(settings, tmp_path / "run", scores, InterruptAt("evaluating"))
     train(settings, tmp_path / "run", scores)
     assert_same(tmp_path / "run", tmp_path / "uninterrupted")
-    assert list(steps_in(tmp_path / "run" / "checkpoints")) == [8, 4]
+    assert list(checkpoints_by_step(tmp_path / "run" / "checkpoints")) == [8, 4]
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_again(tmp_path: Path, uninterrupted: Uninterrupted) -> None:
@@ -265,7 +265,9 @@ def test_another_users_checkpoint_is_used_if_trusted(
         train(settings, out)
     train(settings, out, trust_checkpoint=True)
     assert_same(out, uninterrupted(settings))
-    verify_checkpoint(max(steps_in(out / "checkpoints").items())[1])  # new checkpoints are signed by this user
+    verify_checkpoint(
+        max(checkpoints_by_step(out / "checkpoints").items())[1]
+    )  # new checkpoints are signed by this user
 
 
 # Unreadable images
@@ -330,7 +332,7 @@ def test_a_run_that_a_signal_stopped_can_be_resumed(
     with pytest.raises(Stopped, match=rf"^stopped by {number.name} after step \d: resume with this command$") as caught:
         train(settings, out, scores, InterruptAt(moment, action=send_signal(number)), resume_command="this command")
     assert caught.value.status == status
-    step = max(steps_in(out / "checkpoints"))
+    step = max(checkpoints_by_step(out / "checkpoints"))
     assert f"after step {step}:" in str(caught.value)
     assert [json.loads(line)["step"] for line in (out / CONSUMED).read_text().splitlines()] == list(range(1, step + 1))
     train(settings, out, scores)
@@ -362,7 +364,7 @@ def test_stopped_again_before_the_next_step_the_message_names_the_resumed_step(t
 )
 def test_which_checkpoints_are_written_and_kept(changes: dict[str, Any], steps: list[int], tmp_path: Path) -> None:
     train(recipe(**{"keep_checkpoints": 99} | changes), tmp_path / "run", ScriptedScores(0.9, 0.5, 0.5, 0.5))
-    assert list(steps_in(tmp_path / "run" / "checkpoints")) == steps
+    assert list(checkpoints_by_step(tmp_path / "run" / "checkpoints")) == steps
 
 
 def test_a_diverged_run_diverges_again_at_the_same_step(tmp_path: Path) -> None:

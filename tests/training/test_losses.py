@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from allmlp.config.recipe import Loss
+from allmlp.config.recipe import LossName
 from allmlp.training.losses import LOSSES
 
 
@@ -22,7 +22,7 @@ def target_of(labels: Tensor, classes: int, smoothing: float) -> np.ndarray:
     return (1 - smoothing) * np.eye(classes)[labels.numpy()] + smoothing / classes
 
 
-def defined(loss: Loss, z: np.ndarray, target: np.ndarray) -> np.ndarray:
+def defined(loss: LossName, z: np.ndarray, target: np.ndarray) -> np.ndarray:
     """Cross-entropy of the target with the softmax, or of each class's target with its sigmoid, summed."""
     if loss == "softmax":
         return -(target * (z - np.log(np.exp(z).sum(axis=1, keepdims=True)))).sum(axis=1)
@@ -33,7 +33,7 @@ def defined(loss: Loss, z: np.ndarray, target: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.7])
 @pytest.mark.parametrize("classes", [2, 5])
-def test_each_is_its_definition(loss: Loss, smoothing: float, classes: int) -> None:
+def test_each_is_its_definition(loss: LossName, smoothing: float, classes: int) -> None:
     logits, labels = example(classes)
     found = LOSSES[loss](logits, labels, smoothing)
     expected = defined(loss, logits.numpy(), target_of(labels, classes, smoothing))
@@ -42,12 +42,12 @@ def test_each_is_its_definition(loss: Loss, smoothing: float, classes: int) -> N
 
 
 def test_each_that_a_recipe_may_name_is_there() -> None:
-    assert set(LOSSES) == set(get_args(Loss))
+    assert set(LOSSES) == set(get_args(LossName))
 
 
 @pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
-def test_the_gradient_is_the_probability_less_the_target(loss: Loss, smoothing: float) -> None:
+def test_the_gradient_is_the_probability_less_the_target(loss: LossName, smoothing: float) -> None:
     logits, labels = example()
     logits.requires_grad_(True)
     LOSSES[loss](logits, labels, smoothing).sum().backward()
@@ -58,7 +58,7 @@ def test_the_gradient_is_the_probability_less_the_target(loss: Loss, smoothing: 
 
 @pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
-def test_a_mixed_label_has_the_mixed_losses(loss: Loss, smoothing: float) -> None:
+def test_a_mixed_label_has_the_mixed_losses(loss: LossName, smoothing: float) -> None:
     logits, labels = example()
     of = partial(LOSSES[loss], smoothing=smoothing)
     mixed = 0.3 * of(logits, labels) + 0.7 * of(logits, labels.roll(1))
@@ -69,7 +69,7 @@ def test_a_mixed_label_has_the_mixed_losses(loss: Loss, smoothing: float) -> Non
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_extreme_logits_have_finite_losses_and_gradients(loss: Loss, smoothing: float, dtype: torch.dtype) -> None:
+def test_extreme_logits_have_finite_losses_and_gradients(loss: LossName, smoothing: float, dtype: torch.dtype) -> None:
     logits = torch.tensor([[1e4, -1e4, 0], [-1e4, 1e4, 0], [1e4, 1e4, -1e4]], dtype=dtype, requires_grad=True)
     found = LOSSES[loss](logits, torch.tensor([0, 0, 2]), smoothing)
     found.sum().backward()

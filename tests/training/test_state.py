@@ -42,7 +42,7 @@ def test_the_whole_training_state_is_restored(changes: dict[str, Any], float16: 
     if float16:
         scaler.load_state_dict(scaler.state_dict() | {"scale": 1024.0})
     before.optimizer_step.overflows.fill_(5)
-    write_checkpoint(tmp_path / "c", before.tensors(), before.numbers() | {"step": 3}, SINGLE_PROCESS)
+    write_checkpoint(tmp_path / "c", before.tensors(), before.json_state() | {"step": 3}, SINGLE_PROCESS)
     after = make(1)
     checkpoint = Checkpoint(tmp_path / "c", verify_checkpoint(tmp_path / "c"))
     assert checkpoint.state["step"] == 3
@@ -56,4 +56,4 @@ def test_the_whole_training_state_is_restored(changes: dict[str, Any], float16: 
         for state in (before, after):
             step(state, number)
     assert same(before.tensors(), after.tensors())
-    assert after.numbers() == before.numbers()
+    assert after.json_state() == before.json_state()

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from small_runs import train_steps
 from torch import Tensor
 
-from allmlp.config.recipe import Loss
+from allmlp.config.recipe import LossName
 from allmlp.data.loader import Batch
 from allmlp.data.mixup import Mixing
 from allmlp.data.transforms import normalize
@@ -55,7 +55,7 @@ def train(
     forward: Forward | None = None,
     seed: int = 0,
     clip_norm: float | None = 1.0,
-    loss: Loss = "softmax",
+    loss: LossName = "softmax",
     label_smoothing: float = 0.0,
     precision: torch.dtype = torch.float32,
     mixing: Mixing | None = None,
@@ -284,7 +284,7 @@ class Case:
     """What a step has to give the same for, however its batch is cut."""
 
     model: dict = field(default_factory=dict)
-    loss: Loss = "softmax"
+    loss: LossName = "softmax"
     smoothing: float = 0.0
     mixing: Mixing | None = None
     invalid: tuple[int, ...] = ()

@@ -1,4 +1,4 @@
-"""Transfer: rates tried on held-out training images, the best used on all, and a folder that is gone on with."""
+"""Fine-tuning: rates tried on held-out training images, the best used on all, and a folder that is resumed."""
 
 import dataclasses
 import json
@@ -13,12 +13,12 @@ import torch
 
 from allmlp.config.recipe import (
     DataRecipe,
+    FinetuneRecipe,
     ModelRecipe,
     OptimizationRecipe,
     Recipe,
     RunRecipe,
     SearchRecipe,
-    Transfer,
 )
 from allmlp.config.serialize import from_json, to_json_object
 from allmlp.data.dataset import DatasetSplits
@@ -42,7 +42,9 @@ ORDER = ["search/rate-0.03", "search/rate-0.003", "search/rate-0.01", "seed-5", 
 COPIED = ("recipe.json", "model.safetensors", "report.html")
 
 
-def plan(*, rates: tuple[float, ...] = RATES, fraction: float = 0.3, seeds: int = 3, **optimization: Any) -> Transfer:
+def plan(
+    *, rates: tuple[float, ...] = RATES, fraction: float = 0.3, seeds: int = 3, **optimization: Any
+) -> FinetuneRecipe:
     recipe = Recipe(
         name="moved",
         model=ModelRecipe(weights="w.npz", image_size=None),
@@ -50,14 +52,16 @@ def plan(*, rates: tuple[float, ...] = RATES, fraction: float = 0.3, seeds: int 
         optimization=OptimizationRecipe(**{"learning_rate": 0.2, "optimizer": "sgd"} | optimization),
         run=RunRecipe(seed=5),
     )
-    return Transfer(recipe=recipe, search=SearchRecipe(learning_rates=rates, search_fraction=fraction, seeds=seeds))
+    return FinetuneRecipe(
+        recipe=recipe, search=SearchRecipe(learning_rates=rates, search_fraction=fraction, seeds=seeds)
+    )
 
 
 class Runs:
     """A ``run_one`` that trains nothing: it keeps what it was asked for, and leaves a folder as a run does.
 
     Args:
-        out: the transfer's folder.
+        out: the folder.
         held_out: top-1 by learning rate, of runs with images held out; a rate without one diverges.
         test: top-1 by seed, of the others; None for a source without test images; a seed without one diverges.
         stop: at which run (from 0) to raise what, and whether it has saved a checkpoint by then.
@@ -312,7 +316,7 @@ def test_a_whole_transfer_is_not_repeated(tmp_path: Path, caplog: pytest.LogCapt
         assert sweep(plan(), out, again) == expected
     assert again.folders == []
     assert tree(out) == before
-    assert f"resuming the transfer in {out}" in caplog.messages
+    assert f"resuming the fine-tuning in {out}" in caplog.messages
 
 
 @pytest.mark.parametrize(
@@ -331,7 +335,7 @@ def test_a_whole_transfer_is_not_repeated(tmp_path: Path, caplog: pytest.LogCapt
 )
 @pytest.mark.parametrize("finished", [True, False])
 def test_another_plan_in_the_folder_is_refused_with_the_difference(
-    other: Transfer, named: str, finished: bool, tmp_path: Path
+    other: FinetuneRecipe, named: str, finished: bool, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
     if finished:
@@ -340,7 +344,7 @@ def test_another_plan_in_the_folder_is_refused_with_the_difference(
         with pytest.raises(KeyboardInterrupt):
             sweep(plan(), out, Runs(out, stop=(2, KeyboardInterrupt(), True)))
     before, runs = tree(out), Runs(out)
-    with pytest.raises(UserError, match=rf"holds another transfer \({named} differ\): .* or name another --out"):
+    with pytest.raises(UserError, match=rf"holds another fine-tuning \({named} differ\): .* or name another --out"):
         sweep(other, out, runs)
     assert runs.folders == []
     assert tree(out) == before
@@ -352,7 +356,9 @@ def test_a_folder_of_something_else_is_refused_and_left(name: str, tmp_path: Pat
     (out / name).parent.mkdir(parents=True)
     (out / name).write_text("precious")
     runs = Runs(out)
-    with pytest.raises(UserError, match="holds no unfinished transfer: name another folder with --out, or remove it"):
+    with pytest.raises(
+        UserError, match="holds no unfinished fine-tuning: name another folder with --out, or remove it"
+    ):
         sweep(plan(), out, runs)
     assert runs.folders == []
     assert tree(out) == {name: b"precious"}
@@ -434,7 +440,7 @@ class Real:
         return done.summary
 
 
-def real(weights: Path, data: Path, **search: Any) -> Transfer:
+def real(weights: Path, data: Path, **search: Any) -> FinetuneRecipe:
     recipe = Recipe(
         name="moved",
         model=ModelRecipe(weights=str(weights), image_size=None),
@@ -444,7 +450,7 @@ def real(weights: Path, data: Path, **search: Any) -> Transfer:
         ),
         run=RunRecipe(device="cpu", precision="float32", compile="off", log_every_steps=1),
     )
-    return Transfer(recipe=recipe, search=SearchRecipe(search_fraction=0.25, **search))
+    return FinetuneRecipe(recipe=recipe, search=SearchRecipe(search_fraction=0.25, **search))
 
 
 @pytest.fixture

@@ -542,7 +542,7 @@ def test_a_head_of_another_data_set_is_named_as_the_cause(tmp_path: Path) -> Non
     weights["head.bias"] = np.ones(10)
     said = refuses(tmp_path / "w.npz", current(weights))
     assert "head/bias (10,) instead of (3,)" in said
-    assert "head of another data set" in said
+    assert "the head is that of another dataset" in said
 
 
 # Heads of zeros

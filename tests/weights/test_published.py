@@ -124,7 +124,7 @@ def test_files_and_digests_are_unique() -> None:
 
 
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS, ids=lambda checkpoint: checkpoint.file)
-def test_a_row_of_the_table_is_consistent(checkpoint: published.Checkpoint) -> None:
+def test_a_row_of_the_table_is_consistent(checkpoint: published.PublishedCheckpoint) -> None:
     assert checkpoint.variant in {*VARIANTS, "S/8"}
     assert checkpoint.classes in SYNSETS
     assert checkpoint.source

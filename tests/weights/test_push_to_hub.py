@@ -84,7 +84,7 @@ def test_the_card_of_a_run_is_complete() -> None:
     found = sections(text)
     assert list(found) == ["How to load", "Model", "Data", "Results", "Recipe"]
     assert NOT_RECORDED not in text
-    assert "Licence of the weights: cc-by-4.0" in text
+    assert "License of the weights: cc-by-4.0" in text
     assert 'allmlp.load("hf-hub:owner/name")' in found["How to load"]
     assert "mixer predict hf-hub:owner/name" in found["How to load"]
     for words in (

@@ -493,8 +493,8 @@ def test_settings_of_the_model_are_kept() -> None:
 
 def test_a_model_without_a_head_and_one_of_one_channel() -> None:
     assert not [name for name in resize(make(num_classes=0), 24).state_dict() if name.startswith("head")]
-    grey = resize(make(in_channels=1), 16)
-    assert grey(torch.zeros(1, 1, 16, 16)).shape == (1, 3)
+    gray = resize(make(in_channels=1), 16)
+    assert gray(torch.zeros(1, 1, 16, 16)).shape == (1, 3)
 
 
 def test_metadata_is_kept_and_names_the_old_size(tmp_path) -> None:

@@ -1,1 +1,1 @@
-"""Checkpoints that are there whole or not at all."""
+"""Checkpoints: written completely or not at all, verified, and found again."""

@@ -2,7 +2,7 @@
 
 It holds the tensors, written by torch.distributed.checkpoint so that any number of ranks can read them;
 ``state.json``, everything else that resuming needs; and ``manifest.json``, the length and SHA-256 of each file, signed
-(``trust.py``). It is written to a temporary folder, synced, and renamed.
+(``signing.py``). It is written to a temporary folder, synced, and renamed.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystem
 from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 
-from allmlp.checkpointing.trust import signature, written_by_this_user
+from allmlp.checkpointing.signing import signature, written_by_this_user
 from allmlp.distributed.context import DistributedContext
 from allmlp.errors import RunError, UserError
 from allmlp.files import sync_folder, to_json
@@ -55,6 +55,7 @@ def write_checkpoint(
 
 
 def clear(temporary: Path) -> None:
+    """Creates an empty temporary folder, in place of an old one."""
     shutil.rmtree(temporary, ignore_errors=True)  # left by a run that was killed
     temporary.mkdir()  # without parents: storage that was unmounted must not be recreated on another disk
 
@@ -190,7 +191,7 @@ def check_file(path: Path, expected: dict[str, Any]) -> None:
 
 
 def read_tensors(folder: Path, tensors: dict[str, Tensor], context: DistributedContext) -> None:
-    """Fills the tensors in place from a verified checkpoint, whatever number of ranks wrote it. Collective.
+    """Reads a verified checkpoint into the tensors, in place, however many ranks wrote it. Collective.
 
     Raises:
         RunError: a tensor is missing or has another shape.

@@ -1,4 +1,4 @@
-"""The checkpoints of a run: written while training continues, the newest sound one found, old ones removed."""
+"""The checkpoints of a run: writes them while training continues, finds the newest intact one, removes old ones."""
 
 import logging
 import re
@@ -58,10 +58,10 @@ class CheckpointManager:
         """Copies the tensors and starts writing the checkpoint of a step. Collective.
 
         Args:
-            step: of the run; an existing checkpoint of the step is replaced.
+            step: number of the step; an existing checkpoint of it is replaced.
             tensors: copied before this returns.
             state: JSON values.
-            best: the step whose checkpoint is kept, however old.
+            best: a step whose checkpoint is kept even if it is old.
 
         Raises:
             RunError: the previous checkpoint could not be written; or this one, when not in the background.
@@ -105,7 +105,7 @@ def checkpoint_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def steps_in(folder: Path) -> dict[int, Path]:
+def checkpoints_by_step(folder: Path) -> dict[int, Path]:
     """Step → checkpoint, newest first."""
     found = {int(m[1]): p for p in folder.glob("step-*") if (m := re.fullmatch(r"step-(\d+)", p.name)) and p.is_dir()}
     return dict(sorted(found.items(), reverse=True))
@@ -116,7 +116,7 @@ def remove_old(folder: Path, keep: int, others: set[int | None]) -> None:
 
     Each is renamed before it is deleted, so that a checkpoint's name never refers to an incomplete one.
     """
-    for step, path in list(steps_in(folder).items())[keep:]:
+    for step, path in list(checkpoints_by_step(folder).items())[keep:]:
         if step not in others:
             removed = path.with_name(f".{path.name}.removed")
             shutil.rmtree(removed, ignore_errors=True)
@@ -145,15 +145,15 @@ def clean_up(folder: Path) -> None:
             replaced.rename(path)
 
 
-def newest_sound(folder: Path, trusted: bool = False) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint that verifies, and its state; None without checkpoints. Damaged ones are logged.
+def newest_intact(folder: Path, trusted: bool = False) -> tuple[Path, dict[str, Any]] | None:
+    """The newest intact checkpoint and its state; None without checkpoints. Damaged ones are logged.
 
     Raises:
         RunError: there are checkpoints, but all are damaged.
-        UserError: the newest sound one was not written by this user, or by another version.
+        UserError: the newest intact one was written by another user or an earlier version.
     """
     damaged = []
-    for step, path in steps_in(folder).items():
+    for step, path in checkpoints_by_step(folder).items():
         try:
             state = verify_checkpoint(path, trusted)
             if state["step"] != step:
@@ -163,13 +163,13 @@ def newest_sound(folder: Path, trusted: bool = False) -> tuple[Path, dict[str, A
             damaged.append(str(error))
             log.warning("%s: falling back to an older checkpoint", error)
     if damaged:
-        raise RunError(f"no checkpoint in {folder} is sound ({len(damaged)} damaged: {damaged[0]}): train again")
+        raise RunError(f"no checkpoint in {folder} is intact ({len(damaged)} damaged: {damaged[0]}): train again")
     return None
 
 
 def set_aside_damaged(folder: Path, step: int) -> None:
     """Renames the (damaged) checkpoints after a step, so that they are neither counted nor read again."""
-    for later, path in steps_in(folder).items():
+    for later, path in checkpoints_by_step(folder).items():
         if later > step:
             shutil.rmtree(aside := path.with_name(f"damaged-{path.name}"), ignore_errors=True)
             path.rename(aside)

@@ -1,4 +1,4 @@
-"""The command ``mixer``: maps verbs to functions. Each verb imports torch only when it needs it."""
+"""The program ``mixer``: runs the module of the given command, each of which imports torch only when it needs it."""
 
 import difflib
 import importlib
@@ -13,22 +13,22 @@ from typing import NoReturn
 
 from allmlp.errors import RunError, Stopped, UserError
 
-VERBS = {
+COMMANDS = {
     "train": "train a Mixer from scratch: on the embedded digits, or on your images",
     "finetune": "train weights further on your own classes, at any image size",
     "status": "progress of a run: step, accuracy, checkpoints, how to resume it",
-    "evaluate": "top-1, top-5, per-class results and confusion matrix on labelled images",
+    "evaluate": "top-1, top-5, per-class results and confusion matrix on labeled images",
     "predict": "labels and probabilities for image files, folders and zips",
     "info": "parameters, FLOPs and memory of a variant, or the contents of a weights file",
     "resize": "convert weights to another image size",
     "convert": "convert weights to another format: allmlp's, the authors' .npz, timm's",
 }
-HELP = """usage: mixer VERB [OPTIONS]
+HELP = """usage: mixer COMMAND [OPTIONS]
 
 MLP-Mixer (arXiv:2105.01601): train, fine-tune, evaluate, predict.
 
-verbs:
-{verbs}
+commands:
+{commands}
 
 examples:
   mixer train                                   train a small Mixer on handwritten digits, in seconds
@@ -42,14 +42,14 @@ examples:
 
 WEIGHTS is a file of allmlp, the authors (.npz), timm or lucidrains, or hf-hub:OWNER/NAME.
 
-mixer VERB --help shows a verb's options; --debug shows the traceback of an error.
+mixer COMMAND --help shows a command's options; --debug shows the traceback of an error.
 exit status: 0 done, 1 the run failed, 2 a mistake in the command, 130 or 143 stopped by a signal.""".format(
-    verbs="\n".join(f"  {name:10} {summary}" for name, summary in VERBS.items())
+    commands="\n".join(f"  {name:10} {summary}" for name, summary in COMMANDS.items())
 )
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one verb; returns 0, 1 (the run failed), 2 (a mistake in the command), 130 or 143 (a signal)."""
+    """Runs one command; returns 0, 1 (the run failed), 2 (a mistake in the command), 130 or 143 (a signal)."""
     args = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in args
     args = [arg for arg in args if arg != "--debug"]
@@ -61,10 +61,10 @@ def main(argv: list[str] | None = None) -> int:
             print(HELP)
             sys.stdout.flush()
             return 0
-        if args[0] not in VERBS:
-            near = difflib.get_close_matches(args[0], VERBS, 2)
+        if args[0] not in COMMANDS:
+            near = difflib.get_close_matches(args[0], COMMANDS, 2)
             hint = f"did you mean {' or '.join(near)}? " if near else ""
-            raise UserError(f"unknown verb {args[0]!r}: {hint}there are {', '.join(VERBS)} (mixer --help)")
+            raise UserError(f"unknown command {args[0]!r}: {hint}there are {', '.join(COMMANDS)} (mixer --help)")
         set_up_logging()
         if threading.current_thread() is threading.main_thread():  # only there can handlers be set
             signal.signal(signal.SIGTERM, raise_terminated)
@@ -99,7 +99,7 @@ def raise_terminated(number: int, frame: object) -> None:
 
 
 def fail(error: BaseException | str, status: int, debug: bool, unexpected: bool = False) -> int:
-    """Prints the error in one line on standard error, with ``debug`` below its traceback; returns the status."""
+    """Prints the error in one line on standard error, after its traceback if ``debug``; returns the status."""
     message = " ".join(str(error).split()) or type(error).__name__
     if unexpected:
         message = f"{type(error).__name__}: {message}"
@@ -117,7 +117,7 @@ def exit_rank(error: BaseException | str, message: str, status: int, traceback: 
     Exits without clean-up, which could wait forever for processes that have already ended.
     """
     rank, first = os.environ.get("RANK", "?"), getattr(error, "failed_first", None)  # the failure of another rank
-    if isinstance(error, Stopped):  # all ranks stop alike
+    if isinstance(error, Stopped):  # all ranks stop with the same message
         if rank == "0":
             print(f"mixer: {message}", file=sys.stderr)
     elif first is None:
@@ -143,6 +143,6 @@ def set_up_logging() -> None:
     logger = logging.getLogger("allmlp")
     logger.handlers, logger.propagate = [StderrHandler()], False
     logger.setLevel(logging.INFO)
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # its warning that there is no CUDA
-    warnings.filterwarnings("ignore", module=r"PIL\.")  # on files that it can still read
-    warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as it is, in one process
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns if there is no CUDA
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # about files that it can read nevertheless
+    warnings.filterwarnings("ignore", "torch.distributed is disabled")  # expected in one process

@@ -23,18 +23,18 @@ Weights = Annotated[
 ]
 
 
-def parse(kind: type[T], args: Sequence[str], *, verb: str, description: str) -> T:
-    """The verb's arguments. ``--help`` prints the description and ends the process.
+def parse(kind: type[T], args: Sequence[str], *, command: str, description: str) -> T:
+    """The command's arguments. ``--help`` prints the description and ends the process.
 
     Raises:
-        UserError: a mistake in the arguments; for an unknown option, the message has the nearest ones.
+        UserError: a mistake in the arguments; for an unknown option, the message lists the nearest.
     """
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
             arguments, unknown = tyro.cli(
                 kind,
-                prog=f"mixer {verb}",
+                prog=f"mixer {command}",
                 description=description,
                 args=list(args),
                 return_unknown_args=True,
@@ -43,20 +43,20 @@ def parse(kind: type[T], args: Sequence[str], *, verb: str, description: str) ->
     except SystemExit as end:
         if end.code == 0:
             raise
-        raise UserError(f"{one_line(errors.getvalue())} (mixer {verb} --help)") from None
+        raise UserError(f"{one_line(errors.getvalue())} (mixer {command} --help)") from None
     if unknown:
-        raise UserError(f"{describe_unknown(unknown[0], option_names(kind))} (mixer {verb} --help)")
+        raise UserError(f"{describe_unknown(unknown[0], option_names(kind))} (mixer {command} --help)")
     return arguments
 
 
 def parse_with_overrides(
-    kind: type[T], groups: dict[str, Any], args: Sequence[str], *, verb: str, description: str
+    kind: type[T], groups: dict[str, Any], args: Sequence[str], *, command: str, description: str
 ) -> tuple[T, dict[str, dict[str, Any]]]:
-    """The verb's arguments, and those options of the groups (``overrides.option_group``) that were given, by group."""
+    """The command's arguments, and by group (see ``overrides.option_group``) the options that were given."""
     fields = [("options", Annotated[kind, tyro.conf.arg(name="", help="")])]
     fields += [(name, Annotated[group, tyro.conf.arg(help=group.__doc__ or "")]) for name, group in groups.items()]
     combined = dataclasses.make_dataclass("Arguments", fields, frozen=True, kw_only=True)
-    arguments: Any = parse(combined, args, verb=verb, description=description)
+    arguments: Any = parse(combined, args, command=command, description=description)
     return arguments.options, {name: getattr(arguments, name) for name in groups}
 
 

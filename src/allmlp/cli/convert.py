@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -26,14 +26,14 @@ format stores both."""
 @help_from_docstrings
 class Arguments:
     weights: Weights
-    out: tyro.conf.Positional[Path]
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """The file to write."""
     to: Literal["auto", "native", "npz", "timm"] = "auto"
-    """native: our .safetensors; npz: the authors' layout; timm: its names, as .safetensors; auto: by OUT's suffix."""
+    """native: allmlp's .safetensors; npz: the authors' layout; timm: timm's names; auto: from the suffix of OUT."""
     image_size: tuple[int, ...] = ()
     """Size that the weights were trained at, for a grid that is not square: height and width in pixels, as 224 448."""
     in_channels: int | None = None
-    """Number of image channels, for files of lucidrains whose stem leaves it open."""
+    """Number of image channels, for lucidrains' files whose stem leaves it ambiguous."""
     classes: Path | None = None
     """A text file with one class name per line, in the order of the logits."""
     mean: tuple[float, ...] = ()
@@ -45,7 +45,7 @@ class Arguments:
 
 
 def run(args: Sequence[str]) -> None:
-    arguments = parse(Arguments, args, verb="convert", description=DESCRIPTION)
+    arguments = parse(Arguments, args, command="convert", description=DESCRIPTION)
     from allmlp.weights.convert import save_as
     from allmlp.weights.load import load
 

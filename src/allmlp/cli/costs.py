@@ -1,4 +1,4 @@
-"""What a resize changes in a model's costs, for info and resize."""
+"""How a resize changes the costs of a model, for the commands info and resize."""
 
 from dataclasses import asdict
 from typing import Any

@@ -1,4 +1,4 @@
-"""What the terminal shows: a progress bar while a verb works, and tables of its results."""
+"""What the terminal shows: a progress bar while a command works, and tables of its results."""
 
 import sys
 from collections.abc import Iterator

@@ -1,6 +1,6 @@
-"""The strings below the fields of a class, as the help of the options that are made from them.
+"""Reads the docstrings below the fields of a dataclass, which become the help of its options.
 
-tyro finds them too, by tokenizing the source: that takes as long as the rest of ``mixer train --help``.
+tyro can read them too, but by tokenizing the source, which takes as long as the rest of ``mixer train --help``.
 """
 
 import ast

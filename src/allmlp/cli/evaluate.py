@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from allmlp.evaluation.classification import Classification
     from allmlp.model import Mixer
 
-DESCRIPTION = """Evaluates weights on labelled images: every image counts once, classes are matched by name.
+DESCRIPTION = """Evaluates weights on labeled images: every image counts once, classes are matched by name.
 
 example: mixer evaluate runs/digits/model.safetensors --data digits
 
@@ -48,7 +48,7 @@ class Arguments:
 
 
 def run(args: Sequence[str]) -> None:
-    arguments = parse(Arguments, args, verb="evaluate", description=DESCRIPTION)
+    arguments = parse(Arguments, args, command="evaluate", description=DESCRIPTION)
     from allmlp.cli.display import describe_unreadable, progress_bar
     from allmlp.data.sources import load_source
     from allmlp.device import select_device, select_precision
@@ -109,7 +109,7 @@ def training_data(model: "Mixer") -> dict[str, Any]:
 
 
 def match_classes(dataset: "ImageDataset", model: "Mixer", classes: tuple[str, ...]) -> "ImageDataset":
-    """The images with the labels that the model's classes have.
+    """The images with labels that are positions in the model's classes.
 
     Folders named by ImageNet's synsets, such as n01440764, match those classes' names. Weights without class names are
     matched by position with ``classes``, those of the source.
@@ -127,7 +127,7 @@ def match_classes(dataset: "ImageDataset", model: "Mixer", classes: tuple[str, .
                 "allmlp.save(model, path, classes=[…])"
             )
         print("these weights do not name their classes: matched by position with those of the data", file=sys.stderr)
-    return dataset.relabelled(classes if names is None else names)
+    return dataset.relabeled(classes if names is None else names)
 
 
 def describe(result: "Classification") -> dict:

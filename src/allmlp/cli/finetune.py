@@ -23,17 +23,17 @@ from allmlp.cli.overrides import (
 )
 from allmlp.cli.training import (
     LaunchOptions,
-    announce,
+    default_folder,
     distributed_run,
     launch_processes,
     must_launch,
-    new_run_folder,
-    run_folder,
+    print_summary,
+    requested_folder,
     train_and_report,
 )
-from allmlp.config.recipe import ModelRecipe, Recipe, Transfer
+from allmlp.config.recipe import FinetuneRecipe, ModelRecipe, Recipe
 from allmlp.errors import UserError
-from allmlp.recipes import TRANSFERS, get_transfer, list_names
+from allmlp.recipes import FINETUNE_RECIPES, get_finetune_recipe, list_names
 
 if TYPE_CHECKING:
     from allmlp.distributed.context import DistributedContext
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 DESCRIPTION = """Trains weights further on your own classes: the head starts at zero, the rest from the weights.
 
 usage: mixer finetune WEIGHTS [RECIPE] [OPTIONS], where RECIPE is one of {recipes}; without one, photos, for a small
-machine. Each has a reduced version, RECIPE-small.
+machine. Each has a small version, RECIPE-small.
 
 examples: mixer finetune Mixer-B_16.npz --data photos/ --image-size 448
           mixer finetune Mixer-B_16.npz pets --micro-batch-size 32
@@ -71,31 +71,31 @@ def run(args: Sequence[str]) -> int:
     arguments, given = parse_arguments(args)
     if not arguments.weights:
         raise UserError("no weights: name a file, or hf-hub:OWNER/NAME (mixer finetune --help)")
-    plan = override_transfer(get_transfer(arguments.recipe), arguments.weights, given)
+    plan = override_finetune(get_finetune_recipe(arguments.recipe), arguments.weights, given)
     recipe, search = plan.recipe, plan.search
     if not recipe.data.data:
         raise UserError("no --data: name the images to fine-tune on (cifar10, pets, …, a folder, or a .zip of one)")
     searches = bool(search.learning_rates) or search.seeds > 1
     launch = arguments.launch
     launch = dataclasses.replace(launch, resume=launch.resume or ("auto" if arguments.out else None))
-    out = run_folder(arguments.out, launch)
+    out = requested_folder(arguments.out, launch)
     if must_launch(recipe, launch):
         return launch_processes(launch, ["finetune", *args])
     command = shlex.join(["mixer", "finetune", *args])
     with distributed_run(recipe) as context:
-        folder = context.broadcast_from_rank0(lambda: out or new_run_folder(recipe))
+        folder = context.broadcast_from_rank0(lambda: out or default_folder(recipe))
         if searches:
             resume_command = command if out else f"{command} --out {shlex.quote(str(folder))}"
             summary = search_and_train(plan, folder, command, launch, context, resume_command)
         else:
             summary = train_and_report(recipe, folder, command, launch, context)
         if context.is_rank0:
-            announce(summary, folder, arguments.json)
+            print_summary(summary, folder, arguments.json)
     return 0
 
 
 def search_and_train(
-    plan: Transfer,
+    plan: FinetuneRecipe,
     out: Path,
     command: str,
     launch: LaunchOptions,
@@ -117,24 +117,24 @@ def search_and_train(
 
 def parse_arguments(args: Sequence[str]) -> tuple[Arguments, Overrides]:
     """The arguments, and the fields of the recipe and of the search that were given as options."""
-    plan = get_transfer(args[1] if len(args) > 1 and args[1] in TRANSFERS else "photos")
+    plan = get_finetune_recipe(args[1] if len(args) > 1 and args[1] in FINETUNE_RECIPES else "photos")
     size = plan.recipe.model.image_size
     size_help = "In pixels, one number, or height and width: multiples of the patch size; none: that of the weights."
     model = {"image_size": Option(tuple[int, ...], size_help, () if size is None else (size,))}
     model |= {name: option for name, option in options_of(plan.recipe.model).items() if name in MODEL_FIELDS}
     groups = {"search": section_group(plan.search), **recipe_groups(plan.recipe)}
     groups["model"] = option_group("The model made from the weights.", model)
-    description = DESCRIPTION.format(recipes=list_names(TRANSFERS), name=plan.recipe.name)
-    return parse_with_overrides(Arguments, groups, args, verb="finetune", description=description)
+    description = DESCRIPTION.format(recipes=list_names(FINETUNE_RECIPES), name=plan.recipe.name)
+    return parse_with_overrides(Arguments, groups, args, command="finetune", description=description)
 
 
-def override_transfer(plan: Transfer, weights: str, given: Overrides) -> Transfer:
-    """The transfer of these weights, with the fields given."""
-    model = override_transfer_model(plan.recipe.model, weights, given["model"])
-    return Transfer(recipe=override(plan.recipe, model, given), search=override_search(plan.search, given))
+def override_finetune(plan: FinetuneRecipe, weights: str, given: Overrides) -> FinetuneRecipe:
+    """The recipe for these weights, with the fields given."""
+    model = override_finetune_model(plan.recipe.model, weights, given["model"])
+    return FinetuneRecipe(recipe=override(plan.recipe, model, given), search=override_search(plan.search, given))
 
 
-def override_transfer_model(model: ModelRecipe, weights: str, given: dict[str, Any]) -> ModelRecipe:
+def override_finetune_model(model: ModelRecipe, weights: str, given: dict[str, Any]) -> ModelRecipe:
     if "image_size" in given:
         height, width = height_and_width(given["image_size"]) if given["image_size"] else (None, None)
         given = given | {"image_size": height, "image_width": None if width == height else width}

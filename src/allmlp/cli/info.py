@@ -35,7 +35,7 @@ class Arguments:
 
 
 def run(args: Sequence[str]) -> None:
-    arguments = parse(Arguments, args, verb="info", description=DESCRIPTION)
+    arguments = parse(Arguments, args, command="info", description=DESCRIPTION)
     from allmlp.factory import build_meta
     from allmlp.flops import cost
     from allmlp.weights.resize import resized_config
@@ -85,7 +85,7 @@ def variant_name(model: "Mixer") -> str | None:
 
 
 def describe_weights(model: "Mixer") -> dict[str, Any]:
-    """The file's metadata, whether its head is all zero, and the published files that it may be."""
+    """The metadata of the weights, whether their head is all zero, and the published files that they may be."""
     from allmlp.weights.published import candidates
 
     source = model.metadata.provenance.get("source")

@@ -1,4 +1,4 @@
-"""Options for the fields of a recipe. Parsed, they are the fields that were given, which override the recipe's own."""
+"""Command-line options for the fields of a recipe. The options that are given override the recipe's values."""
 
 import dataclasses
 import typing

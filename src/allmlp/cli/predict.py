@@ -45,7 +45,7 @@ class Arguments:
 
 
 def run(args: Sequence[str]) -> None:
-    arguments = parse(Arguments, args, verb="predict", description=DESCRIPTION)
+    arguments = parse(Arguments, args, command="predict", description=DESCRIPTION)
     if not arguments.images:
         raise UserError("no images: name files, folders or zips, as in mixer predict WEIGHTS a.jpg photos/ more.zip")
     from allmlp.cli.display import describe_unreadable, progress_bar

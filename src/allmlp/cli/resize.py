@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -24,7 +25,7 @@ the same."""
 @help_from_docstrings
 class Arguments:
     weights: Weights
-    out: tyro.conf.Positional[Path]
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """The file to write, .safetensors."""
     image_size: tuple[int, ...]
     """In pixels, one number, or height and width, such as 448 320; multiples of the patch size."""
@@ -33,7 +34,7 @@ class Arguments:
 
 
 def run(args: Sequence[str]) -> None:
-    arguments = parse(Arguments, args, verb="resize", description=DESCRIPTION)
+    arguments = parse(Arguments, args, command="resize", description=DESCRIPTION)
     from allmlp.weights.load import load
     from allmlp.weights.native import save
     from allmlp.weights.resize import resize

@@ -29,7 +29,7 @@ class Arguments:
 
 
 def run(args: Sequence[str]) -> None:
-    arguments = parse(Arguments, args, verb="status", description=DESCRIPTION)
+    arguments = parse(Arguments, args, command="status", description=DESCRIPTION)
     from allmlp.runs.status import run_status
 
     found = run_status(arguments.run, arguments.verify)
@@ -63,8 +63,8 @@ def status_lines(status: dict[str, Any]) -> list[tuple[str, str]]:
     else:
         shown.append(("checkpoints", "none yet"))
     if "sound" in status:
-        sound = "nothing to verify" if status["sound"] is None else f"step {status['sound']:,} is sound"
-        shown.append(("verified", sound))
+        verified = "nothing to verify" if status["sound"] is None else f"step {status['sound']:,} is intact"
+        shown.append(("verified", verified))
     if status["state"] == "stopped":
         shown.append(("resume", f"mixer train --resume {shlex.quote(status['run'])}"))
     return shown

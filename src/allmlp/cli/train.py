@@ -13,12 +13,12 @@ from allmlp.cli.docstrings import help_from_docstrings
 from allmlp.cli.overrides import Overrides, override, override_model, recipe_groups
 from allmlp.cli.training import (
     LaunchOptions,
-    announce,
+    default_folder,
     distributed_run,
     launch_processes,
     must_launch,
-    new_run_folder,
-    run_folder,
+    print_summary,
+    requested_folder,
     train_and_report,
 )
 from allmlp.config.recipe import Recipe
@@ -29,7 +29,7 @@ from allmlp.recipes import RECIPES, get_recipe, list_names
 DESCRIPTION = """Trains a Mixer from scratch and writes a folder with its weights, metrics and report.html.
 
 usage: mixer train [RECIPE] [OPTIONS], where RECIPE is one of {recipes}; without one, photos for a --data that is a
-folder or zip, else digits. The paper's recipes have reduced versions, RECIPE-small. Options override their fields.
+folder or zip, else digits. The paper's recipes have small versions, RECIPE-small. Options override their fields.
 
 examples: mixer train photos --data flowers.zip --image-size 160 --epochs 50
           mixer train imagenet-b16 --data imagenet/ --micro-batch-size 128
@@ -56,14 +56,14 @@ def run(args: Sequence[str]) -> int:
     arguments, given = parse_arguments(args)
     recipe = base_recipe(arguments, given)
     recipe = override(recipe, override_model(recipe.model, given["model"]), given)
-    launch, out = arguments.launch, run_folder(arguments.out, arguments.launch)
+    launch, out = arguments.launch, requested_folder(arguments.out, arguments.launch)
     if must_launch(recipe, launch):
         return launch_processes(launch, ["train", *args])
     with distributed_run(recipe) as context:
-        folder = context.broadcast_from_rank0(lambda: out or new_run_folder(recipe))
+        folder = context.broadcast_from_rank0(lambda: out or default_folder(recipe))
         summary = train_and_report(recipe, folder, shlex.join(["mixer", "train", *args]), launch, context)
         if context.is_rank0:
-            announce(summary, folder, arguments.json)
+            print_summary(summary, folder, arguments.json)
     return 0
 
 
@@ -71,7 +71,7 @@ def parse_arguments(args: Sequence[str]) -> tuple[Arguments, Overrides]:
     """The arguments, and the recipe's fields that were given as options."""
     documented = get_recipe(args[0] if args and args[0] in RECIPES else "digits")
     description = DESCRIPTION.format(recipes=list_names(RECIPES), name=documented.name)
-    return parse_with_overrides(Arguments, recipe_groups(documented), args, verb="train", description=description)
+    return parse_with_overrides(Arguments, recipe_groups(documented), args, command="train", description=description)
 
 
 def base_recipe(arguments: Arguments, given: Overrides) -> Recipe:

@@ -1,4 +1,4 @@
-"""What train and finetune share: the processes of a run, one training with its report, and the announced result."""
+"""What train and finetune share: launching processes, training with a report, and printing the summary."""
 
 import contextlib
 import datetime
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from allmlp.cli.docstrings import help_from_docstrings
-from allmlp.config.checks import check_world_size
+from allmlp.config.batch_size import check_world_size
 from allmlp.config.recipe import Recipe
 from allmlp.errors import UserError
 from allmlp.files import to_json
@@ -42,7 +42,7 @@ class LaunchOptions:
         return self.processes * self.nnodes
 
 
-def run_folder(out: Path | None, launch: LaunchOptions) -> Path | None:
+def requested_folder(out: Path | None, launch: LaunchOptions) -> Path | None:
     """The run's folder as --out or --resume name it; None: a new one, named by recipe and time."""
     if launch.resume in (None, "auto"):
         if launch.resume and out is None:
@@ -54,10 +54,10 @@ def run_folder(out: Path | None, launch: LaunchOptions) -> Path | None:
 
 
 def must_launch(recipe: Recipe, launch: LaunchOptions) -> bool:
-    """Whether this process has to launch those of the run, rather than being one of them.
+    """Whether this process has to launch the processes of the run, and is not one of them.
 
     Raises:
-        UserError: a mistake in the launch options, or a recipe that does not suit so many processes.
+        UserError: a mistake in the launch options, or a recipe that cannot be trained by this many processes.
     """
     check_launch_options(launch)
     started = os.environ.get("WORLD_SIZE", "1") if "RANK" in os.environ else None
@@ -68,7 +68,7 @@ def must_launch(recipe: Recipe, launch: LaunchOptions) -> bool:
         )
     if launch.world_size == 1 or started is not None:
         return False
-    check_world_size(recipe, launch.world_size)  # here, so that one process reports it and not each of them
+    check_world_size(recipe, launch.world_size)  # here, so that a single process reports a mistake
     return True
 
 
@@ -88,7 +88,7 @@ def check_launch_options(launch: LaunchOptions) -> None:
 
 
 def launch_processes(launch: LaunchOptions, words: Sequence[str]) -> int:
-    """Runs ``mixer WORDS`` in each of the run's processes on this machine; the exit status."""
+    """Runs ``mixer WORDS`` in each of the run's processes on this machine; returns the exit status."""
     from allmlp.distributed.launcher import LaunchConfig
     from allmlp.distributed.launcher import launch as launch_all
 
@@ -103,7 +103,7 @@ def launch_processes(launch: LaunchOptions, words: Sequence[str]) -> int:
 
 @contextlib.contextmanager
 def distributed_run(recipe: Recipe) -> Iterator["DistributedContext"]:
-    """The processes of the run. Only rank 0 logs more than errors."""
+    """Joins the processes of the run. Only rank 0 logs more than errors."""
     from allmlp.distributed.context import init_distributed
 
     with init_distributed(recipe.run.timeout_seconds, recipe.run.device) as context:
@@ -112,7 +112,8 @@ def distributed_run(recipe: Recipe) -> Iterator["DistributedContext"]:
         yield context
 
 
-def new_run_folder(recipe: Recipe) -> Path:
+def default_folder(recipe: Recipe) -> Path:
+    """The folder of a new run, named by recipe and time."""
     return Path("runs") / f"{recipe.name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
 
 
@@ -131,7 +132,7 @@ def train_and_report(
     Args:
         recipe: what to train, and how.
         out: the run's folder.
-        command: the command line, for the summary.
+        command: the command line, stored in the summary.
         launch: whether to resume, and how the processes were started.
         context: the processes that train together; each calls this.
         resume_command: resumes the run, for the message when a signal ends it; by default ``mixer train --resume OUT``.
@@ -152,7 +153,7 @@ def train_and_report(
         command=command,
         resume=resumes,
         trust_checkpoint=launch.trust_checkpoint,
-        resume_command=resume_command or f"mixer train --resume {shlex.quote(str(out))}{launch_words(launch, context)}",
+        resume_command=resume_command or resume_with(out, launch, context),
     )
     with progress_bar(context.is_rank0) as bar:
         result = train(recipe, out, SplitEvaluator, bar, options=options, context=context)
@@ -160,16 +161,18 @@ def train_and_report(
     return result.summary
 
 
-def launch_words(launch: LaunchOptions, context: "DistributedContext") -> str:
-    """The options that start as many processes again."""
-    words = f" --processes {context.local_world_size}" if context.world_size > 1 else ""
+def resume_with(out: Path, launch: LaunchOptions, context: "DistributedContext") -> str:
+    """The command that resumes a run with as many processes."""
+    command = f"mixer train --resume {shlex.quote(str(out))}"
+    if context.world_size > 1:
+        command += f" --processes {context.local_world_size}"
     if launch.nnodes > 1:
-        words += f" --nnodes {launch.nnodes} --node-rank {launch.node_rank} --rdzv-endpoint {launch.rdzv_endpoint}"
-    return words
+        command += f" --nnodes {launch.nnodes} --node-rank {launch.node_rank} --rdzv-endpoint {launch.rdzv_endpoint}"
+    return command
 
 
-def announce(summary: dict[str, Any], out: Path, as_json: bool) -> None:
-    """Prints the scores and what to do next, or, as JSON, the whole summary."""
+def print_summary(summary: dict[str, Any], out: Path, as_json: bool) -> None:
+    """Prints the scores and what to do next, or the whole summary as JSON."""
     from allmlp.cli.display import describe_unreadable
 
     if as_json:

@@ -1,4 +1,4 @@
-"""Limits of a recipe's fields, written beside the fields: ``epochs: Annotated[float, Limits(above=0)] = 300``."""
+"""The limits of a recipe's fields, in their annotations: ``epochs: Annotated[float, Limits(above=0)] = 300``."""
 
 import functools
 import typing

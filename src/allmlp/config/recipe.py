@@ -1,4 +1,4 @@
-"""What to train and how: typed, frozen, each limit beside its field. An invalid recipe cannot be made.
+"""What to train and how, as frozen dataclasses with the limits of each field. An invalid recipe cannot be created.
 
 The docstrings of the fields are the command line's help, which is made without importing torch.
 """
@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from allmlp.config.limits import Limits, check_limits, flag
 from allmlp.errors import UserError
 
-Loss = Literal["softmax", "sigmoid"]  # the functions are in training/losses.py
+LossName = Literal["softmax", "sigmoid"]  # the functions are in training/losses.py
 Decay = Literal["linear", "cosine"]  # the functions are in training/schedules.py
 MODEL_SIZES = ("model", "patch_size", "num_blocks", "hidden_dim", "tokens_mlp_dim", "channels_mlp_dim", "gelu")
 
@@ -131,7 +131,7 @@ class OptimizationRecipe:
     """Images per forward and backward pass; gradients accumulate over a step: less memory, same result; None: all."""
     recompute: bool = False
     """Recompute activations in the backward pass instead of storing them: less memory, more time."""
-    loss: Loss = "softmax"
+    loss: LossName = "softmax"
     """softmax: cross-entropy over exclusive classes; sigmoid: one binary cross-entropy per class, summed."""
     learning_rate: Annotated[float, Limits(above=0, at_most=1e30, hint="1e-3 is usual")] = 1e-3
     """Peak learning rate, at the end of the warm-up."""
@@ -255,8 +255,8 @@ class SearchRecipe:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Transfer:
-    """Fine-tuning of trained weights on a data set: the recipe of each run, and the search around it."""
+class FinetuneRecipe:
+    """Fine-tuning of trained weights on a dataset: the recipe of each run, and the search around it."""
 
     recipe: Recipe
     search: SearchRecipe = field(default_factory=SearchRecipe)

@@ -23,8 +23,8 @@ def from_json(path: Path) -> Recipe:
     """Reads a recipe file; fields that it leaves out have their defaults.
 
     Raises:
-        UserError: the file cannot be read, was written by another version, names an unknown field (the message has the
-            nearest), or holds a value of the wrong type or beyond its limits.
+        UserError: the file cannot be read, was written by another version, names an unknown field (the message lists
+            the nearest), or holds a value of the wrong type or beyond its limits.
     """
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))

@@ -1,1 +1,1 @@
-"""Images and datasets: from names, folders, archives and shards to batches."""
+"""Images and datasets: from names, folders and zips to batches."""

@@ -28,9 +28,9 @@ def digits() -> dict[str, ImageDataset]:
     from sklearn.datasets import load_digits
 
     values, labels = load_digits(return_X_y=True)  # (1797, 64) from 0 to 16
-    grey = np.rint(values.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
+    gray = np.rint(values.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
     names = tuple(f"{label}/{i:04d}.png" for i, label in enumerate(labels))
-    store = ArrayStore(np.repeat(grey[..., None], 3, axis=-1), names)
+    store = ArrayStore(np.repeat(gray[..., None], 3, axis=-1), names)
     classes = tuple(str(i) for i in range(10))
     return {"all": ImageDataset(store=store, names=names, labels=labels.astype(np.int64), classes=classes)}
 
@@ -126,8 +126,8 @@ def fetch(name: str, class_name: str, root: Path | None, *splits: dict[str, Any]
     """Makes one torchvision dataset for each of the splits.
 
     Args:
-        name: of the source.
-        class_name: of the dataset in ``torchvision.datasets``.
+        name: name of the source.
+        class_name: name of the dataset's class in ``torchvision.datasets``.
         root: a folder that holds a copy, which is not downloaded; None: the data folder, downloaded if missing.
         splits: arguments of the class that select a split.
 

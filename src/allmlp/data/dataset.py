@@ -1,4 +1,4 @@
-"""Labelled images: the ``Dataset`` protocol, its implementation on a store of images, and the splits of a source."""
+"""Labeled images: the ``Dataset`` protocol, its implementation on a store of images, and the splits of a source."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -13,7 +13,7 @@ from allmlp.errors import UserError
 
 
 class Dataset(Protocol):
-    """N labelled images. Loaders, evaluation and the report ask for no more; worker processes receive it pickled."""
+    """N labeled images. Loaders, evaluation and the report need no more. It is pickled for worker processes."""
 
     def __len__(self) -> int: ...
 
@@ -34,7 +34,7 @@ class Dataset(Protocol):
 
     @property
     def in_memory(self) -> bool:
-        """Whether reading an image is so cheap that worker processes are not worth their start."""
+        """Whether reading an image is so cheap that worker processes are not worth starting."""
         ...
 
     def read(self, index: int, min_side: int | None = None) -> Image.Image:
@@ -69,7 +69,7 @@ class ImageDataset:
     def subset(self, indices: np.ndarray) -> "ImageDataset":
         return replace(self, names=tuple(self.names[i] for i in indices), labels=self.labels[indices])
 
-    def relabelled(self, classes: Sequence[str]) -> "ImageDataset":
+    def relabeled(self, classes: Sequence[str]) -> "ImageDataset":
         """The same images, with labels that index another list of classes (a model's). Classes are matched by name.
 
         Raises:
@@ -97,7 +97,7 @@ class DatasetSplits:
     left_out: dict[str, int] = field(default_factory=dict)  # ignored files: kind → count
 
     def split(self, name: str) -> ImageDataset:
-        """One split by its name, or "all" of them in a row; a UserError for one that the source does not have."""
+        """One split by its name, or all of them as one dataset ("all"); a UserError for a split that does not exist."""
         if name == "all":
             parts = self.splits.values()
             return replace(

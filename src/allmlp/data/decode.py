@@ -65,12 +65,12 @@ def is_hidden(name: str) -> bool:
 def decode(data: bytes, name: str, max_pixels: int = MAX_PIXELS, min_side: int | None = None) -> Image.Image:
     """Decodes an image to upright 8-bit RGB; if it has several frames or pages, the first.
 
-    EXIF orientation is applied, transparent pixels are composited over white, and 16-bit grey is scaled to 8 bits
+    EXIF orientation is applied, transparent pixels are composited over white, and 16-bit gray is scaled to 8 bits
     (65535 → 255). Color profiles are not applied, as in the authors' input pipeline.
 
     Args:
         data: the bytes of the file.
-        name: of the image, for error messages.
+        name: name of the image, for error messages.
         max_pixels: limit on width × height. If it is above Pillow's process-wide limit, it raises that limit as well.
         min_side: pixels of the shorter side that the caller needs. A JPEG is decoded at the smallest of the scales 1,
             1/2, 1/4 and 1/8 that still has them, which is several times faster for photographs. None: full size.
@@ -126,8 +126,8 @@ def to_rgb(image: ImageFile, name: str) -> Image.Image:
     if image.mode == "F":
         raise unreadable_image(name, "its pixels are floats of unknown range", "save it with 8 or 16 bits")
     if image.mode.startswith("I"):
-        return scale_16_bit_grey(image, name)
-    if image.mode == "La":  # the only mode to which Pillow converts premultiplied grey
+        return scale_16_bit_gray(image, name)
+    if image.mode == "La":  # the only mode to which Pillow converts premultiplied gray
         return composite_over_white(image.convert("LA"))
     return composite_over_white(image) if image.has_transparency_data else image.convert("RGB")
 
@@ -139,7 +139,7 @@ def composite_over_white(image: Image.Image) -> Image.Image:
     return canvas
 
 
-def scale_16_bit_grey(image: ImageFile, name: str) -> Image.Image:
+def scale_16_bit_gray(image: ImageFile, name: str) -> Image.Image:
     """Scales to 8 bits and rounds. Pillow's own conversion clips at 255 instead."""
     white, inverted = 65535, False
     if isinstance(image, TiffImageFile):  # Pillow returns the stored values unchanged
@@ -149,10 +149,10 @@ def scale_16_bit_grey(image: ImageFile, name: str) -> Image.Image:
     if values.min() < 0 or values.max() > white:
         raise unreadable_image(name, f"it has pixel values outside 0 to {white}", "save it with 8 or 16 bits")
     levels = np.rint(np.arange(white + 1) * (255 / white)).astype(np.uint8)
-    grey = (levels[::-1] if inverted else levels)[values]
+    gray = (levels[::-1] if inverted else levels)[values]
     if (transparent := image.info.get("transparency")) is not None:
-        grey[values == transparent] = 255
-    return Image.fromarray(grey).convert("RGB")
+        gray[values == transparent] = 255
+    return Image.fromarray(gray).convert("RGB")
 
 
 def apply_orientation(image: ImageFile, pixels: Image.Image) -> Image.Image:

@@ -1,4 +1,4 @@
-"""Labelled images from a tree of folders, on disk or in a zip: one folder per class, perhaps below split folders.
+"""Labeled images from a tree of folders, on disk or in a zip: one folder per class, perhaps below split folders.
 
 Split folders are ``train/``, ``val/`` or ``validation/``, and ``test/``. Images inside a class folder are found at any
 depth; a single outer folder around everything, which many zips have, is ignored.
@@ -64,7 +64,7 @@ def read_class_folders(
     counts = Counter(name.removeprefix(prefix).split("/")[0] for name in members)
     if not classes:
         raise UserError(
-            f"{location} holds {len(below)} images but no class folders: put each class in a folder of its own"
+            f"{location} holds {len(below)} images but no class folders: put each class in a separate folder"
         )
     for name in classes:
         if not counts[name]:

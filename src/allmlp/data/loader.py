@@ -39,7 +39,7 @@ class Batch(NamedTuple):
 
 
 class TransformedDataset(TorchDataset):
-    """Maps (epoch, index) to one transformed sample of a dataset; what a DataLoader's workers run."""
+    """Maps (epoch, index) to one transformed sample of a dataset. Runs in the DataLoader's workers."""
 
     def __init__(self, dataset: Dataset, transform: EvaluationTransform | TrainingTransform, seed: int) -> None:
         self.dataset, self.transform, self.seed = dataset, transform, seed
@@ -95,7 +95,7 @@ class TrainingOrder:
         images: number of images in the dataset.
         batch_size: number of samples in the batch of one rank.
         steps: number of steps of the run, including those before ``first_step``.
-        seed: of the permutations.
+        seed: seed of the permutations.
         first_step: number of steps to skip, for a resumed run.
         rank, world_size: which rank's batches to yield.
     """
@@ -193,7 +193,7 @@ def make_loader(
 
 
 def ignore_first_signals(worker: int) -> None:
-    """Initializes a worker process, which leaves signals to the whole process group to the main process.
+    """Initializes a worker process, so that the main process handles signals sent to the whole process group.
 
     SIGINT and the first SIGTERM are ignored. A second SIGTERM, which the loader sends to a worker that does not exit,
     terminates it as usual.

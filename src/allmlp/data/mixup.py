@@ -19,14 +19,14 @@ STREAM = 1 << 62  # streams of random numbers for steps; those for samples and p
 class MixParameters(NamedTuple):
     """The random parameters of one step."""
 
-    share: float  # λ: weight of the image itself, in pixels and label; its partner has 1 − λ
+    lam: float  # λ: weight of the image itself, in pixels and label; its partner has 1 − λ
     box: tuple[int, int, int, int] | None  # CutMix: top, left, bottom, right of the partner's pixels; None: mixup
 
 
 class MixedBatch(NamedTuple):
     images: Tensor  # (B, channels, H, W)
     partners: Tensor  # (B,) int64, positions in the batch
-    shares: Tensor  # (B,) weight of the image's own label; its partner's label has the rest
+    lam: Tensor  # (B,) λ of each image; 1 where it is not mixed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +48,8 @@ class Mixing:
         rng = rng_stream(seed, STREAM | step)
         if self.cutmix is None or (self.mixup is not None and rng.random() < 0.5):
             assert self.mixup is not None
-            share = float(rng.beta(self.mixup, self.mixup))
-            return MixParameters(max(share, 1 - share), None)
+            lam = float(rng.beta(self.mixup, self.mixup))
+            return MixParameters(max(lam, 1 - lam), None)
         side = (1 - rng.beta(self.cutmix, self.cutmix)) ** 0.5
         ends = []
         for size in (height, width):
@@ -62,14 +62,14 @@ class Mixing:
         """Mixes images (B, channels, H, W) with their partners, except where one of the two is not ``valid``, (B,)."""
         partners = partner_positions(len(images), self.group).to(images.device)
         mixes = valid & valid[partners]
-        shares = torch.where(mixes, parameters.share, 1.0).to(images.dtype)
+        lam = torch.where(mixes, parameters.lam, 1.0).to(images.dtype)
         if parameters.box is None:
-            weights = shares.view(-1, 1, 1, 1)
-            return MixedBatch(weights * images + (1 - weights) * images[partners], partners, shares)
+            weights = lam.view(-1, 1, 1, 1)
+            return MixedBatch(weights * images + (1 - weights) * images[partners], partners, lam)
         top, left, bottom, right = parameters.box
         pasted = images.clone()
         pasted[:, :, top:bottom, left:right] = images[partners, :, top:bottom, left:right]
-        return MixedBatch(torch.where(mixes.view(-1, 1, 1, 1), pasted, images), partners, shares)
+        return MixedBatch(torch.where(mixes.view(-1, 1, 1, 1), pasted, images), partners, lam)
 
 
 def partner_positions(images: int, group: int) -> Tensor:

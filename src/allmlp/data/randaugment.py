@@ -1,7 +1,7 @@
 """RandAugment (Cubuk et al. 2020) as in the authors' TensorFlow code, where magnitudes are not clipped at 10.
 
 Each layer applies one of 16 operations, drawn uniformly with replacement. Geometric operations have a random sign.
-Pixels from outside the image are grey (128); positions are rounded to the nearest pixel. Pillow's functions are used
+Pixels from outside the image are gray (128); positions are rounded to the nearest pixel. Pillow's functions are used
 where they agree with the reference; comments say where they do not.
 """
 
@@ -14,8 +14,8 @@ from PIL import Image, ImageFilter
 
 FILL_COLOR = (128, 128, 128)
 REFERENCE_SIDE = 224  # strengths in pixels are for images of this side and scale with it
-CONTRAST_GREY = REFERENCE_SIDE**2 // 256  # the reference uses number of pixels / 256, apparently meant as the mean
-GREY_WEIGHTS = (*(255.5 / 255 * w for w in (0.2989, 0.587, 0.114)), -0.5)  # truncates like the reference; Pillow rounds
+CONTRAST_GRAY = REFERENCE_SIDE**2 // 256  # the reference uses number of pixels / 256, apparently meant as the mean
+GRAY_WEIGHTS = (*(255.5 / 255 * w for w in (0.2989, 0.587, 0.114)), -0.5)  # truncates like the reference; Pillow rounds
 TIE_SHIFT = 1 / 256  # pixels; moves a position halfway between two pixels to the right, as the reference rounds
 LEVELS = np.arange(256)
 CHANNEL_OFFSETS = np.array([0, 256, 512], np.uint16)  # of each channel in a flattened (3, 256) table
@@ -31,7 +31,7 @@ STRENGTHS: dict[str, Callable[[float], float]] = {
     "rotate": lambda m: m / 10 * 30,  # degrees
     "posterize": lambda m: min(int(m / 10 * 4), 8),  # bits that are kept: weaker with m, without effect from 20 on
     "solarize": lambda m: min(int(m / 10 * 256), 256),  # inverts from this level up; none from m = 10 on
-    "color": lambda m: m / 10 * 1.8 + 0.1,  # 0: grey, 1: unchanged, above 1: more color; so the next three
+    "color": lambda m: m / 10 * 1.8 + 0.1,  # 0: gray, 1: unchanged, above 1: more color; the next three alike
     "contrast": lambda m: m / 10 * 1.8 + 0.1,
     "brightness": lambda m: m / 10 * 1.8 + 0.1,
     "sharpness": lambda m: m / 10 * 1.8 + 0.1,
@@ -39,7 +39,7 @@ STRENGTHS: dict[str, Callable[[float], float]] = {
     "shear_y": lambda m: m / 10 * 0.3,
     "translate_x": lambda m: m / 10 * 100,  # pixels of a 224-pixel image
     "translate_y": lambda m: m / 10 * 100,
-    "cutout": lambda m: int(m / 10 * 40),  # half the side of the grey square, in pixels of a 224-pixel image
+    "cutout": lambda m: int(m / 10 * 40),  # half the side of the gray square, in pixels of a 224-pixel image
     "solarize_add": lambda m: int(m / 10 * 110),  # added to levels below 128
 }
 OPERATIONS = tuple(STRENGTHS)
@@ -52,7 +52,7 @@ class RandAugment:
 
     Args:
         layers: number of operations, applied in sequence (2 in the paper).
-        magnitude: of every operation (10, 15 or 20 in Table 4 of the paper).
+        magnitude: magnitude of every operation (10, 15 or 20 in Table 4 of the paper).
     """
 
     layers: int = 2
@@ -80,7 +80,7 @@ def apply_operation(
         case "invert" | "posterize" | "solarize" | "solarize_add" | "brightness" | "contrast":
             return map_levels(image, level_table(name, strength))
         case "color":
-            return Image.blend(image.convert("L", GREY_WEIGHTS).convert("RGB"), image, strength)
+            return Image.blend(image.convert("L", GRAY_WEIGHTS).convert("RGB"), image, strength)
         case "sharpness":
             return Image.blend(image.filter(BLUR), image, strength)
         case "rotate":
@@ -128,7 +128,7 @@ def autocontrast_table(image: Image.Image) -> np.ndarray:
 
 
 def equalize_table(image: Image.Image) -> np.ndarray:
-    """(3, 256): histogram equalisation of each channel; a channel that has almost a single level is unchanged."""
+    """(3, 256): histogram equalization of each channel; a channel that has almost a single level is unchanged."""
     counts = np.array(image.histogram()).reshape(3, 256)
     last = 255 - (counts[:, ::-1] > 0).argmax(1)
     step = (image.width * image.height - counts[(0, 1, 2), last][:, None]) // 255
@@ -145,6 +145,6 @@ def level_table(name: str, strength: float) -> np.ndarray:
         "solarize": lambda: np.where(strength > LEVELS, LEVELS, 255 - LEVELS),
         "solarize_add": lambda: np.where(LEVELS < 128, LEVELS + strength, LEVELS),
         "brightness": lambda: LEVELS * strength,
-        "contrast": lambda: CONTRAST_GREY + strength * (LEVELS - CONTRAST_GREY),
+        "contrast": lambda: CONTRAST_GRAY + strength * (LEVELS - CONTRAST_GRAY),
     }[name]()
     return np.clip(table, 0, 255).astype(np.uint8)  # truncated, as the reference does

@@ -1,4 +1,4 @@
-"""From a SOURCE, as every command takes it, to labelled images: a built-in name, a folder, or a zip of one.
+"""From a SOURCE, as every command takes it, to labeled images: a built-in name, a folder, or a zip of one.
 
 A source without split folders is split here by a seeded, stratified rule (``data/split.py``). Validation images always
 come from the training images, never from the test images.
@@ -25,12 +25,12 @@ def load_source(
     split_seed: int = 0,
     max_pixels: int = MAX_PIXELS,
 ) -> DatasetSplits:
-    """Finds the labelled images of a SOURCE and makes the splits that it does not have.
+    """Finds the labeled images of a SOURCE and makes the splits that it does not have.
 
     Args:
         source: "digits" or another built-in name (``data/builtin.py``), a folder, or a .zip file.
-        val_fraction: of the training images, for validation, where the source has no validation split.
-        test_fraction: of all images, for test, where the source has no splits at all.
+        val_fraction: fraction of the training images for validation, if the source has no validation split.
+        test_fraction: fraction of all images for testing, if the source has no splits at all.
         split_seed: seed of both splits.
         max_pixels: images with more pixels count as unreadable.
 
@@ -76,7 +76,7 @@ def make_splits(
     test_fraction: float,
     seed: int,
 ) -> DatasetSplits:
-    """Adds the missing splits; the key "all" holds a source that has none."""
+    """Adds the splits that ``datasets`` lacks; if it has none, its single key is "all"."""
     splits = dict(datasets)
     if "all" in splits:
         everything = splits.pop("all")
@@ -98,7 +98,7 @@ def make_splits(
         unknown = sorted(set(dataset.classes) - set(classes))
         if unknown:
             raise UserError(f"class {unknown[0]!r} is in {name} but not in {first}: add its images there, or remove it")
-    splits = {name: dataset.relabelled(classes) for name, dataset in splits.items()}
+    splits = {name: dataset.relabeled(classes) for name, dataset in splits.items()}
     return DatasetSplits(splits=splits, classes=classes, description=description, left_out=left_out)
 
 

@@ -1,4 +1,4 @@
-"""The seeded, stratified split: which images a source without splits keeps for training."""
+"""The seeded, stratified split: which images are held out for testing or validation."""
 
 import hashlib
 import math

@@ -1,1 +1,1 @@
-"""Many processes as one run."""
+"""A run on several processes: starting and connecting them, sharding the model, detecting failures."""

@@ -1,6 +1,6 @@
-"""Which process of a run this is, and the collective operations by which all of them act alike.
+"""Which process of a run this is, and the collective operations that keep all of them consistent.
 
-A single process uses the same code: its context communicates with nobody.
+A single process uses the same code, but its context does not communicate.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from allmlp.distributed.watchdog import CONNECT_TIMEOUT, SLOW_TIMEOUT, Watchdog,
 from allmlp.errors import RunError, UserError
 
 T = TypeVar("T")
-AFTER_WATCHDOG = timedelta(minutes=2)  # PyTorch's own timeout comes later: it cannot say which rank was missing
+WATCHDOG_MARGIN = timedelta(minutes=2)  # PyTorch times out this much later, as it cannot name the missing rank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +33,8 @@ class DistributedContext:
     local_rank: int = 0
     local_world_size: int = 1
     watchdog: Watchdog | None = None
-    checkpoint_group: Any = None  # process group of checkpoints, which are written while training continues
-    control_group: Any = None  # process group of small messages between the hosts
+    checkpoint_group: Any = None  # process group for checkpoints, which are written while training continues
+    control_group: Any = None  # process group for small messages between the ranks' CPUs
 
     @property
     def is_rank0(self) -> bool:
@@ -58,7 +58,7 @@ class DistributedContext:
         return total.tolist()
 
     def mean(self, value: Tensor) -> Tensor:
-        """The mean of a device tensor over all ranks; the host does not wait for it."""
+        """The mean of a device tensor over all ranks; the CPU does not wait for it."""
         if self.world_size == 1:
             return value
         total = value.clone()
@@ -89,7 +89,7 @@ class DistributedContext:
         return outcome[0]
 
     def local_rank0_first(self, action: Callable[[], T]) -> T:
-        """Runs the action on one process of each machine, then on the others, which find what the first downloaded.
+        """Runs the action on one process of each machine, then on the others, which find the files that it downloaded.
 
         A failure of one of the first processes is raised on all ranks.
         """
@@ -116,11 +116,11 @@ SINGLE_PROCESS = DistributedContext()
 
 @contextlib.contextmanager
 def init_distributed(timeout_seconds: float, device: str = "auto") -> Iterator[DistributedContext]:
-    """Joins the processes that torchrun or ``--processes`` started; without any, the context of this process alone.
+    """Joins the processes that torchrun or ``--processes`` started; otherwise yields the context of a single process.
 
     Args:
-        timeout_seconds: without progress for so long, the run ends and the stuck rank is named.
-        device: as in the recipe. Each process takes a GPU of its own, unless this is the CPU.
+        timeout_seconds: after this long without progress, the run ends and names the stuck rank.
+        device: the recipe's device. Unless it is the CPU, each process uses its own GPU.
 
     Raises:
         UserError: environment variables that identify the process are missing or not numbers.
@@ -136,7 +136,7 @@ def init_distributed(timeout_seconds: float, device: str = "auto") -> Iterator[D
     on_gpus = torch.cuda.is_available() and not device.startswith("cpu")
     if on_gpus:
         torch.cuda.set_device(local_rank)
-    timeout = timedelta(seconds=max(timeout_seconds, SLOW_TIMEOUT)) + AFTER_WATCHDOG
+    timeout = timedelta(seconds=max(timeout_seconds, SLOW_TIMEOUT)) + WATCHDOG_MARGIN
     backend, store = "cpu:gloo,cuda:nccl" if on_gpus else "gloo", connect_store(timeout, is_server=rank == 0)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     watchdog = Watchdog(connect_store(CONNECT_TIMEOUT), rank, world_size, timeout_seconds)

@@ -18,9 +18,9 @@ from datetime import timedelta
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 LINUX = sys.platform == "linux"
-PR_SET_PDEATHSIG = 1  # of Linux's sys/prctl.h: the signal that a process gets when the one that started it is killed
-GRACE = 15.0  # seconds that the others have to exit after one has failed
-LAST_SAVE = 3600.0  # seconds that they have after a signal stopped one: they all save, and exit at the same step
+PR_SET_PDEATHSIG = 1  # from Linux's sys/prctl.h: the signal that a process receives when its parent dies
+GRACE = 15.0  # seconds for the other processes to exit after one has failed
+LAST_SAVE = 3600.0  # seconds for the others to exit after a signal stopped one: they save a checkpoint first
 RENDEZVOUS_TIMEOUT = timedelta(minutes=10)  # how long machines wait for one another
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 STOPPED = tuple(128 + number for number in SIGNALS)
@@ -91,7 +91,7 @@ def start_process(
 def wait_for(children: Sequence[subprocess.Popen[bytes]], first_rank: int = 0) -> int:
     """Waits until all have ended; returns the exit status of the first that failed, or 0.
 
-    The others have a limited time to exit after that.
+    After a failure, the others have a limited time to exit; then they are reported, and ``launch`` kills them.
     """
     status, deadline = 0, float("inf")
     running = dict(enumerate(children, start=first_rank))

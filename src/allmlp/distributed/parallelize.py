@@ -20,10 +20,10 @@ from allmlp.model import Mixer
 
 
 def shard(model: Mixer, context: DistributedContext, device: torch.device) -> None:
-    """Leaves each process its shard of every parameter; blocks are gathered where they are computed."""
+    """Shards the parameters in place, one shard per process; each block is gathered while it is computed."""
     mesh = init_device_mesh(device.type, (context.world_size,))
     for module in (*model.blocks, model):
-        # with a gathered copy kept after the forward pass, changes to the shards (EMA weights) would be missed
+        # a gathered copy that is kept after the forward pass would miss changes to the shards (EMA weights)
         fully_shard(module, mesh=mesh, reshard_after_forward=True)
 
 
@@ -43,7 +43,7 @@ def local_shard(tensor: Tensor) -> Tensor:
 
 
 def full_model(model: Mixer) -> Mixer:
-    """A model with all of its parameters: a sharded one is gathered, any other is returned. Collective."""
+    """The model with complete parameters: gathered if it is sharded, otherwise the model itself. Collective."""
     if not isinstance(model, FSDPModule):
         return model
     state = {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in model.state_dict().items()}
@@ -68,14 +68,14 @@ def global_norm(tensors: list[Tensor], sharded: bool) -> Tensor:
 
 
 def replicate(model: Mixer, context: DistributedContext, device: torch.device) -> nn.Module:
-    """A module whose gradients are means over all ranks: the model itself in one process, or when it is sharded."""
+    """The model in DDP, which averages gradients over ranks; the model itself in one process, or if it is sharded."""
     if context.world_size == 1 or isinstance(model, FSDPModule):
         return model
     return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
 
 
 def grad_sync(forward: Callable[..., Tensor], last: bool) -> contextlib.AbstractContextManager[None]:
-    """Surrounds a micro-batch's forward and backward pass: ranks exchange gradients in a step's last one only."""
+    """Surrounds a micro-batch's forward and backward pass; gradients are exchanged in the step's last one only."""
     if isinstance(forward, FSDPModule):
         forward.set_requires_gradient_sync(last)
     if isinstance(forward, DistributedDataParallel) and not last:

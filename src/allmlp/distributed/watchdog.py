@@ -1,4 +1,4 @@
-"""Ends a run of several processes when one is dead, stuck or failed, and names it."""
+"""Ends a run of several processes when one of them is dead, stuck or failed, and names that rank."""
 
 import json
 import os
@@ -54,7 +54,7 @@ class Watchdog:
         self.thread = threading.Thread(target=self.watch, name="watchdog", daemon=True)
 
     def heartbeat(self, activity: str, slow: bool = False) -> None:
-        """Called by the main thread at each sign of progress."""
+        """Records that the main thread has made progress, and what it does next."""
         self.activity, self.since = activity, time.monotonic()
         self.deadline = self.since + (max(self.timeout, SLOW_TIMEOUT) if slow else self.timeout)
 
@@ -97,7 +97,7 @@ class Watchdog:
     def publish_heartbeat(self) -> None:
         self.beats += 1
         age = time.monotonic() - self.since
-        heartbeat = {"beats": self.beats, "activity": self.activity, "age": age, **main_thread()}
+        heartbeat = {"beats": self.beats, "activity": self.activity, "age": age, **locate_main_thread()}
         self.store.set(f"alive/{self.rank}", json.dumps(heartbeat))
 
     def last_heartbeat(self, rank: int) -> dict[str, Any]:
@@ -112,6 +112,7 @@ class Watchdog:
             self.exit_process(f"ended because rank {failure['rank']} failed: {failure['what']}", failure["status"])
 
     def diagnose_hang(self) -> None:
+        """Ends this process with a message that names the stuck ranks, or lets another rank's message stand."""
         before = [self.last_heartbeat(rank)["beats"] for rank in range(self.world_size)]
         end = time.monotonic() + 4 * PERIOD + 1
         while time.monotonic() < end:
@@ -134,7 +135,7 @@ class Watchdog:
         os._exit(status)
 
 
-def main_thread() -> dict[str, Any]:
+def locate_main_thread() -> dict[str, Any]:
     """Where the main thread is, and whether it is communicating with other ranks there."""
     ident = threading.main_thread().ident
     frame = sys._current_frames().get(ident or 0)

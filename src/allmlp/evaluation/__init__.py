@@ -1,1 +1,1 @@
-"""Measures how good a model is, and reports it."""
+"""The accuracy of a model, and the report of a run."""

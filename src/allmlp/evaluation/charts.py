@@ -15,11 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 CURVE_POINTS = 2000
-INK, TRAIN, VALIDATION = (
-    "#010203",
-    "#010204",
-    "#010205",
-)  # placeholders: `to_svg` inserts the colors of the page
+# Placeholders: `to_svg` inserts the colors of the page
+INK, TRAIN, VALIDATION = "#010203", "#010204", "#010205"
 CSS = {INK: "currentColor", TRAIN: "var(--train)", VALIDATION: "var(--validation)"}
 CORRECT, WRONG = (0.22, 0.47, 0.74), (0.83, 0.42, 0.18)  # legible on white and on near-black
 STYLE: dict[Any, Any] = dict.fromkeys(

@@ -1,4 +1,4 @@
-"""Classification of a labelled dataset: every image once; sums are divided once, after all ranks have finished."""
+"""Classification of a labeled dataset: every image once; sums are divided once, after all ranks have finished."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -77,14 +77,14 @@ def classify(
     on_progress: Callable[[int, int], None] = lambda done, total: None,
     context: DistributedContext = SINGLE_PROCESS,
 ) -> Classification:
-    """Classifies every image of a dataset whose labels are positions in the model's logits (see ``relabelled``).
+    """Classifies every image of a dataset whose labels are positions in the model's logits (see ``relabeled``).
 
     Args:
-        model: if it is an ``nn.Module``, it is moved to the device and is in evaluation mode meanwhile.
-        dataset: the labelled images.
-        device, precision: where the logits are computed, and in which precision the matrix products.
+        model: an ``nn.Module`` is moved to the device and kept in evaluation mode while it classifies.
+        dataset: the labeled images.
+        device, precision: where the logits are computed, and the precision of matrix products.
         batch_size: number of images that are computed together.
-        workers: processes that load images; None chooses.
+        workers: processes that load images; None: ``default_workers``.
         on_progress: called after each batch with the number of images done, and of all images.
         context: the ranks share the work. Each returns the complete result, bit-identical to that of one process.
 
@@ -142,7 +142,7 @@ class SplitEvaluator:
     """Evaluates models on one split, for the evaluations of a training run.
 
     Args:
-        name: of the split, "val" or "test"; the prefix of the metrics.
+        name: name of the split, "val" or "test"; the prefix of the metrics.
         dataset: the images.
         device, precision, context: as for ``classify``.
         on_batch: called after each batch with the number of images done, and of all images.

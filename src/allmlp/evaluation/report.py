@@ -53,7 +53,7 @@ def write_report(
     """Writes the report of a run to ``path``, atomically.
 
     Args:
-        path: of the HTML file, in an existing folder.
+        path: the HTML file to write, in an existing folder.
         recipe: the resolved recipe, which is shown as JSON.
         summary: as in ``summary.json``; rates are fractions, and any entry may be missing or None.
         metrics: the records of ``metrics.jsonl``, of training and evaluation; None and NaN make gaps in the curves.
@@ -156,7 +156,7 @@ def format_entry(summary: Mapping, key: str) -> str:
 
 
 def list_details(summary: Mapping) -> list[tuple[str, str]]:
-    """Label and text of all entries that have a value, in order, but for two that the template shows elsewhere."""
+    """Label and text of all entries that have a value, in order, except two that the template shows elsewhere."""
     keys = [key for key in summary if key not in ("command", "unreadable") and has_value(summary, key)]
     return [(ENTRIES.get(key, (key.replace("_", " "),))[0], format_entry(summary, key)) for key in keys]
 
@@ -167,7 +167,7 @@ def make_tiles(summary: Mapping, confusion: np.ndarray | None, split: str) -> li
     def note(key: str, text: str) -> str:
         return text.format(format_entry(summary, key)) if has_value(summary, key) else ""
 
-    notes = {"test": "" if has_value(summary, "test_top1") else "no labelled test split", "val": ""}
+    notes = {"test": "" if has_value(summary, "test_top1") else "no labeled test split", "val": ""}
     if confusion is not None:
         correct, total = int(np.trace(confusion)), int(confusion.sum())
         low, high = wilson(correct, total)

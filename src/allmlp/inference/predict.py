@@ -76,7 +76,7 @@ def predict_stream(
         max_pixels: images with more pixels count as unreadable.
 
     Raises:
-        UserError: the model has no head, or one that ignores its input; ``top`` or ``batch_size`` is below 1.
+        UserError: the model has no head, or its head ignores the image; ``top`` or ``batch_size`` is below 1.
     """
     if top < 1:
         raise UserError(f"top = {top}: show at least 1 class")

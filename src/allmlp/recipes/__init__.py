@@ -1,17 +1,17 @@
-"""Recipes by name, each made by a function; the paper's have reduced versions, NAME-small."""
+"""Recipes by name, each made by a function; the paper's also have a small version, NAME-small."""
 
 import difflib
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
-from allmlp.config.recipe import Recipe, Transfer
+from allmlp.config.recipe import FinetuneRecipe, Recipe
 from allmlp.errors import UserError
 from allmlp.recipes.cifar10 import cifar10
 from allmlp.recipes.digits import digits
 from allmlp.recipes.finetune import FINETUNE
 from allmlp.recipes.photos import photos
 from allmlp.recipes.pretrain import PRETRAIN
-from allmlp.recipes.small import small, small_transfer
+from allmlp.recipes.small import small, small_finetune
 
 T = TypeVar("T")
 
@@ -22,9 +22,9 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     **PRETRAIN,
     **{f"{name}-small": lambda make=make: small(make()) for name, make in PRETRAIN.items()},
 }
-TRANSFERS: dict[str, Callable[[], Transfer]] = {
+FINETUNE_RECIPES: dict[str, Callable[[], FinetuneRecipe]] = {
     **FINETUNE,
-    **{f"{name}-small": lambda make=make: small_transfer(make()) for name, make in FINETUNE.items()},
+    **{f"{name}-small": lambda make=make: small_finetune(make()) for name, make in FINETUNE.items()},
 }
 
 
@@ -33,9 +33,9 @@ def get_recipe(name: str) -> Recipe:
     return find(RECIPES, name)()
 
 
-def get_transfer(name: str) -> Transfer:
+def get_finetune_recipe(name: str) -> FinetuneRecipe:
     """The fine-tuning recipe with this name; for an unknown one, a UserError that names the nearest."""
-    return find(TRANSFERS, name)()
+    return find(FINETUNE_RECIPES, name)()
 
 
 def find(recipes: Mapping[str, T], name: str) -> T:
@@ -47,5 +47,5 @@ def find(recipes: Mapping[str, T], name: str) -> T:
 
 
 def list_names(recipes: Mapping[str, object]) -> str:
-    """The recipes' names in one line; those of reduced versions are left out."""
+    """The recipes' names in one line; those of small versions are left out."""
     return ", ".join(name for name in recipes if not name.endswith("-small"))

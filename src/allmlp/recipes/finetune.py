@@ -11,48 +11,48 @@ from typing import Literal, NamedTuple
 
 from allmlp.config.recipe import (
     DataRecipe,
+    FinetuneRecipe,
     ModelRecipe,
     OptimizationRecipe,
     Recipe,
     RunRecipe,
     SearchRecipe,
-    Transfer,
 )
 
 RATES = (0.003, 0.01, 0.03, 0.06)
 
 
-def photos() -> Transfer:
+def photos() -> FinetuneRecipe:
     """``mixer finetune WEIGHTS --data photos/``: ten epochs on your own images, with a batch size for a small machine.
 
-    Five runs, of which four choose the learning rate; a single run with --learning-rate. Expected: not yet measured.
+    Five runs, of which four choose the learning rate; one run with --learning-rate. Expected: not yet measured.
     """
-    return Transfer(
+    return FinetuneRecipe(
         recipe=Recipe(
             name="finetune-photos",
             model=ModelRecipe(image_size=None),
             data=DataRecipe(data="", crop=None, crop_ratio=None, interpolation=None, val_fraction=0.0),
-            optimization=sgd(epochs=10, batch=64, warmup_steps=100),
+            optimization=sgd_settings(epochs=10, batch=64, warmup_steps=100),
         ),
         search=SearchRecipe(learning_rates=RATES),
     )
 
 
-def published(data: str, steps: int, search_fraction: float) -> Transfer:
+def paper_recipe(data: str, steps: int, search_fraction: float) -> FinetuneRecipe:
     """``mixer finetune WEIGHTS pets``: batch size 512 at 224 pixels, three runs; --image-size 448 as in Table 2.
 
     Augmentation as in the authors' code: Inception crop and flip. Supplement A.2 found that the crop does not help in
-    fine-tuning: --train-crop none. Expected: not yet measured; published for B/16 of ImageNet-21k: see Table 3.
+    fine-tuning: --train-crop none. Expected: not yet measured; Table 3 has the paper's results for B/16.
     """
     source = "" if data == "imagenet" else data  # ImageNet has no built-in name
-    return Transfer(
+    return FinetuneRecipe(
         recipe=Recipe(
             name=f"finetune-{data}",
             model=ModelRecipe(image_size=224),
             data=DataRecipe(
                 data=source, crop=None, crop_ratio=None, interpolation=None, val_fraction=0.0
             ),
-            optimization=sgd(steps=steps, batch=512, warmup_steps=100 if steps == 500 else 500),
+            optimization=sgd_settings(steps=steps, batch=512, warmup_steps=100 if steps == 500 else 500),
             run=RunRecipe(evaluate_every_steps=steps // 5),
         ),
         search=SearchRecipe(learning_rates=RATES, search_fraction=search_fraction, seeds=3),
@@ -62,7 +62,7 @@ def published(data: str, steps: int, search_fraction: float) -> Transfer:
 class Task(NamedTuple):
     """A VTAB task: its group, and the usual size of its images, (height, width) in pixels."""
 
-    group: Literal["natural", "specialised", "structured"]
+    group: Literal["natural", "specialized", "structured"]
     size: tuple[int, int]
 
 
@@ -74,10 +74,10 @@ TASKS = {
     "pets": Task("natural", (375, 500)),
     "svhn": Task("natural", (32, 32)),
     "sun397": Task("natural", (500, 500)),
-    "pcam": Task("specialised", (96, 96)),
-    "eurosat": Task("specialised", (64, 64)),
-    "resisc45": Task("specialised", (256, 256)),
-    "retinopathy": Task("specialised", (480, 640)),
+    "pcam": Task("specialized", (96, 96)),
+    "eurosat": Task("specialized", (64, 64)),
+    "resisc45": Task("specialized", (256, 256)),
+    "retinopathy": Task("specialized", (480, 640)),
     "clevr-count": Task("structured", (320, 480)),
     "clevr-distance": Task("structured", (320, 480)),
     "dmlab": Task("structured", (360, 480)),
@@ -89,17 +89,17 @@ TASKS = {
 }
 
 
-def vtab(task: str, steps: int = 2500) -> Transfer:
+def vtab(task: str, steps: int = 2500) -> FinetuneRecipe:
     """``mixer finetune WEIGHTS vtab-svhn --data svhn/``: VTAB-1k, with 1,000 training images.
 
     800 of them are trained on and 200 held out while rates are tried: a fifth of each class, rounded up, so somewhat
-    more than 200 if there are many classes. The paper does not give the number of steps: 2,500 as ViT's authors, or 500
-    as BiT's. 448 pixels, or 224 for small images, by the BiT-HyperRule. Images are resized without a crop; those of
-    structured tasks are not mirrored, as their labels describe positions. --data is a folder with the task's 1,000
-    images in train/, one folder per class, and test/. Expected: not yet measured.
+    more than 200 if there are many classes. The paper does not give the number of steps: 2,500 as in ViT's VTAB runs,
+    or 500 as in BiT's. 448 pixels, or 224 for small images, by the BiT-HyperRule. Images are resized without a crop;
+    those of structured tasks are not mirrored, as their labels describe positions. --data is a folder with the task's
+    1,000 images in train/, one folder per class, and test/. Expected: not yet measured.
     """
     group, size = TASKS[task]
-    return Transfer(
+    return FinetuneRecipe(
         recipe=Recipe(
             name=f"finetune-vtab-{task}",
             model=ModelRecipe(image_size=resolution(*size)),
@@ -107,7 +107,7 @@ def vtab(task: str, steps: int = 2500) -> Transfer:
                 data="", crop="resize", crop_ratio=1.0, interpolation=None, val_fraction=0.0,
                 train_crop="none", flip=group != "structured",
             ),
-            optimization=sgd(steps=steps, batch=512, warmup_steps=100 if steps == 500 else 500),
+            optimization=sgd_settings(steps=steps, batch=512, warmup_steps=100 if steps == 500 else 500),
             run=RunRecipe(evaluate_every_steps=steps // 5),
         ),
         search=SearchRecipe(learning_rates=(0.003, 0.01, 0.03), search_fraction=0.2, seeds=3),
@@ -119,19 +119,19 @@ def resolution(height: int, width: int) -> int:
     return 224 if height * width < 96 * 96 else 448
 
 
-def sgd(*, epochs: float = 10, steps: int | None = None, batch: int, warmup_steps: int) -> OptimizationRecipe:
+def sgd_settings(*, epochs: float = 10, steps: int | None = None, batch: int, warmup_steps: int) -> OptimizationRecipe:
     return OptimizationRecipe(
         optimizer="sgd", epochs=epochs, steps=steps, global_batch_size=batch, learning_rate=0.01, weight_decay=0.0,
         warmup_steps=warmup_steps, decay="cosine",
     )  # fmt: skip
 
 
-FINETUNE: dict[str, Callable[[], Transfer]] = {
+FINETUNE: dict[str, Callable[[], FinetuneRecipe]] = {
     "photos": photos,
-    "imagenet": partial(published, "imagenet", 20_000, 0.01),
-    "cifar10": partial(published, "cifar10", 10_000, 0.02),
-    "cifar100": partial(published, "cifar100", 10_000, 0.02),
-    "pets": partial(published, "pets", 500, 0.1),
-    "flowers102": partial(published, "flowers102", 500, 0.1),
+    "imagenet": partial(paper_recipe, "imagenet", 20_000, 0.01),
+    "cifar10": partial(paper_recipe, "cifar10", 10_000, 0.02),
+    "cifar100": partial(paper_recipe, "cifar100", 10_000, 0.02),
+    "pets": partial(paper_recipe, "pets", 500, 0.1),
+    "flowers102": partial(paper_recipe, "flowers102", 500, 0.1),
     **{f"vtab-{task}": partial(vtab, task) for task in TASKS},
 }

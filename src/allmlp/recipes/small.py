@@ -1,15 +1,15 @@
-"""Reduced versions of recipes: the same methods, at sizes that train on a laptop in a minute."""
+"""Small versions of recipes: the same methods, at sizes that train on a laptop in a minute."""
 
 from dataclasses import replace
 
-from allmlp.config.recipe import Recipe, Transfer
+from allmlp.config.recipe import FinetuneRecipe, Recipe
 
 
 def small(recipe: Recipe) -> Recipe:
     """``mixer train imagenet-b16-small``: the same augmentation, loss, optimizer and schedule on the embedded digits.
 
-    To try a recipe before it runs on a cluster, not for accuracy: 16 × 16 pixels, 2 blocks of 32 channels, batches of
-    64, 40 epochs, and a head bias for 10 classes. --data uses other images.
+    For trying a recipe before it runs on a cluster, not for accuracy: 16 × 16 pixels, 2 blocks of 32 channels, batches
+    of 64, 40 epochs, and a head bias for 10 classes. --data uses other images.
     """
     model = replace(
         recipe.model, model=None, image_size=16, patch_size=4, num_blocks=2, hidden_dim=32, tokens_mlp_dim=16,
@@ -25,10 +25,10 @@ def small(recipe: Recipe) -> Recipe:
     )
 
 
-def small_transfer(transfer: Transfer) -> Transfer:
+def small_finetune(finetune: FinetuneRecipe) -> FinetuneRecipe:
     """``mixer finetune WEIGHTS pets-small --data photos/``: the same methods, in 20 steps of 16 images."""
-    recipe = transfer.recipe
-    reduced = replace(
+    recipe = finetune.recipe
+    small_recipe = replace(
         recipe,
         name=f"{recipe.name}-small",
         model=replace(recipe.model, image_size=None),
@@ -36,4 +36,4 @@ def small_transfer(transfer: Transfer) -> Transfer:
         optimization=replace(recipe.optimization, steps=20, global_batch_size=16),
         run=replace(recipe.run, evaluate_every_steps=10),
     )
-    return replace(transfer, recipe=reduced, search=replace(transfer.search, search_fraction=0.2))
+    return replace(finetune, recipe=small_recipe, search=replace(finetune.search, search_fraction=0.2))

@@ -4,20 +4,9 @@ import functools
 import importlib.metadata
 import platform
 import subprocess
-import sys
 from pathlib import Path
 
 import torch
-
-
-def peak_memory(device: torch.device) -> int:
-    """In bytes: of the device's allocator on a GPU, of the whole process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    import resource  # only on POSIX
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def describe_device(device: torch.device) -> str:

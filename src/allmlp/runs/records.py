@@ -1,4 +1,4 @@
-"""What a run writes as it trains: its metrics, and a digest of the images that each step used."""
+"""The records of a run in training: its metrics, and a digest of the images that each step used."""
 
 import contextlib
 import importlib
@@ -23,9 +23,9 @@ class Records:
 
     Args:
         out: the run's folder.
-        wandb_project: of Weights & Biases; None: not used.
-        recipe: as JSON values, for Weights & Biases.
-        writes: whether this process writes them (rank 0); the others keep what they log in memory.
+        wandb_project: project of Weights & Biases; None: not used.
+        recipe: the recipe as JSON values, for Weights & Biases.
+        writes: whether this process writes the records (rank 0); the others only keep them in memory.
     """
 
     def __init__(self, out: Path, wandb_project: str | None, recipe: dict[str, Any], writes: bool = True) -> None:
@@ -37,7 +37,7 @@ class Records:
 
     @contextlib.contextmanager
     def open(self, step: int) -> Iterator["Records"]:
-        """Opens the files for a run that continues after ``step`` (0: a new run), cut back to that step.
+        """Opens the files for a run that continues after ``step`` (0: a new run), truncated to that step.
 
         The evaluation of that step is removed too: it comes after the checkpoint and is repeated.
         """

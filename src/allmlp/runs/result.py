@@ -1,4 +1,4 @@
-"""What a finished run leaves."""
+"""The result of a finished run."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Resuming a run: with the same recipe and the same data, from the newest sound checkpoint."""
+"""Resuming a run: with the same recipe and the same data, from the newest intact checkpoint."""
 
 import hashlib
 import json
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from allmlp.checkpointing.manager import clean_up, newest_sound, set_aside_damaged
+from allmlp.checkpointing.manager import clean_up, newest_intact, set_aside_damaged
 from allmlp.config.limits import flag
 from allmlp.config.recipe import Recipe
 from allmlp.config.serialize import from_json, to_json_object
@@ -45,20 +45,20 @@ class Checkpoint(NamedTuple):
 
 
 def find_checkpoint(recipe: Recipe, out: Path, trusted: bool) -> Checkpoint | None:
-    """The checkpoint to resume from; None: the run starts at the beginning. The run in the folder is not changed.
+    """The checkpoint to resume from; None: the run starts at the beginning. Only leftovers of a killed run are removed.
 
     Raises:
-        UserError: the folder holds something else, or the checkpoint is not this user's own.
+        UserError: the folder holds something else, or the checkpoint was not written by this user.
         RunError: all checkpoints are damaged.
     """
     check_same_recipe(recipe, out)
     clean_up(out / "checkpoints")
-    found = newest_sound(out / "checkpoints", trusted)
+    found = newest_intact(out / "checkpoints", trusted)
     return None if found is None else Checkpoint(*found)
 
 
-def claim_folder(recipe: Recipe, out: Path, start: Checkpoint | None) -> None:
-    """Writes the recipe into the folder, after every check has passed."""
+def prepare_folder(recipe: Recipe, out: Path, start: Checkpoint | None) -> None:
+    """Writes the recipe into the folder and renames damaged checkpoints; called after every check has passed."""
     write_text(out / "recipe.json", to_json(to_json_object(recipe), indent=2) + "\n")
     (out / "checkpoints").mkdir(exist_ok=True)
     if start is not None:
@@ -78,7 +78,7 @@ def finished_summary(recipe: Recipe, out: Path) -> dict[str, Any] | None:
 
 
 def check_same_recipe(recipe: Recipe, out: Path) -> None:
-    """Raises a UserError when the folder holds no run, or one with another recipe; the differing fields are named."""
+    """Raises a UserError when the folder holds no run, or one with another recipe; the message names the fields."""
     path = out / "recipe.json"
     others = [e for e in out.iterdir() if not e.name.startswith(".")]  # without the lock and a half-written recipe
     if [e.name for e in others] == ["checkpoints"] and others[0].is_dir() and not any(others[0].iterdir()):
@@ -97,7 +97,7 @@ def check_same_recipe(recipe: Recipe, out: Path) -> None:
 
 
 def without_free_fields(recipe: Recipe) -> Recipe:
-    """The recipe with its name and the fields that may differ at their defaults."""
+    """The recipe with defaults for its name and for the fields that may differ."""
     default = Recipe()
     sections = {
         section: replace(getattr(recipe, section), **{name: getattr(getattr(default, section), name) for name in names})

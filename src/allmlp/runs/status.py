@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from allmlp.checkpointing.checkpoint import STATE
-from allmlp.checkpointing.manager import newest_sound, steps_in
+from allmlp.checkpointing.manager import checkpoints_by_step, newest_intact
 from allmlp.config.serialize import from_json
 from allmlp.errors import UserError
 from allmlp.runs.folder import is_locked
@@ -24,7 +24,7 @@ def run_status(out: Path, verify: bool = False) -> dict[str, Any]:
     Returns:
         ``state`` ("running", "finished", or "stopped": it can be resumed), ``step`` of ``steps``, ``epoch``, the last
         ``loss``, ``val_top1`` and speed, the ``best`` step and accuracy, ``checkpoints`` (steps, newest first),
-        ``saved_seconds_ago``, ``left_seconds`` at the speed of the last lines, ``seconds`` in steps so far.
+        ``saved_seconds_ago``, ``left_seconds`` at the speed of the last lines, ``seconds`` spent in steps.
 
     Raises:
         UserError: the folder holds no run.
@@ -33,7 +33,7 @@ def run_status(out: Path, verify: bool = False) -> dict[str, Any]:
     if not (out / "recipe.json").is_file():
         raise UserError(f"{out} is not the folder of a run: name one that mixer train has created")
     recipe = from_json(out / "recipe.json")
-    checkpoints = steps_in(out / "checkpoints")
+    checkpoints = checkpoints_by_step(out / "checkpoints")
     records = [record for _, record in read_lines(out / METRICS)]
     last = {key: value for record in records for key, value in record.items()}
     saved = saved_state(checkpoints)
@@ -55,7 +55,7 @@ def run_status(out: Path, verify: bool = False) -> dict[str, Any]:
         left = (status["steps"] - status["step"]) * recipe.optimization.global_batch_size
         status["left_seconds"] = left / status["images_per_second"]
     if verify:
-        found = newest_sound(out / "checkpoints", trusted=True)
+        found = newest_intact(out / "checkpoints", trusted=True)
         status["sound"] = None if found is None else found[1]["step"]
     return status
 

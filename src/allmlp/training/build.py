@@ -1,4 +1,4 @@
-"""From a recipe to its components: the one place that unpacks it. Below, nothing sees a recipe."""
+"""From a recipe to a trainer. Only this module unpacks the recipe: the components take plain arguments."""
 
 import copy
 import logging
@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from allmlp.checkpointing.manager import CheckpointManager
-from allmlp.config.checks import micro_batch_size
+from allmlp.config.batch_size import resolve_micro_batch_size
 from allmlp.config.recipe import DataRecipe, OptimizationRecipe, Recipe
 from allmlp.config.serialize import to_json_object
 from allmlp.data.dataset import Dataset, DatasetSplits
@@ -51,7 +51,7 @@ log = logging.getLogger(__name__)
 
 
 class Built(NamedTuple):
-    """A trainer, and what building it found out."""
+    """A trainer, and facts about it for the summary."""
 
     trainer: Trainer
     warmup_steps: int
@@ -72,30 +72,30 @@ def build(
     """The trainer of a recipe, compiled and ready to start or to load a checkpoint. Collective.
 
     Args:
-        recipe: of the run.
-        data: its images.
-        model: with its initial weights, perhaps sharded.
-        device, precision: where and in which precision it is computed.
-        evaluators: run at each evaluation.
-        preemption: with the ranks and the checkpoints of the run, which are in its folder.
-        progress: shows how far the run is.
+        recipe: what to train, and how.
+        data: the images.
+        model: the model with its initial weights, perhaps sharded.
+        device, precision: those of the training step.
+        evaluators: called at each evaluation.
+        preemption: the run's signals, ranks and checkpoints; the parent of the checkpoints' folder is the run's.
+        progress: shows the progress of the run.
 
     Raises:
         RunError: a batch that does not fit into memory, or a compiler that fails.
     """
     context, settings, images = preemption.context, recipe.optimization, len(data.splits["train"])
     steps, warmup_steps = run_lengths(settings, images)
-    images_at_once = micro_batch_size(settings, context.world_size)
+    micro_batch_size = resolve_micro_batch_size(settings, context.world_size)
     ema = None if settings.ema_decay is None else EMA(model, settings.ema_decay)
     if settings.recompute:
         recompute_blocks(model)
     start = time.perf_counter()
-    with memory_errors(images_at_once):
+    with memory_errors(micro_batch_size):
         context.heartbeat("compiling", slow=True)
         forward, compiled = compile_model(
             model,
             recipe.run.compile,
-            batch_size=images_at_once,
+            batch_size=micro_batch_size,
             training_flop=3.0 * cost(build_meta(model.config)).flops * steps * settings.global_batch_size,
             device=device,
             precision=precision,
@@ -119,14 +119,14 @@ def build(
         optimizer_step,
         schedule,
         precision,
-        accumulate=settings.global_batch_size // (images_at_once * context.world_size),
+        accumulate=settings.global_batch_size // (micro_batch_size * context.world_size),
         context=context,
     )
     batches = TrainingBatches(
         lambda steps_done: build_batches(recipe, data, model, steps, steps_done, context),
         images,
         settings.global_batch_size,
-        images_at_once,
+        micro_batch_size,
         UnreadableImages(data.splits["train"], recipe.data.max_unreadable_fraction),
         context,
     )
@@ -173,7 +173,7 @@ def build_optimizer(settings: OptimizationRecipe, model: Mixer) -> torch.optim.O
 
 
 def build_mixing(data: DataRecipe) -> Mixing | None:
-    if data.mixup is None and data.cutmix is None:
+    if not data.mixes:
         return None
     return Mixing(mixup=data.mixup, cutmix=data.cutmix, group=data.mix_group_size)
 
@@ -201,13 +201,13 @@ def build_batches(
 ) -> DataLoader:
     """This process's micro-batches of the steps that remain."""
     dataset: Dataset = data.splits["train"]
-    images_at_once = micro_batch_size(recipe.optimization, context.world_size)
-    accumulate = recipe.optimization.global_batch_size // (images_at_once * context.world_size)
+    micro_batch_size = resolve_micro_batch_size(recipe.optimization, context.world_size)
+    accumulate = recipe.optimization.global_batch_size // (micro_batch_size * context.world_size)
     workers = recipe.data.workers
     return training_batches(
         dataset,
         build_training_transform(recipe.data, model),
-        batch_size=images_at_once,
+        batch_size=micro_batch_size,
         steps=steps * accumulate,
         seed=recipe.run.seed,
         workers=default_workers(dataset, context.local_world_size) if workers is None else workers,
@@ -241,7 +241,7 @@ def run_identity(
 
 
 def build_initializer(recipe: Recipe) -> ModelInitializer:
-    """What makes the recipe's model once the classes are known.
+    """The initializer of the recipe's model, which makes the model when the classes are known.
 
     Raises:
         UserError: sizes that do not fit together, or weights that cannot be loaded or resized.
@@ -250,8 +250,8 @@ def build_initializer(recipe: Recipe) -> ModelInitializer:
     if settings.weights is None:
         if size is None:
             raise UserError("no --image-size: give one, or --weights to use the size of the weights")
-        others = ("model", "weights", "image_size", "image_width", "head_bias", "frozen")
-        sizes = {key: value for key, value in asdict(settings).items() if key not in others}
+        not_sizes = ("model", "weights", "image_size", "image_width", "head_bias", "frozen")
+        sizes = {key: value for key, value in asdict(settings).items() if key not in not_sizes}
         sizes |= {"variant": settings.model, "image_size": size}
         return from_scratch(sizes, build_preprocessing(recipe.data), recipe.run.seed, settings.head_bias, provenance)
     pretrained = load(settings.weights)
@@ -259,15 +259,15 @@ def build_initializer(recipe: Recipe) -> ModelInitializer:
         channels = pretrained.config["in_channels"]
         raise UserError(f"{settings.weights} takes images of {channels} channels: training reads RGB images, of 3")
     pretrained = resize(pretrained, size or pretrained.image_size)
-    before = copy.deepcopy(pretrained.metadata.provenance)
-    before.pop("recipe", None)
+    origin = copy.deepcopy(pretrained.metadata.provenance)
+    origin.pop("recipe", None)
     return from_weights(
         pretrained,
         {"dropout": settings.dropout, "stochastic_depth": settings.stochastic_depth, "rescale": settings.rescale},
         build_preprocessing(recipe.data, pretrained.metadata.preprocessing),
         settings.frozen,
         settings.head_bias,
-        provenance | {"started_from": {**before, "weights": settings.weights}},
+        provenance | {"started_from": {**origin, "weights": settings.weights}},
     )
 
 
@@ -284,12 +284,12 @@ def build_preprocessing(data: DataRecipe, default: Preprocessing = Preprocessing
 
 
 def build_data(recipe: Recipe) -> DatasetSplits:
-    """The recipe's images, described in the log.
+    """Loads the recipe's images, logs a description, and checks that they can be trained on.
 
     Raises:
         UserError: data that cannot be read or that no classifier can be trained on.
     """
-    data = find_data(recipe)
+    data = load_data(recipe)
     if recipe.data.holdout:
         data = hold_out(data, recipe.data.holdout, recipe.data.split_seed)
     counts = ", ".join(f"{len(dataset):,} {name}" for name, dataset in data.splits.items())
@@ -303,7 +303,7 @@ def build_data(recipe: Recipe) -> DatasetSplits:
     return data
 
 
-def find_data(recipe: Recipe) -> DatasetSplits:
+def load_data(recipe: Recipe) -> DatasetSplits:
     return load_source(
         recipe.data.data,
         val_fraction=0.0 if recipe.data.holdout else recipe.data.val_fraction,
@@ -316,7 +316,7 @@ def find_data(recipe: Recipe) -> DatasetSplits:
 def check_validation(recipe: Recipe) -> None:
     """Raises a UserError when the recipe needs validation images and its data has none."""
     if recipe.run.keep == "best" or recipe.run.patience is not None:
-        require_validation(recipe, find_data(recipe))
+        require_validation(recipe, load_data(recipe))
 
 
 def require_validation(recipe: Recipe, data: DatasetSplits) -> None:

@@ -1,4 +1,4 @@
-"""torch.compile for the training step where it pays and works; elsewhere the model runs as it is."""
+"""torch.compile for the training step, where it works and saves time; otherwise the model runs in eager mode."""
 
 import logging
 import math
@@ -21,9 +21,9 @@ log = logging.getLogger(__name__)
 
 # Training FLOP above which compiling, about half a minute, saves time (on 2 cores: a run of about two minutes)
 WORTHWHILE_FLOP = {"cpu": 3e13, "cuda": 3e15, "mps": float("inf")}
-Forward = Callable[[Tensor, Tensor], Tensor]
+Forward = Callable[[Tensor, Tensor], Tensor]  # images and sample keys → logits
 
-_in_compiled_forward = False  # torch.compiler.is_exporting cannot tell: until PyTorch 2.13 it is true in both cases
+_in_compiled_forward = False  # torch.compiler.is_exporting cannot tell: before PyTorch 2.13 it is true of compiling too
 
 
 def compile_model(
@@ -38,15 +38,15 @@ def compile_model(
 ) -> tuple[Forward, bool]:
     """Returns the forward pass for training batches, warmed up, and whether it is compiled.
 
-    A single process compiles the whole model; of several, each compiles the blocks one by one, since gradients and
-    shards are communicated between them. ``restore_eager`` undoes what this changes in the model.
+    A single process compiles the whole model. Several processes compile each block separately, since they exchange
+    gradients and shards between blocks. ``restore_eager`` undoes what this changes in the model.
 
     Args:
         model: on its device, perhaps sharded, perhaps with recomputation installed.
         mode: "auto" compiles if the run is long enough and the compiler works (on a CPU it needs a C++ compiler).
-        batch_size: of each forward pass of this process.
-        training_flop: of the whole run.
-        device, precision: of the training step.
+        batch_size: images in each forward pass of this process.
+        training_flop: FLOPs of the whole run.
+        device, precision: those of the training step.
         context: the processes that train together.
 
     Raises:
@@ -86,7 +86,7 @@ def restore_eager(model: Mixer) -> None:
 
 
 class CompiledForward:
-    """A compiled forward pass that runs with ``fast_mlp``. A copy of it compiles the copy of what it was made from."""
+    """A compiled forward pass that uses ``fast_mlp``. When it is copied, the copied model is compiled anew."""
 
     def __init__(self, forward: Callable[..., Tensor]) -> None:
         self.forward, self.compiled = forward, torch.compile(forward)
@@ -94,7 +94,7 @@ class CompiledForward:
     def __call__(self, *inputs: Any, **options: Any) -> Tensor:
         if torch.compiler.is_compiling():  # an outer torch.compile or torch.export is tracing this
             return self.forward(*inputs, **options)
-        with fast_mlps():
+        with fast_mlp_enabled():
             return self.compiled(*inputs, **options)
 
     def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
@@ -125,8 +125,8 @@ def mlp_blocks(model: Mixer) -> Iterator[MlpBlock]:
 
 
 @contextmanager
-def fast_mlps() -> Iterator[None]:
-    """Within the block, ``fast_mlp`` is fast where torch.compile traces it."""
+def fast_mlp_enabled() -> Iterator[None]:
+    """Within the block, torch.compile traces ``fast_mlp`` in its fast form."""
     global _in_compiled_forward
     before, _in_compiled_forward = _in_compiled_forward, True
     try:

@@ -13,7 +13,7 @@ class EMA:
     """average = decay · average + (1 − decay) · weights after each step, starting from the weights of the first step.
 
     Args:
-        model: whose parameters are averaged; sharded ones shard by shard.
+        model: its parameters are averaged; if sharded, each shard by its process.
         decay: share of the average that is kept at each step.
     """
 
@@ -42,6 +42,7 @@ class EMA:
             self.swap()
 
     def swap(self) -> None:
+        """Exchanges the averages and the model's weights."""
         for average, weight in zip(*self.local_pairs(), strict=True):
             saved = weight.clone()
             weight.copy_(average)

@@ -16,7 +16,7 @@ from allmlp.model import Mixer
 
 @dataclass(frozen=True)
 class ModelInitializer:
-    """Makes a model in two steps, between which it may be sharded; or at once, on the CPU: ``initializer(classes)``."""
+    """Makes a model in two steps, so that it can be sharded in between; calling it does both, on the CPU."""
 
     build_meta: Callable[[tuple[str, ...]], Mixer]  # class names → the model without memory, on the meta device
     init_weights: Callable[[Mixer], None]  # fills its memory
@@ -35,7 +35,7 @@ def from_scratch(
     Args:
         sizes: arguments of ``create``, without the number of classes.
         preprocessing, provenance: become the model's metadata.
-        seed: of the weights.
+        seed: seed of the weights.
         head_bias: initial bias of every class.
 
     Raises:
@@ -52,7 +52,7 @@ def from_scratch(
         init_weights(model, seed, copy_to_shard)
         torch.nn.init.constant_(model.get_parameter("head.bias"), head_bias)
 
-    build(("a", "b"))  # wrong sizes are an error before any data is read
+    build(("a", "b"))  # so that wrong sizes are reported before any data is read
     return ModelInitializer(build, init)
 
 
@@ -67,7 +67,7 @@ def from_weights(
     """Pretrained weights with a new head for other classes, as the authors fine-tune (Section 3).
 
     Args:
-        pretrained: at the image size of the run.
+        pretrained: the pretrained model, at the image size of the run.
         regularization: dropout, stochastic_depth and rescale, arguments of ``Mixer``.
         preprocessing, provenance: become the model's metadata; where the weights come from is added.
         frozen: train the head alone.

@@ -1,7 +1,7 @@
 """The paper's losses, one value per image; the loss of a batch is their mean.
 
-To add one: the function here, its name in ``config.recipe.Loss``. Mixup adds the losses of an image's two labels, each
-with its share. That is the loss of the mixed label only for a loss that is linear in the target, as these are.
+To add one: the function here, its name in ``config.recipe.LossName``. Mixup adds the losses of an image's two labels,
+weighted by their shares: the loss of the mixed label, if the loss is linear in the target, as these are.
 """
 
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor
 
-from allmlp.config.recipe import Loss
+from allmlp.config.recipe import LossName
 
 
 def softmax(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
@@ -30,4 +30,4 @@ def sigmoid(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
     return F.softplus(logits).sum(1) - target
 
 
-LOSSES: dict[Loss, Callable[..., Tensor]] = {"softmax": softmax, "sigmoid": sigmoid}
+LOSSES: dict[LossName, Callable[..., Tensor]] = {"softmax": softmax, "sigmoid": sigmoid}

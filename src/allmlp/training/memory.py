@@ -1,9 +1,10 @@
-"""Memory of a training run: less of it for activations, kept by the allocator, and a clear error when it runs out."""
+"""Memory of a training run: recomputed activations, the allocator's settings, peak usage, out-of-memory errors."""
 
 import contextlib
 import ctypes
 import functools
 import platform
+import sys
 from collections.abc import Iterator
 
 import torch
@@ -35,6 +36,16 @@ def keep_freed_memory() -> None:
         library = ctypes.CDLL(None)
         library.mallopt(M_MMAP_MAX, 0)
         library.mallopt(M_TRIM_THRESHOLD, -1)  # never
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most memory used so far, in bytes: by the device's allocator on a GPU, by the whole process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource  # only on POSIX
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 @contextlib.contextmanager

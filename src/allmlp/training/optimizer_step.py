@@ -9,13 +9,13 @@ MAX_OVERFLOWS = 32  # in a row; by then the scale is 2⁻¹⁶ of a reasonable o
 
 
 class OptimizerStep:
-    """Applies one step after another; none after the first whose loss or gradient is not finite.
+    """Updates the weights, step by step, until the loss or gradient of a step is not finite.
 
-    The weights then stay those of the last good step. The host does not wait for the device at every step to find out:
-    ``failure`` shows it whenever it is read.
+    From then on the weights stay those of the last good step. ``failure``, on the device, records that step; reading it
+    waits for the device, so it need not be read at every step.
 
     Args:
-        optimizer: of the parameters to train.
+        optimizer: holds the parameters to train.
         clip_norm: global norm that gradients are scaled down to, dividing by the norm itself as the authors do
             (PyTorch's own clipping divides by norm + 1e-6); None: no clipping.
         float16: scale the loss so that small float16 gradients do not vanish (torch.amp.GradScaler). A step whose

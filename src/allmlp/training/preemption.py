@@ -1,6 +1,6 @@
 """SIGTERM and SIGINT during training, and how all ranks save, stop or give up at the same step.
 
-A signal is only noted; the run finishes its step, saves and stops. A second signal ends the process at once.
+A signal is only recorded; the run then finishes its step, saves and stops. A second signal ends the process at once.
 """
 
 import contextlib
@@ -48,7 +48,7 @@ def detach_children() -> None:
 
 @contextlib.contextmanager
 def deferred_signals() -> Iterator[SignalState]:
-    """Within the block, a thread notes signals, even while the main thread is inside a long computation.
+    """Within the block, a thread records signals, even while the main thread is inside a long computation.
 
     Outside the main thread, where Python cannot set handlers, nothing changes.
     """
@@ -82,7 +82,7 @@ def deferred_signals() -> Iterator[SignalState]:
 
 
 class Requests(NamedTuple):
-    """What one process asks of all, exchanged with each step; or the sums over all processes."""
+    """What one process requests of all, exchanged at each step; or the sums over all processes."""
 
     terminate: int  # SIGTERM was received
     interrupt: int  # SIGINT was received
@@ -98,7 +98,7 @@ class Preemption:
         signals: received by this process.
         checkpoints: saved when requested; a failure to write one is a request too.
         save_seconds: a checkpoint is due after so long without one, by the clock of rank 0.
-        resume_command: for the message when the run stops.
+        resume_command: shown in the message when the run stops.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class Preemption:
         self.saved_at = time.monotonic()
 
     def requests(self) -> Requests:
-        """Of this process."""
+        """The requests of this process."""
         return Requests(
             terminate=int(self.signals.received == signal.SIGTERM),
             interrupt=int(self.signals.received == signal.SIGINT),
@@ -136,7 +136,7 @@ class Preemption:
         self.saved_at = time.monotonic()
 
     def raise_if_requested(self, requests: list[int]) -> None:
-        """Ends the run on all ranks when one of them asked for it, after its checkpoint is written.
+        """Ends the run on all ranks if one of them requests it, after its checkpoint is written.
 
         Raises:
             Stopped: by a signal.

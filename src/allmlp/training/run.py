@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from allmlp.config.checks import check_world_size
+from allmlp.config.batch_size import check_world_size
 from allmlp.config.recipe import Recipe
 from allmlp.data.dataset import DatasetSplits
 from allmlp.device import select_device, select_precision
@@ -19,12 +19,12 @@ from allmlp.errors import UserError
 from allmlp.files import to_json, write_text
 from allmlp.model import Mixer
 from allmlp.runs.folder import locked, run_folder
-from allmlp.runs.provenance import current_commit, describe_device, peak_memory, versions
+from allmlp.runs.provenance import current_commit, describe_device, versions
 from allmlp.runs.result import RunResult
-from allmlp.runs.resume import Checkpoint, check_same_data, claim_folder, find_checkpoint
+from allmlp.runs.resume import Checkpoint, check_same_data, find_checkpoint, prepare_folder
 from allmlp.training.build import Built, build, build_data, build_initializer, build_preemption
 from allmlp.training.compilation import restore_eager
-from allmlp.training.memory import keep_freed_memory
+from allmlp.training.memory import keep_freed_memory, peak_memory
 from allmlp.training.preemption import Preemption, deferred_signals
 from allmlp.training.trainer import Evaluator, Progress
 from allmlp.weights.native import save
@@ -40,7 +40,7 @@ class RunOptions:
     """How a run is started; what it trains is in its recipe."""
 
     command: str = ""  # for the summary
-    resume: bool = False  # continue the run in the folder from its newest sound checkpoint, if there is one
+    resume: bool = False  # continue the run in the folder from its newest intact checkpoint, if there is one
     trust_checkpoint: bool = False  # accept checkpoints that this user has not written
     resume_command: str = "the same command and --resume auto"  # for the message when a signal stops the run
 
@@ -59,7 +59,7 @@ def train(
         recipe: what to train, and how.
         out: the run's folder.
         make_evaluator: makes the evaluator of a split, for instance ``SplitEvaluator``.
-        progress: shows how far the run is.
+        progress: shows the progress of the run.
         options: how the run is started.
         context: the processes that train together.
 
@@ -72,7 +72,7 @@ def train(
     check_folder(out, options, context)
     device = context.local_device(select_device(recipe.run.device))
     precision = select_precision(recipe.run.precision, device)
-    initializer = build_initializer(recipe)  # finds mistakes in the sizes before any data is read
+    initializer = build_initializer(recipe)  # reports mistakes in the sizes before any data is read
     if device.type == "cpu":
         keep_freed_memory()
     context.heartbeat("reading the data", slow=True)
@@ -111,7 +111,7 @@ def train(
             held_out[-1](model)
         restore_eager(model)
         results = {evaluator.name: evaluator.result for evaluator in held_out}
-        summary = summarize(recipe, data, model, built, results) | {"kept_step": kept_step} | origin
+        summary = summarize(recipe, data, model, built, results, kept_step) | origin
         if context.is_rank0:
             scores: dict[str, Any] = {key: summary[key] for key in ("data", "split", "epochs", "val_top1", "test_top1")}
             save(model, out / "model.safetensors", **origin, **scores)
@@ -154,14 +154,14 @@ def find_start(
         check_same_data(checkpoint, data, str(precision).removeprefix("torch."))
         author = "trusted as requested" if options.trust_checkpoint else "trusted: written by you"
         log.info("resuming after step %d, from %s (%s)", checkpoint.state["step"], checkpoint.folder, author)
-    context.broadcast_from_rank0(lambda: claim_folder(recipe, out, checkpoint))
+    context.broadcast_from_rank0(lambda: prepare_folder(recipe, out, checkpoint))
     return checkpoint
 
 
 def summarize(
-    recipe: Recipe, data: DatasetSplits, model: Mixer, built: Built, results: dict[str, Any]
+    recipe: Recipe, data: DatasetSplits, model: Mixer, built: Built, results: dict[str, Any], kept_step: int
 ) -> dict[str, Any]:
-    """What summary.json holds, without the run's origin."""
+    """The content of summary.json, without the run's origin."""
     trainer, device, context = built.trainer, built.trainer.step.inputs.device, built.trainer.context
     steps, step_seconds = trainer.steps_done, trainer.clock.completed_seconds
     images = steps * recipe.optimization.global_batch_size
@@ -175,7 +175,7 @@ def summarize(
         "images": {name: len(dataset) for name, dataset in data.splits.items()},
         "left_out": data.left_out,
         "steps": steps,
-        "kept_step": steps,
+        "kept_step": kept_step,
         "warmup_steps": built.warmup_steps,
         "epochs": images / len(data.splits["train"]),
         "images_per_second": images / step_seconds,

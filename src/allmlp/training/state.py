@@ -37,8 +37,8 @@ class TrainingState:
             named |= {f"ema.{name}": tensor for name, tensor in self.ema.tensors.items()}
         return named
 
-    def numbers(self) -> dict[str, Any]:
-        """Everything else, as JSON values."""
+    def json_state(self) -> dict[str, Any]:
+        """The rest of a checkpoint, as JSON values: the run's identity and the state of the gradient scaler."""
         scaler, overflows = self.optimizer_step.scaler.state_dict(), float(self.optimizer_step.overflows)
         return self.identity | {"scaler": scaler, "overflows": overflows}
 
@@ -56,7 +56,7 @@ class TrainingState:
             self.ema.update()
 
     def ema_weights(self) -> AbstractContextManager[None]:
-        """Within the block, the model has the weights that are evaluated and exported: its own, or their average."""
+        """Within the block, the model has the weights to evaluate and export: averaged, if there is an EMA."""
         return contextlib.nullcontext() if self.ema is None else self.ema.swapped_in()
 
     def adopt_ema_weights(self) -> None:

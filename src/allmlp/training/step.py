@@ -14,9 +14,9 @@ from allmlp.distributed.context import SINGLE_PROCESS, DistributedContext
 from allmlp.distributed.parallelize import grad_sync
 from allmlp.metadata import Preprocessing
 from allmlp.rng import sample_keys, splitmix64
+from allmlp.training.compilation import Forward
 from allmlp.training.optimizer_step import OptimizerStep
 
-Forward = Callable[[Tensor, Tensor], Tensor]  # images and sample keys → logits
 LossFunction = Callable[[Tensor, Tensor], Tensor]  # (B, K) logits and (B,) labels → (B,)
 
 
@@ -26,7 +26,7 @@ class StepResult(NamedTuple):
     loss: Tensor  # () on the device: reading it waits for the step to finish
     gradient_norm: Tensor  # () on the device, before clipping
     update_norm: Tensor  # () on the device; NaN where it was not measured
-    problems: list[tuple[int, str]]  # (index, what is wrong) of images that could not be read, on all ranks
+    problems: list[tuple[int, str]]  # (index, reason) of images that could not be read, on all ranks
     samples_digest: int  # of the images that made the step and their order, on all ranks
     requests: list[int]  # of all ranks, summed
 
@@ -39,16 +39,16 @@ class Inputs(NamedTuple):
     valid: Tensor  # (B,) bool
     keys: Tensor  # (B,) int64, for the random masks of dropout and stochastic depth
     partner_labels: Tensor | None  # (B,) of the images mixed in
-    shares: Tensor | None  # (B,) of each image itself in its mix
+    lam: Tensor | None  # (B,) weight of ``labels``; ``partner_labels`` have 1 − lam
 
 
 class InputPreparation:
     """Moves batches to the device, normalizes and mixes them.
 
     Args:
-        device: of the training.
+        device: where the model is trained.
         preprocessing: gives the input range.
-        seed: of mixing and of the sample keys.
+        seed: seed of mixing and of the sample keys.
         mixing: mixup and CutMix, if used.
     """
 
@@ -64,9 +64,10 @@ class InputPreparation:
         keys = sample_keys(self.seed, samples).to(self.device, non_blocking=True)
         if self.mixing is None:
             return Inputs(images, labels, valid, keys, None, None)
-        draw = self.mixing.draw(self.seed, step - 1, *images.shape[2:])  # the same for all micro-batches of the step
-        mix = self.mixing.mix(images, valid, draw)
-        return Inputs(mix.images, labels, valid, keys, labels[mix.partners], mix.shares)
+        # the same for all micro-batches of the step
+        parameters = self.mixing.draw(self.seed, step - 1, *images.shape[2:])
+        mix = self.mixing.mix(images, valid, parameters)
+        return Inputs(mix.images, labels, valid, keys, labels[mix.partners], mix.lam)
 
 
 class TrainingStep:
@@ -75,10 +76,10 @@ class TrainingStep:
     Args:
         forward: the model itself, compiled, or spread over processes.
         inputs: prepares batches on the device.
-        loss: of each image.
+        loss: computes the loss of each image.
         optimizer_step: applies the gradients.
-        schedule: learning rate of step 0, 1, …
-        precision: of matrix products in the forward pass.
+        schedule: gives the learning rate of step 0, 1, …
+        precision: precision of matrix products in the forward pass.
         accumulate: number of micro-batches, all of one size, that make this process's share of a step. It changes
             memory use, not the result.
         context: a step consists of the first micro-batch of every rank, then the second of every rank, and so on.
@@ -106,7 +107,7 @@ class TrainingStep:
         Args:
             step: its number.
             micro_batches: ``accumulate`` of them.
-            requests: of this process, summed over all ranks together with the step's own counts.
+            requests: this process's requests, which are summed over all ranks together with the step's counts.
             measure: compute the norm of the update.
         """
         context, rate = self.context, self.schedule(step - 1)
@@ -135,13 +136,13 @@ class TrainingStep:
                 logits = self.forward(inputs.images, inputs.keys)
             logits = logits.float() if logits.dtype.itemsize < 4 else logits
             losses = self.loss(logits, inputs.labels)
-            if inputs.partner_labels is not None and inputs.shares is not None:
-                losses = inputs.shares * losses + (1 - inputs.shares) * self.loss(logits, inputs.partner_labels)
+            if inputs.partner_labels is not None and inputs.lam is not None:
+                losses = inputs.lam * losses + (1 - inputs.lam) * self.loss(logits, inputs.partner_labels)
             loss = (losses * inputs.valid).sum() / (len(inputs.labels) * self.accumulate)  # unreadable images count 0
             self.optimizer_step.backward(loss)
         return loss
 
 
 def samples_digest(samples: Tensor, indices: Tensor) -> int:
-    """Which image was which sample; the digest of several batches is the sum of theirs modulo 2⁶⁴, in any order."""
+    """A digest of which image was used as which sample. Digests of batches add up, modulo 2⁶⁴, in any order."""
     return int(splitmix64(splitmix64(samples) + indices).sum())

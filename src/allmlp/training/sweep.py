@@ -1,4 +1,4 @@
-"""A sweep as the paper transfers: the learning rate chosen on held-out training images, then several runs on all."""
+"""Fine-tuning as in the paper: chooses the learning rate on held-out training images, then trains once per seed."""
 
 import dataclasses
 import json
@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from allmlp.config.recipe import Recipe, Transfer
+from allmlp.config.recipe import FinetuneRecipe, Recipe
 from allmlp.config.serialize import check_version
 from allmlp.distributed.context import SINGLE_PROCESS, DistributedContext
 from allmlp.errors import RunError, UserError
@@ -25,7 +25,7 @@ LAST_FILE = "report.html"  # written last: a run's folder that has it is complet
 
 
 def sweep(
-    plan: Transfer, out: Path, train_one: TrainOne, context: DistributedContext = SINGLE_PROCESS
+    plan: FinetuneRecipe, out: Path, train_one: TrainOne, context: DistributedContext = SINGLE_PROCESS
 ) -> dict[str, Any]:
     """Chooses the learning rate, trains with every seed, and leaves one folder. Resumes if it was interrupted.
 
@@ -49,7 +49,7 @@ def sweep(
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file: name a folder with --out")
     with run_folder(out, context.is_rank0, worth_keeping="**/checkpoints/*"):
-        context.broadcast_from_rank0(lambda: claim_folder(plan, out))
+        context.broadcast_from_rank0(lambda: write_or_check_plan(plan, out))
         tried, rate = choose_rate(plan, out, train_one, context)
         recipe = replace(plan.recipe, optimization=replace(plan.recipe.optimization, learning_rate=rate))
         seeds = range(recipe.run.seed, recipe.run.seed + plan.search.seeds)
@@ -82,7 +82,7 @@ def copy_first_run(first: Path, summary: dict[str, Any], out: Path) -> None:
 
 
 def choose_rate(
-    plan: Transfer, out: Path, train_one: TrainOne, context: DistributedContext
+    plan: FinetuneRecipe, out: Path, train_one: TrainOne, context: DistributedContext
 ) -> tuple[dict[float, dict[str, Any]], float]:
     """The summary of each rate's run with part of the training images held out, and the best rate."""
     recipe, tried = plan.recipe, {}
@@ -103,23 +103,25 @@ def choose_rate(
     return tried, min(scores, key=lambda rate: (-scores[rate], rate), default=recipe.optimization.learning_rate)
 
 
-def claim_folder(plan: Transfer, out: Path) -> None:
+def write_or_check_plan(plan: FinetuneRecipe, out: Path) -> None:
     """Writes the plan into an empty folder, or checks that the folder holds the same plan."""
     text = to_json(dataclasses.asdict(plan), indent=2) + "\n"
     path = out / "transfer.json"
     if not any(out.iterdir()):
         write_text(path, text)
     elif not path.is_file():
-        raise UserError(f"{out} exists and holds no unfinished transfer: name another folder with --out, or remove it")
+        raise UserError(
+            f"{out} exists and holds no unfinished fine-tuning: name another folder with --out, or remove it"
+        )
     else:
         stored, wanted = json.loads(path.read_text(encoding="utf-8")), json.loads(text)
         check_version(stored["recipe"], path)
         if stored != wanted:
             fields = ", ".join(differing_fields(stored, wanted))
             raise UserError(
-                f"{out} holds another transfer ({fields} differ): repeat its options, or name another --out"
+                f"{out} holds another fine-tuning ({fields} differ): repeat its options, or name another --out"
             )
-        log.info("resuming the transfer in %s", out)
+        log.info("resuming the fine-tuning in %s", out)
 
 
 def differing_fields(a: Any, b: Any, name: str = "") -> list[str]:

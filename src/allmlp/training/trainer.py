@@ -1,4 +1,4 @@
-"""The training loop, and what happens beside its steps: logging, evaluation, checkpoints, exported weights."""
+"""The training loop, and what happens between its steps: logging, evaluation, checkpoints, exported weights."""
 
 import contextlib
 import itertools
@@ -13,10 +13,9 @@ from allmlp.distributed.context import DistributedContext
 from allmlp.distributed.parallelize import full_model
 from allmlp.errors import RunError
 from allmlp.model import Mixer
-from allmlp.runs.provenance import peak_memory
 from allmlp.runs.records import Records
 from allmlp.runs.resume import Checkpoint
-from allmlp.training.memory import memory_errors
+from allmlp.training.memory import memory_errors, peak_memory
 from allmlp.training.preemption import Preemption
 from allmlp.training.state import TrainingState
 from allmlp.training.step import StepResult, TrainingStep
@@ -31,7 +30,7 @@ class Diverged(RunError):
 
 
 class Progress(Protocol):
-    """Shows how far the run is."""
+    """Shows the progress of a run."""
 
     def update(self, done: int, total: int, text: str) -> None: ...
 
@@ -46,7 +45,7 @@ class Evaluator(Protocol):
     def name(self) -> str: ...
     @property
     def result(self) -> Any:
-        """All that the last call found out; None before."""
+        """The complete result of the last call; None before the first."""
 
     def __call__(self, model: Mixer) -> dict[str, float]:
         """The metrics to log, the main one first."""
@@ -55,7 +54,7 @@ class Evaluator(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Cadence:
-    """At which steps, counted from 1, something is done."""
+    """The steps, counted from 1, at which a run logs, evaluates and saves."""
 
     steps: int  # of the run
     evaluate_every: int
@@ -83,10 +82,10 @@ class Trainer:
         step: makes one optimizer step.
         batches: the training images.
         cadence: when to log, evaluate and save.
-        evaluators: run at each evaluation.
+        evaluators: called at each evaluation.
         records: metrics and consumed samples, written as they come.
         preemption: signals, checkpoints, and the ranks that share them.
-        progress: shows how far the run is.
+        progress: shows the progress of the run.
     """
 
     def __init__(
@@ -141,7 +140,7 @@ class Trainer:
         return self.cadence.patience is not None and self.evaluations_since_best >= self.cadence.patience
 
     def complete_step(self, result: StepResult) -> None:
-        """Logs the step, and saves or stops where a cadence or a rank asks for it."""
+        """Logs the step, saves if the cadence or a rank requires it, and stops if a rank requests it."""
         saves = self.cadence.saves(result.step) or self.preemption.wants_checkpoint(result.requests)
         if self.step.inputs.device.type == "cpu" or self.cadence.logs(result.step) or saves:  # waits for the device
             self.raise_if_diverged()
@@ -217,7 +216,7 @@ class Trainer:
             )
 
     def kept_model(self, which: Literal["last", "best"]) -> tuple[Mixer, int]:
-        """The model that is the run's result and the step of its weights; the evaluators' results are those of it."""
+        """The model that the run keeps and the step of its weights; the first evaluator's result is then for it."""
         if which == "last" or self.best is None or self.best[0] == self.steps_done:
             return full_model(self.state.model), self.steps_done
         self.context.sum([0])  # a barrier: rank 0 has written the file
@@ -232,7 +231,7 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint holds besides tensors, as JSON values."""
-        return self.state.numbers() | {
+        return self.state.json_state() | {
             "step": self.steps_done,
             "steps": self.cadence.steps,
             "samples": self.steps_done * self.batches.global_batch_size,
@@ -257,12 +256,12 @@ class TrainingBatches:
     """The micro-batches of a run, and the seconds spent waiting for them.
 
     Args:
-        load: this process's micro-batches after so many steps, to the end of the run.
-        images: of the training data.
+        load: returns this process's micro-batches from a number of steps to the end of the run.
+        images: number of training images.
         global_batch_size: images of a step, on all ranks.
         micro_batch_size: images of a micro-batch.
         unreadable: counts images that cannot be read.
-        context: whose watchdog is informed.
+        context: receives the heartbeats.
     """
 
     def __init__(
@@ -280,7 +279,7 @@ class TrainingBatches:
         self.seconds_waited = 0.0
 
     def after(self, steps: int) -> Iterator[Batch]:
-        """The micro-batches that follow so many steps; loading starts with the first one."""
+        """The micro-batches after the first ``steps`` steps; loading starts when the first one is requested."""
         batches = iter(self.load(steps))
         while True:
             self.context.heartbeat("waiting for images")
@@ -294,7 +293,7 @@ class TrainingBatches:
 
 
 class StepClock:
-    """Measures the time spent in steps, without evaluations, and what it was used for."""
+    """Measures the time spent in steps, without evaluations, and the share of it spent waiting for images."""
 
     def __init__(self, batches: TrainingBatches) -> None:
         self.batches = batches

@@ -1,1 +1,1 @@
-"""Files to models and back."""
+"""From weights files to models, and from models to files."""

@@ -28,7 +28,7 @@ from allmlp.errors import UserError, printable
 
 MAX_HEADER = 4 * 2**20  # bytes, of a safetensors file; a Mixer's has some 30 kB, the names of 21,843 classes 1 MB
 MAX_TENSORS = 4096  # a Mixer-H/14 has 390, its training checkpoint three times as many
-MAX_EXPANSION = 20  # uncompressed size of a zip, in times its file size; weights compress by far less
+MAX_EXPANSION = 20  # largest ratio of a zip's uncompressed size to its file size; weights compress far less
 ALWAYS_ALLOWED_SIZE = 64 * 2**20  # bytes, uncompressed, at any ratio
 MAX_WRAPPERS = 5  # nested dictionaries around a state dict
 
@@ -45,8 +45,8 @@ READ_ERRORS = (  # what the libraries below raise on damaged or malicious files
 
 
 class TensorInfo(NamedTuple):
-    """A tensor that has not been read yet. ``dtype`` is None if it is not floating-point; ``kind`` is the file's name
-    for its type."""
+    """A tensor that has not been read yet. ``dtype`` is None if it is not floating-point; ``kind`` is what the file
+    calls its type."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype | None
@@ -139,7 +139,7 @@ def check_count(tensors: int, file_name: str) -> None:
 
 
 def require_floats(infos: Mapping[str, TensorInfo], file_name: str) -> None:
-    """A UserError for a tensor that is not floating-point."""
+    """Raises a UserError if a tensor is not floating-point."""
     for name, info in infos.items():
         if info.dtype is None:
             raise UserError(

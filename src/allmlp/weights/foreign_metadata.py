@@ -1,4 +1,4 @@
-"""Metadata for weights that others saved: preprocessing, class names and origin, from what is known about the file."""
+"""Metadata for weights that other programs saved: preprocessing, class names and origin."""
 
 import hashlib
 import logging
@@ -11,7 +11,7 @@ from allmlp.model import Mixer
 from allmlp.weights.containers import Container
 from allmlp.weights.hub import WeightsFile
 from allmlp.weights.layouts import TIMM, Layout
-from allmlp.weights.published import CHECKPOINTS, MIIL, MIIL_CLASSES, Checkpoint, candidates, class_names
+from allmlp.weights.published import CHECKPOINTS, MIIL, MIIL_CLASSES, PublishedCheckpoint, candidates, class_names
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ def foreign_metadata(container: Container, file: WeightsFile, layout: Layout, mo
     return Metadata(classes=classes, preprocessing=preprocessing, provenance={"source": source})
 
 
-def identify_checkpoint(container: Container, file: WeightsFile, layout: Layout) -> Checkpoint | None:
+def identify_checkpoint(container: Container, file: WeightsFile, layout: Layout) -> PublishedCheckpoint | None:
     """The checkpoint that timm published as this file, by its repository on the hub or its SHA-256; else None."""
     if layout is not TIMM:
         return None

@@ -15,7 +15,7 @@ WEIGHTS_NAMES = ("model.safetensors", "pytorch_model.bin")  # in order of prefer
 
 @dataclass(frozen=True, kw_only=True)
 class WeightsFile:
-    """A local file; of one from the hub, also what the hub says about it."""
+    """A local weights file; if it comes from the hub, with the hub's information about it."""
 
     path: Path
     source: dict[str, str] = field(default_factory=dict)  # the hub's repository ("hub") and commit ("revision")

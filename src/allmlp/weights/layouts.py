@@ -167,7 +167,7 @@ def infer_config(
 
 
 def infer_image_size(tokens: int, patch: tuple[int, int], image_size: Size | None, file_name: str) -> tuple[int, int]:
-    """(height, width) of an image of so many patches: square, or ``image_size`` if it is given and fits."""
+    """(height, width) of an image with this number of patches: square, or ``image_size`` if it is given and fits."""
     side = math.isqrt(tokens)
     square = (side * patch[0], side * patch[1]) if side * side == tokens else None
     if image_size is None:
@@ -220,7 +220,7 @@ def expected_shapes(config: Mapping[str, Any], tensors: int, file_name: str) -> 
     Args:
         config: the arguments of ``Mixer``.
         tensors: how many tensors the file has; a file that claims more blocks is refused before they are built.
-        file_name: for messages.
+        file_name: named in messages.
 
     Raises:
         UserError: no Mixer can have this config.
@@ -252,8 +252,8 @@ def check_shapes(
         expected, actual: shapes by native names.
         unexpected: names in the file that the layout does not have.
         stored_names: native name → name in the file, for the message.
-        file_name: for the message.
-        layout: of the file; shapes are reported with its order of axes.
+        file_name: named in the message.
+        layout: the file's layout; shapes are reported in its order of axes.
 
     Raises:
         UserError: lists every tensor that is missing, unexpected or of another shape, and names the likely cause.
@@ -291,7 +291,7 @@ def likely_cause(
         sizes = " and ".join(f"{n} patches" for n in tokens) or "another number of patches"
         return f"Likely trained at another image size ({sizes}): load it at that size and resize it"
     if wrong and all(name.startswith("head") for name in wrong):
-        return "Likely the head of another data set was put in: save the whole state dict of one model"
+        return "Likely the head is that of another dataset: save the whole state dict of one model"
     if not wrong:
         return "Likely only a part was saved, or another architecture's weights: save the whole state dict"
     return "Likely the tensors of two models were mixed, or of another architecture: save the state dict of one model"

@@ -31,8 +31,8 @@ def load(path: str | Path, *, image_size: Size | None = None, in_channels: int |
 
     Args:
         path: a file, or "hf-hub:OWNER/NAME", "hf-hub:OWNER/NAME@REVISION" on the Hugging Face hub.
-        image_size: that the weights were trained at, in pixels; needed if the grid of patches is not square.
-        in_channels: of the images; needed if the stem is stored flat (lucidrains') and its shape is ambiguous.
+        image_size: size that the weights were trained at, in pixels; needed if the grid of patches is not square.
+        in_channels: number of channels of the images; needed if a flat stem (lucidrains') leaves it ambiguous.
 
     Raises:
         UserError: the file is missing, damaged, dangerous or another architecture's; tensors are missing, unexpected,
@@ -75,13 +75,13 @@ def read_foreign(container: Container, file: WeightsFile, image_size: Size | Non
     if num_blocks > len(infos):
         raise layouts.not_a_mixer(file_name, ValueError(f"{num_blocks} blocks in {len(infos)} tensors"))
     names = layout.names(num_blocks)
-    present = {name: theirs for name, theirs in names.items() if theirs in infos}
+    present = {name: layout_name for name, layout_name in names.items() if layout_name in infos}
     patch = None
     if layout is layouts.LUCIDRAINS and "stem.weight" in present:
         patch = layouts.infer_flat_patch(infos[present["stem.weight"]].shape[-1], in_channels, file_name)
     shapes: dict[str, tuple[int, ...]] = {
-        name: tuple(layout.to_native(name, torch.empty(infos[theirs].shape, device="meta"), patch).shape)
-        for name, theirs in present.items()
+        name: tuple(layout.to_native(name, torch.empty(infos[layout_name].shape, device="meta"), patch).shape)
+        for name, layout_name in present.items()
     }
     config, metadata = native.embedded_header(container) or (None, None)
     if config is None:
@@ -99,10 +99,10 @@ def read_foreign(container: Container, file: WeightsFile, image_size: Size | Non
 
     dtype = torch.float64 if any(info.dtype == torch.float64 for info in infos.values()) else torch.float32
     tensors: dict[str, Tensor] = {}
-    for name, theirs in present.items():
-        tensor = layout.to_native(name, container.read(stored_names[theirs]), patch)
+    for name, layout_name in present.items():
+        tensor = layout.to_native(name, container.read(stored_names[layout_name]), patch)
         tensors[name] = tensor.to(tensor.dtype if metadata else dtype).contiguous()
-        native.check_finite(tensors[name], theirs, file_name)
+        native.check_finite(tensors[name], layout_name, file_name)
     model = build_meta(config)
     model.load_state_dict(tensors, assign=True)
     model.metadata = metadata or foreign_metadata(container, file, layout, model)
@@ -139,7 +139,7 @@ def unwrap(names: Iterable[str], file_name: str) -> dict[str, str]:
 
 
 def check_arguments(config: dict[str, Any], image_size: Size | None, in_channels: int | None, file_name: str) -> None:
-    """A UserError if an argument of ``load`` contradicts the file."""
+    """Raises a UserError if an argument of ``load`` contradicts the file."""
     if in_channels is not None and in_channels != config["in_channels"]:
         raise UserError(
             f"{file_name}: in_channels={in_channels}, but its stem takes {config['in_channels']}: leave it out"

@@ -29,7 +29,7 @@ from allmlp.weights.layouts import check_shapes, expected_shapes, not_a_mixer
 
 FORMAT, VERSION = "allmlp", "1"
 EARLIER_FORMAT = "mlp-mixer"
-PREFIX = "allmlp."  # of these keys in the header of a file in timm's layout
+PREFIX = "allmlp."  # marks these keys in the header of a file in timm's layout
 EARLIER_PREFIX = "mlp_mixer."
 
 
@@ -128,7 +128,7 @@ def embedded_header(container: Container) -> tuple[dict[str, Any], Metadata] | N
 
 
 def verified(container: Container, header: Mapping[str, str]) -> dict[str, Tensor]:
-    """The tensors, mapped from the file, not copied; a UserError if they or the header do not match the SHA-256."""
+    """The tensors, mapped from the file without copying; raises a UserError if the SHA-256 does not match."""
     tensors = {name: container.read(name) for name in container.infos}
     if header.get("sha256") != digest(tensors, header):
         raise changed(container)

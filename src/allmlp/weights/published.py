@@ -13,7 +13,7 @@ from allmlp.variants import VARIANTS
 
 
 @dataclass(frozen=True, kw_only=True)
-class Checkpoint:
+class PublishedCheckpoint:
     """A published file. ``top1`` is on ImageNet's validation set, according to ``source``; None: not published."""
 
     file: str  # path below gs://mixer_models/, or "timm/" and timm's name
@@ -42,8 +42,8 @@ UNVERIFIED = "the file name is from third-party scripts; an ImageNet head is ass
 NO_TOP1 = f"no published top-1 was found; {UNVERIFIED}"
 
 
-def row(file: str, variant: str, data: str, classes: int, source: str, **more: Any) -> Checkpoint:
-    return Checkpoint(file=file, variant=variant, data=data, classes=classes, source=source, **more)
+def row(file: str, variant: str, data: str, classes: int, source: str, **more: Any) -> PublishedCheckpoint:
+    return PublishedCheckpoint(file=file, variant=variant, data=data, classes=classes, source=source, **more)
 
 
 CHECKPOINTS = (
@@ -88,7 +88,7 @@ def variant_of(config: Mapping[str, Any]) -> str | None:
     return None
 
 
-def candidates(config: Mapping[str, Any], authors: bool) -> list[Checkpoint]:
+def candidates(config: Mapping[str, Any], authors: bool) -> list[PublishedCheckpoint]:
     """The published checkpoints of these sizes and number of classes, by the authors or in timm."""
     if config["image_size"] != (224, 224):
         return []

@@ -30,10 +30,10 @@ def push_to_hub(
     Args:
         model: its ``metadata``, as training or ``load`` left it, gives the card's data, recipe and results.
         repo: "OWNER/NAME"; created if it does not exist.
-        license: of the weights, by the hub's identifier ("apache-2.0", "cc-by-4.0", "other").
+        license: license of the weights, by the hub's identifier ("apache-2.0", "cc-by-4.0", "other").
         private: whether a new repository is private.
-        token: for the hub; by default that of ``hf auth login``.
-        message: of the commit.
+        token: access token of the hub; by default that of ``hf auth login``.
+        message: commit message.
 
     Raises:
         UserError: an unknown owner, or no permission to write to the repository.
@@ -101,7 +101,7 @@ def model_card(model: Mixer, repo: str, license: str) -> str:
         "Recipe": recipe_rows(provenance),
     }
     body = "\n\n".join(f"## {title}\n\n" + "\n".join(f"- {row}" for row in rows) for title, rows in sections.items())
-    about = f"An MLP-Mixer ([arXiv:2105.01601](https://arxiv.org/abs/2105.01601)). Licence of the weights: {license}."
+    about = f"An MLP-Mixer ([arXiv:2105.01601](https://arxiv.org/abs/2105.01601)). License of the weights: {license}."
     usage = usage_example(repo, has_head=num_classes > 0)
     return f"---\n{metadata.to_yaml()}\n---\n\n# {name}\n\n{about}\n\n## How to load\n\n{usage}\n\n{body}\n"
 

@@ -33,7 +33,7 @@ Part = tuple[Tensor, Tensor]  # to_old (n, m), to_new (m, n), float64
 
 
 def resize(model: Mixer, image_size: Size) -> Mixer:
-    """A new Mixer for images of another size, with this one's weights; the patch size in pixels does not change.
+    """Returns a Mixer for images of another size, made from this one's weights; the patch size does not change.
 
     Twice the size (or any integer factor, also on a single axis) is Supplement C: the tokens are exactly those that
     the model computes for each part of the image separately. For all other sizes, token mixing is resampled over the
@@ -41,7 +41,7 @@ def resize(model: Mixer, image_size: Size) -> Mixer:
 
     Args:
         model: not modified; the new one has its type, device, training mode and metadata.
-        image_size: in pixels, one number or (height, width); multiples of the patch size.
+        image_size: height and width in pixels, or one number for both; multiples of the patch size.
 
     Raises:
         UserError: a size that is not a multiple of the patch size.

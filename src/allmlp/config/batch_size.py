@@ -1,4 +1,4 @@
-"""What a recipe asks of the number of processes that train it."""
+"""How a step's batch is divided among the processes of a run."""
 
 from allmlp.config.recipe import OptimizationRecipe, Recipe
 from allmlp.errors import UserError
@@ -28,7 +28,7 @@ def check_world_size(recipe: Recipe, world_size: int) -> None:
         )
 
 
-def micro_batch_size(settings: OptimizationRecipe, world_size: int) -> int:
+def resolve_micro_batch_size(settings: OptimizationRecipe, world_size: int) -> int:
     """The number of images in one forward and backward pass of one process."""
     share = settings.global_batch_size // world_size
     return min(settings.micro_batch_size or share, share)

@@ -329,7 +329,7 @@ def test_the_same_command_prints_the_same_and_trains_no_more(mixer, searched) ->
     out, words, first = searched
     answer = mixer(*words, "--json")
     assert_done(answer)
-    assert "resuming the transfer" in answer.err
+    assert "resuming the fine-tuning" in answer.err
     assert "warm-up" not in answer.err  # of any run
     summary = json.loads(answer.out)
     assert summary == {"out": str(out)} | json.loads((out / "summary.json").read_text())

@@ -1,4 +1,4 @@
-"""The verbs' modules are independent of one another."""
+"""The commands' modules are independent of one another."""
 
 import ast
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import allmlp.cli
-from allmlp.cli import VERBS
+from allmlp.cli import COMMANDS
 
 FOLDER = Path(allmlp.cli.__file__).parent
 
@@ -23,13 +23,13 @@ def imported_modules(path: Path) -> set[str]:
     return {name.split(".")[2] for name in found if name.startswith("allmlp.cli.")}
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_no_verb_imports_another(verb: str) -> None:
-    path = FOLDER / f"{verb}.py"
+@pytest.mark.parametrize("command", COMMANDS)
+def test_no_command_imports_another(command: str) -> None:
+    path = FOLDER / f"{command}.py"
     assert "arguments" in imported_modules(path)  # the reader of imports works
-    assert not imported_modules(path) & set(VERBS)
+    assert not imported_modules(path) & set(COMMANDS)
 
 
 def test_no_shared_module_imports_a_verb() -> None:
     for path in FOLDER.glob("*.py"):
-        assert not imported_modules(path) & set(VERBS), path.name
+        assert not imported_modules(path) & set(COMMANDS), path.name

@@ -1,4 +1,4 @@
-"""Recognizes checkpoints that this user's own runs wrote, on this machine or one with the same home folder.
+"""Signatures of checkpoints, which show that a run of this user wrote them, on this machine or with the same home.
 
 Loading a checkpoint can execute code (torch.distributed.checkpoint pickles its metadata), so each manifest is signed
 with a key that only this user can read. Weights are exchanged as safetensors files, which hold no code.
@@ -26,7 +26,7 @@ def key_file() -> Path:
 
 
 def key() -> bytes | None:
-    """This user's key, created when it is first needed; None when there is no folder to keep it in."""
+    """This user's key, created on first use; None if there is no folder where it can be stored."""
     try:
         path = key_file()
         if not is_complete(path):
@@ -37,7 +37,7 @@ def key() -> bytes | None:
         return None
 
 
-@functools.cache
+@functools.cache  # warns once for each reason
 def warn(reason: str) -> None:
     log.warning(
         "checkpoints are not signed, so resuming from them needs --trust-checkpoint (%s): set XDG_STATE_HOME to a "
@@ -79,8 +79,9 @@ def signature(text: str) -> str | None:
     return None if secret is None else hmac.new(secret, text.encode(), hashlib.sha256).hexdigest()
 
 
-def written_by_this_user(text: str, signed: object) -> bool:
+def written_by_this_user(text: str, stored: object) -> bool:
+    """Whether ``stored`` is this user's signature of a manifest's text."""
     expected = signature(text)
-    if expected is None or not isinstance(signed, str):
+    if expected is None or not isinstance(stored, str):
         return False
-    return hmac.compare_digest(expected.encode(), signed.encode(errors="surrogateescape"))
+    return hmac.compare_digest(expected.encode(), stored.encode(errors="surrogateescape"))

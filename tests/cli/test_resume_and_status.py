@@ -1,4 +1,4 @@
-"""The words of the command line that go on with a run, share it out, and ask where it is: mistakes in one line."""
+"""On the command line: resuming a run, launching its processes, and mixer status; mistakes are one line."""
 
 import json
 import os
@@ -17,7 +17,7 @@ STEPS = ("--steps", "4", "--save-every-steps", "2", "--compile", "off", "--worke
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Of no launcher's, and in a folder of its own."""
+    """Started by no launcher, in an empty folder."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
@@ -194,7 +194,7 @@ def test_status_as_json(mixer: Mixer, done: Path, stopped: Path) -> None:
 def test_status_in_words(mixer: Mixer, stopped: Path) -> None:
     answer = mixer("status", stopped, "--verify")
     assert answer.status == 0
-    assert "step 2 is sound" in answer.out
+    assert "step 2 is intact" in answer.out
     assert f"resume       mixer train --resume '{stopped}'\n" in answer.out
 
 
@@ -206,7 +206,7 @@ def test_status_mistakes(mixer: Mixer, stopped: Path, tmp_path: Path) -> None:
     (stopped / "checkpoints" / "step-00000002" / "state.json").unlink()
     answer = mixer("status", stopped, "--verify")
     assert answer.status == 1
-    assert answer.last.startswith(f"mixer: no checkpoint in {stopped / 'checkpoints'} is sound (1 damaged: ")
+    assert answer.last.startswith(f"mixer: no checkpoint in {stopped / 'checkpoints'} is intact (1 damaged: ")
     assert "Traceback" not in answer.err
 
 

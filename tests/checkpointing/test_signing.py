@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from processes import LINUX, without_privileges
 
-from allmlp.checkpointing.trust import key, key_file, signature, written_by_this_user
+from allmlp.checkpointing.signing import key, key_file, signature, written_by_this_user
 
 
 @pytest.fixture(autouse=True)
@@ -148,7 +148,7 @@ def test_the_key_is_synced_before_it_signs_anything(monkeypatch: pytest.MonkeyPa
 
 PROGRAM = """
 import sys
-from allmlp.checkpointing.trust import key
+from allmlp.checkpointing.signing import key
 sys.stdin.read()
 print(key().hex())
 """
