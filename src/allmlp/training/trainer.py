@@ -222,7 +222,8 @@ class Trainer:
         self.context.sum([0])  # a barrier: rank 0 has written the file
         best = load(self.checkpoints.folder / "best.safetensors").to(self.step.inputs.device)
         with memory_errors(self.batches.micro_batch_size):
-            self.evaluators[0](best)
+            for evaluator in self.evaluators:
+                evaluator(best)
         return best, best.metadata.provenance["step"]
 
     @property
