@@ -319,6 +319,22 @@ def test_a_whole_transfer_is_not_repeated(tmp_path: Path, caplog: pytest.LogCapt
     assert f"resuming the fine-tuning in {out}" in caplog.messages
 
 
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"recipe": null}', '{"recipe": []}', "null"])
+def test_a_damaged_plan_is_refused_and_left_alone(text: str, tmp_path: Path) -> None:
+    (tmp_path / "transfer.json").write_text(text)
+    with pytest.raises(UserError, match=r"transfer\.json is damaged \(.*\): name another folder with --out"):
+        sweep(plan(), tmp_path, Runs(tmp_path))
+    assert tree(tmp_path) == {"transfer.json": text.encode()}
+
+
+def test_a_plan_of_the_earlier_version_is_named_as_such(tmp_path: Path) -> None:
+    stored = json.loads(to_json(dataclasses.asdict(plan())))
+    stored["recipe"]["optimization"]["polyak"] = stored["recipe"]["optimization"].pop("ema_decay")
+    (tmp_path / "transfer.json").write_text(json.dumps(stored))
+    with pytest.raises(UserError, match=r"made by an earlier version .* cannot be resumed"):
+        sweep(plan(), tmp_path, Runs(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("other", "named"),
     [

@@ -114,14 +114,24 @@ def write_or_check_plan(plan: FinetuneRecipe, out: Path) -> None:
             f"{out} exists and holds no unfinished fine-tuning: name another folder with --out, or remove it"
         )
     else:
-        stored, wanted = json.loads(path.read_text(encoding="utf-8")), json.loads(text)
-        check_version(stored["recipe"], path)
+        stored, wanted = read_plan(path), json.loads(text)
         if stored != wanted:
             fields = ", ".join(differing_fields(stored, wanted))
             raise UserError(
                 f"{out} holds another fine-tuning ({fields} differ): repeat its options, or name another --out"
             )
         log.info("resuming the fine-tuning in %s", out)
+
+
+def read_plan(path: Path) -> dict[str, Any]:
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        check_version(stored["recipe"], path)
+    except UserError:
+        raise
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged ({error}): name another folder with --out, or remove it") from None
+    return stored
 
 
 def differing_fields(a: Any, b: Any, name: str = "") -> list[str]:
