@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from allmlp.cli.arguments import option_names
+from allmlp.cli.commands.train import Arguments
 from allmlp.cli.overrides import recipe_groups
-from allmlp.cli.train import Arguments
 from allmlp.config.recipe import Recipe
 from allmlp.recipes.finetune import FINETUNE
 from allmlp.recipes.pretrain import PRETRAIN

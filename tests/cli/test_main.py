@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from allmlp import cli
-from allmlp.cli.train import base_recipe, parse_arguments
+from allmlp.cli.commands.train import base_recipe, parse_arguments
 
 
 def test_an_error_of_ours_is_one_line(monkeypatch, capsys) -> None:

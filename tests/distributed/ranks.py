@@ -24,7 +24,13 @@ from typing import Any, BinaryIO, NamedTuple
 
 TIMEOUT = 60.0  # seconds for one call
 PRELOADED = (
-    *("torch", "torch.distributed.tensor", "torch.utils.tensorboard", "allmlp.cli.train", "allmlp.cli.display"),
+    *(
+        "torch",
+        "torch.distributed.tensor",
+        "torch.utils.tensorboard",
+        "allmlp.cli.commands.train",
+        "allmlp.cli.display",
+    ),
     *("allmlp.training.run", "allmlp.evaluation.run_report", "torch.distributed.fsdp", "torch._dynamo"),
     "torch._decomp.decompositions_for_rng",
 )

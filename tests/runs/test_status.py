@@ -18,7 +18,7 @@ from small_runs import recipe
 
 from allmlp.checkpointing.checkpoint import STATE, write_checkpoint
 from allmlp.checkpointing.manager import checkpoint_name
-from allmlp.cli.status import format_duration, status_lines
+from allmlp.cli.commands.status import format_duration, status_lines
 from allmlp.config.serialize import to_json_object
 from allmlp.distributed.context import SINGLE_PROCESS
 from allmlp.errors import RunError, UserError

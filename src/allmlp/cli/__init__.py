@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
         set_up_logging()
         if threading.current_thread() is threading.main_thread():  # only there can handlers be set
             signal.signal(signal.SIGTERM, raise_terminated)
-        status = importlib.import_module(f"allmlp.cli.{args[0]}").run(args[1:])
+        status = importlib.import_module(f"allmlp.cli.commands.{args[0]}").run(args[1:])
         sys.stdout.flush()  # here, where a full disk or a closed pipe can still be reported
         return status or 0
     except BrokenPipeError:  # the reader of our output has closed it

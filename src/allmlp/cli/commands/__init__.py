@@ -1,0 +1,1 @@
+"""One module per command of ``mixer``; each has ``run(args)``. They do not import each other."""
