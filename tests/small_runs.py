@@ -221,7 +221,7 @@ def train_steps(
     for number in range(1, len(micro_batches) // accumulate + 1):
         model.train()
         group = micro_batches[(number - 1) * accumulate : number * accumulate]
-        yield step(number, group, requests(), measure=measure(number))
+        yield step(number, group, requests, measure=measure(number))
 
 
 class Interrupted(Exception):

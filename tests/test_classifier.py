@@ -1,5 +1,6 @@
 """Evaluation and prediction ask of a model no more than the ``Classifier`` protocol."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,8 @@ from allmlp.data.dataset import ImageDataset
 from allmlp.data.stores import ArrayStore
 from allmlp.errors import UserError
 from allmlp.evaluation.classification import classify
-from allmlp.inference.predict import check_classifier, find_images, predict_stream
+from allmlp.factory import create
+from allmlp.inference.predict import Prediction, check_classifier, find_images, predict_stream
 from allmlp.metadata import Metadata, Preprocessing
 
 CLASSES = ("red", "green", "blue")
@@ -67,13 +69,53 @@ def test_a_classifier_that_is_no_module_predicts(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("model", "message"),
-    [(BrightestChannel(scale=0.0), r"all zero.*mixer finetune"), (BrightestChannel(num_classes=0), "no head")],
+    [
+        (
+            create(
+                num_classes=3,
+                image_size=4,
+                patch_size=2,
+                num_blocks=1,
+                hidden_dim=4,
+                tokens_mlp_dim=4,
+                channels_mlp_dim=4,
+            ),
+            r"all zero.*mixer finetune",
+        ),
+        (BrightestChannel(num_classes=0), "no head"),
+    ],
+    ids=["zero head", "no head"],
 )
 def test_a_classifier_that_cannot_classify_is_refused(model: Classifier, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        check_classifier(model, CPU)
+        check_classifier(model)
     with pytest.raises(UserError, match=message):
         predict_stream(model, [], device="cpu")
+
+
+def test_interleaved_streams_of_one_model_predict_as_each_alone(tmp_path: Path) -> None:
+    """The model is in training mode, with dropout: one stream that ends must not switch it on for the other."""
+    for i in range(6):
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (8, 8, 3)).astype(np.uint8)).save(
+            tmp_path / f"{i}.png"
+        )
+    sizes = {"patch_size": 2, "num_blocks": 2, "hidden_dim": 8, "tokens_mlp_dim": 8, "channels_mlp_dim": 8}
+    model = create(num_classes=3, image_size=4, dropout=0.5, seed=0, **sizes).train()
+    with torch.no_grad():
+        model.get_parameter("head.weight").normal_(generator=torch.Generator().manual_seed(0))
+
+    def stream(count: int) -> Iterator[Prediction]:
+        places = list(find_images(tmp_path))[:count]
+        return predict_stream(model, places, top=3, batch_size=1, device="cpu", precision="float32")
+
+    alone = list(stream(6))
+    short, long = stream(2), stream(6)
+    found = []
+    for _ in range(6):
+        found.append(next(long))
+        next(short, None)
+    assert found == alone
+    assert model.training
 
 
 class Recorder(nn.Module):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from allmlp.dropout import Dropout, DropPath
 from allmlp.initial_weights import init_weights
 from allmlp.metadata import Metadata
-from allmlp.sizes import Gelu, Size, check_any_present, check_config, check_images, check_mask
+from allmlp.sizes import Gelu, Size, check_any_present, check_block, check_config, check_images, check_mask
 
 
 class MlpBlock(nn.Module):
@@ -52,6 +52,8 @@ class MixerBlock(nn.Module):
         index: int = 0,
     ) -> None:
         super().__init__()
+        counts = {"tokens_mlp_dim": tokens_mlp_dim, "channels_mlp_dim": channels_mlp_dim}
+        check_block(gelu, norm_eps, dropout, drop_path, tokens=tokens, channels=channels, **counts)
         stream = 6 * index  # a block has six random masks
         self.norm1 = nn.LayerNorm(channels, eps=norm_eps)
         self.token_mixing = MlpBlock(tokens, tokens_mlp_dim, gelu, dropout, stream + 2)

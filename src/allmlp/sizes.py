@@ -58,14 +58,31 @@ def check_config(config: dict[str, Any]) -> dict[str, Any]:
             f"image size {height}×{width} is not a multiple of the patch size {patch_height}×{patch_width}: "
             f"use {fit[0]}×{fit[1]}, or another patch size"
         )
-    for key in ("dropout", "stochastic_depth"):
-        if not 0 <= config[key] < 1:
-            raise UserError(f"{key} = {config[key]}: must be a probability, at least 0 and below 1")
-    if not 0 < config["norm_eps"] < 1:
-        raise UserError(f"norm_eps = {config['norm_eps']}: must be a small positive number (the authors use 1e-6)")
-    if config["gelu"] not in ("tanh", "erf"):
-        raise UserError(f"gelu = {config['gelu']!r}: must be 'tanh' (the authors' form) or 'erf' (timm's)")
+    check_rates(dropout=config["dropout"], stochastic_depth=config["stochastic_depth"])
+    check_form(config["gelu"], config["norm_eps"])
     return config
+
+
+def check_block(gelu: str, norm_eps: float, dropout: float, drop_path: float, **counts: int) -> None:
+    """Checks the arguments of ``MixerBlock``; raises a UserError that names the first one out of range."""
+    for name, count in counts.items():
+        if not isinstance(count, int) or count < 1:
+            raise UserError(f"{name} = {count!r}: must be a whole number, at least 1")
+    check_rates(dropout=dropout, drop_path=drop_path)
+    check_form(gelu, norm_eps)
+
+
+def check_rates(**rates: float) -> None:
+    for name, rate in rates.items():
+        if not 0 <= rate < 1:
+            raise UserError(f"{name} = {rate}: must be a probability, at least 0 and below 1")
+
+
+def check_form(gelu: str, norm_eps: float) -> None:
+    if not 0 < norm_eps < 1:
+        raise UserError(f"norm_eps = {norm_eps}: must be a small positive number (the authors use 1e-6)")
+    if gelu not in ("tanh", "erf"):
+        raise UserError(f"gelu = {gelu!r}: must be 'tanh' (the authors' form) or 'erf' (timm's)")
 
 
 def check_images(images: Tensor, in_channels: int, image_size: tuple[int, int]) -> None:

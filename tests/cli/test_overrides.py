@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from allmlp.cli import finetune, train
 from allmlp.cli.arguments import option_names
+from allmlp.cli.commands import finetune, train
 from allmlp.cli.overrides import override, override_model, recipe_groups
 from allmlp.config.recipe import ModelRecipe, Recipe
 from allmlp.errors import UserError

@@ -144,7 +144,7 @@ def paths(request, formats) -> dict[str, dict[str, Tensor]]:
         "training": dict(by_name(dataset, training, request.param)),
         "evaluation": dict(by_name(dataset, evaluation, request.param)),
         "classify": dict(zip(dataset.names, classified, strict=True)),
-        "predict": dict(zip(shown, predicted[2:], strict=True)),  # after the two images that check the head
+        "predict": dict(zip(shown, predicted, strict=True)),
     }
 
 

@@ -18,7 +18,7 @@ from allmlp.data.transforms import normalize
 from allmlp.metadata import Preprocessing
 from allmlp.model import Mixer
 from allmlp.rng import sample_keys
-from allmlp.training.losses import LOSSES
+from allmlp.training.losses import LOSSES, softmax
 from allmlp.training.optimizer import adamw, sgd
 from allmlp.training.optimizer_step import OptimizerStep
 from allmlp.training.step import StepResult
@@ -274,6 +274,30 @@ def test_the_update_norm_is_measured_where_it_is_asked_for() -> None:
     assert [step.update_norm.isnan().item() for step in steps] == [True, False, True, False]
     assert float(steps[1].update_norm) == pytest.approx(norms[1], rel=1e-5)
     assert float(steps[3].update_norm) == pytest.approx(norms[3], rel=1e-5)
+
+
+def test_a_request_during_the_step_is_noticed_in_it() -> None:
+    """A signal that arrives in the forward or backward pass stops the run after this step, not after the next."""
+    received: list[int] = []
+    model = random_head(tiny())
+
+    def forward(images: Tensor, keys: Tensor) -> Tensor:
+        received.append(1)
+        return model(images, keys)
+
+    optimizer_step = OptimizerStep(adamw(model, weight_decay=0.1, beta1=0.9, beta2=0.999), 1.0)
+    batches = [batch_of(4, seed) for seed in range(4)]
+    steps = train_steps(
+        model,
+        forward,
+        batches,
+        optimizer_step,
+        lambda step: 0.01,
+        softmax,
+        accumulate=2,
+        requests=lambda: [len(received)],
+    )
+    assert [step.requests for step in steps] == [[2], [4]]
 
 
 # Micro-batches

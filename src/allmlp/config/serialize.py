@@ -44,7 +44,8 @@ def check_version(stored: dict[str, Any], path: Path) -> None:
     """
     optimization = stored.get("optimization")
     if "version" not in stored and isinstance(optimization, dict) and "polyak" in optimization:
-        weights = path.parent / "model.safetensors"
+        files = [path.parent / name for name in ("model.safetensors", "checkpoints/last.safetensors")]
+        weights = next((file for file in files if file.exists()), files[0])
         raise UserError(
             f"{path.parent} was made by an earlier version (mlp-mixer): its weights can be used (mixer evaluate, "
             f"predict, finetune, or mixer train --weights {weights}), but it cannot be resumed"

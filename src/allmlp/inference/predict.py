@@ -18,6 +18,7 @@ from allmlp.data.stores import FolderStore, Store, ZipStore
 from allmlp.data.transforms import EvaluationTransform, normalize
 from allmlp.device import Precision, autocast, select_device, select_precision
 from allmlp.errors import UserError
+from allmlp.model import Mixer
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -76,7 +77,7 @@ def predict_stream(
         max_pixels: images with more pixels count as unreadable.
 
     Raises:
-        UserError: the model has no head, or its head ignores the image; ``top`` or ``batch_size`` is below 1.
+        UserError: the model has no head, or one that is all zero; ``top`` or ``batch_size`` is below 1.
     """
     if top < 1:
         raise UserError(f"top = {top}: show at least 1 class")
@@ -84,7 +85,7 @@ def predict_stream(
         raise UserError(f"batch size {batch_size}: use at least 1 image")
     chosen_device = select_device(device)
     dtype = select_precision(precision, chosen_device)
-    check_classifier(model, chosen_device)
+    check_classifier(model)
     return stream(model, images, top, batch_size, chosen_device, dtype, max_pixels)
 
 
@@ -108,23 +109,22 @@ def stream(
         except UnreadableImage as error:
             return str(error)
 
-    with evaluation_mode(model, device):
-        for group in batched(read_ahead(read, images, 2 * batch_size), batch_size):
-            pixels = [outcome for _, outcome in group if isinstance(outcome, Tensor)]
-            best = iter(classify_pixels(model, pixels, min(top, len(names)), device, precision) if pixels else ())
-            for (_, _, display_name), outcome in group:
-                if isinstance(outcome, str):
-                    yield Prediction(image=display_name, problem=outcome)
-                else:
-                    classes = tuple((names[index], probability) for index, probability in next(best))
-                    yield Prediction(image=display_name, classes=classes)
+    for group in batched(read_ahead(read, images, 2 * batch_size), batch_size):
+        pixels = [outcome for _, outcome in group if isinstance(outcome, Tensor)]
+        best = iter(classify_pixels(model, pixels, min(top, len(names)), device, precision) if pixels else ())
+        for (_, _, display_name), outcome in group:
+            if isinstance(outcome, str):
+                yield Prediction(image=display_name, problem=outcome)
+            else:
+                classes = tuple((names[index], probability) for index, probability in next(best))
+                yield Prediction(image=display_name, classes=classes)
 
 
 def classify_pixels(
     model: Classifier, pixels: list[Tensor], top: int, device: torch.device, precision: torch.dtype
 ) -> list[list[tuple[int, float]]]:
     """The ``top`` most probable classes of each (3, H, W) uint8 image, with their probabilities."""
-    with torch.inference_mode():
+    with evaluation_mode(model, device), torch.inference_mode():
         images = normalize(torch.stack(pixels).to(device), model.metadata.preprocessing)
         with autocast(device, precision):
             logits = model(images)
@@ -133,20 +133,13 @@ def classify_pixels(
     return [list(zip(row, probabilities, strict=True)) for row, probabilities in zip(indices, values, strict=True)]
 
 
-def check_classifier(model: Classifier, device: torch.device) -> None:
-    """Raises a UserError for a model that cannot classify: it has no head, or gives all images the same logits.
-
-    The latter is how an untrained head behaves, whose weights are all zero. It is tested on two constant images.
-    """
+def check_classifier(model: Classifier) -> None:
+    """Raises a UserError for a model that cannot classify: it has no head, or one that was never trained."""
     if not model.num_classes:
         raise UserError("these weights have no head, only features: train one first (mixer finetune)")
-    images = torch.zeros(2, model.in_channels, *model.image_size)
-    images[1] = 1
-    with evaluation_mode(model, device), torch.inference_mode():
-        logits = model(images.to(device))
-    if torch.equal(logits[0], logits[1]):
+    if isinstance(model, Mixer) and not torch.count_nonzero(model.get_parameter("head.weight")):
         raise UserError(
-            "the head of these weights ignores the image, for example because it is all zero: train it first "
+            "the head of these weights is all zero, so every class would be equally probable: train it first "
             "(mixer finetune), or use model.features(images)"
         )
 

@@ -21,7 +21,7 @@ from allmlp.model import Mixer
 from allmlp.runs.folder import locked, run_folder
 from allmlp.runs.provenance import current_commit, describe_device, versions
 from allmlp.runs.result import RunResult
-from allmlp.runs.resume import Checkpoint, check_same_data, find_checkpoint, prepare_folder
+from allmlp.runs.resume import Checkpoint, check_same_data, check_same_recipe, find_checkpoint, prepare_folder
 from allmlp.training.build import Built, build, build_data, build_initializer, build_preemption
 from allmlp.training.compilation import restore_eager
 from allmlp.training.memory import keep_freed_memory, peak_memory
@@ -69,7 +69,7 @@ def train(
         Stopped: by SIGTERM or SIGINT, after a checkpoint.
     """
     check_world_size(recipe, context.world_size)
-    check_folder(out, options, context)
+    check_folder(recipe, out, options, context)
     device = context.local_device(select_device(recipe.run.device))
     precision = select_precision(recipe.run.precision, device)
     initializer = build_initializer(recipe)  # reports mistakes in the sizes before any data is read
@@ -120,11 +120,13 @@ def train(
     return RunResult(out=out, recipe=recipe, summary=summary, metrics=metrics, model=model, data=data, results=results)
 
 
-def check_folder(out: Path, options: RunOptions, context: DistributedContext) -> None:
+def check_folder(recipe: Recipe, out: Path, options: RunOptions, context: DistributedContext) -> None:
+    """Raises a UserError if the run cannot be written to the folder, before any data is read. Collective."""
     if not options.resume and context.broadcast_from_rank0(out.exists):
         raise UserError(f"{out} exists: resume it with --resume {out}, name another folder with --out, or remove it")
     if context.broadcast_from_rank0(lambda: out.exists() and not out.is_dir()):
         raise UserError(f"{out} is a file: name a folder with --out")
+    context.broadcast_from_rank0(lambda: check_same_recipe(recipe, out) if out.exists() else None)
 
 
 def describe_origin(recipe: Recipe, options: RunOptions) -> dict[str, Any]:

@@ -100,14 +100,19 @@ class TrainingStep:
         self.schedule, self.precision, self.accumulate, self.context = schedule, precision, accumulate, context
 
     def __call__(
-        self, step: int, micro_batches: Iterable[Batch], requests: Sequence[int] = (), measure: bool = False
+        self,
+        step: int,
+        micro_batches: Iterable[Batch],
+        requests: Callable[[], Sequence[int]] = tuple,
+        measure: bool = False,
     ) -> StepResult:
         """Makes step number ``step``, from 1.
 
         Args:
             step: its number.
             micro_batches: ``accumulate`` of them.
-            requests: this process's requests, which are summed over all ranks together with the step's counts.
+            requests: of this process, summed over all ranks together with the step's counts. Called after the backward
+                passes, so that a signal during the step is noticed at its end.
             measure: compute the norm of the update.
         """
         context, rate = self.context, self.schedule(step - 1)
@@ -121,13 +126,13 @@ class TrainingStep:
             readable, size = readable + int(batch.valid.sum()), size + len(batch.labels)
             digest += samples_digest(samples, batch.indices)
             problems += batch.problems
-        size, readable, digest, *requests = context.sum([size, readable, digest, *requests])
+        size, readable, digest, *summed_requests = context.sum([size, readable, digest, *requests()])
         if readable < size:
             problems = [problem for of_rank in context.all_gather(problems) for problem in of_rank]
         factor = size / max(readable, 1)  # the loss is the mean over the images that could be read
         total = context.mean(total)
         norm, update_norm = self.optimizer_step(step, total, factor, measure)
-        return StepResult(step, rate, total * factor, norm, update_norm, problems, digest % 2**64, requests)
+        return StepResult(step, rate, total * factor, norm, update_norm, problems, digest % 2**64, summed_requests)
 
     def forward_backward(self, inputs: Inputs, last: bool) -> Tensor:
         """The micro-batch's part of the step's loss, after its backward pass."""

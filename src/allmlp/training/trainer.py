@@ -124,7 +124,7 @@ class Trainer:
             while not self.finished:
                 step, micro_batches = self.steps_done + 1, itertools.islice(batches, self.step.accumulate)
                 self.state.model.train()
-                result = self.step(step, micro_batches, self.preemption.requests(), measure=self.cadence.logs(step))
+                result = self.step(step, micro_batches, self.preemption.requests, measure=self.cadence.logs(step))
                 self.complete_step(result)
                 if self.cadence.evaluates(step):
                     self.evaluate()

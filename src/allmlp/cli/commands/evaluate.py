@@ -57,7 +57,7 @@ def run(args: Sequence[str]) -> None:
 
     model = load_resized(arguments.weights, arguments.image_size)
     device = select_device(arguments.device)
-    check_classifier(model, device)
+    check_classifier(model)
     trained_on = training_data(model)
     split = {key: trained_on[key] for key in ("val_fraction", "test_fraction", "split_seed") if key in trained_on}
     source = load_source(arguments.data, max_pixels=arguments.max_pixels, **split)
