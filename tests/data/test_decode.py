@@ -327,13 +327,13 @@ def test_names_with_odd_characters_stay_on_one_line() -> None:
 def test_size_is_checked_before_decoding() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        started = time.perf_counter()
+        started = time.process_time()
         for size in ((30_000, 30_000), (10_000, 10_000)):  # above Pillow's limits for an error and for a warning
             message = rejection(png(size, 8, 2, b""), "bomb.png")
             assert f"{size[0]} × {size[1]}" in message
             assert f"{MAX_PIXELS:,}" in message
             assert "--max-pixels N raises the limit" in message
-        assert time.perf_counter() - started < 0.2
+        assert time.process_time() - started < 0.2
 
 
 def test_size_of_webp_beyond_pillows_limit() -> None:
