@@ -19,7 +19,7 @@ demo: setup
 	@echo "open $(RUN)/report.html in a browser"
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal --durations 10
 
 # Half an hour and more: kills, stops and starves runs, and checks what docs/runs.md promises; SEED=1 for other instants.
 chaos: setup

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import logging
+import os
 import struct
 import zlib
 from collections.abc import Callable, Iterator
@@ -12,6 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # each worker has a core; before torch is imported
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 COLORS = {"blue": (40, 60, 210), "green": (40, 190, 60), "red": (210, 50, 40)}
 TINY = ("--num-blocks", "1", "--hidden-dim", "16", "--tokens-mlp-dim", "8", "--channels-mlp-dim", "32")

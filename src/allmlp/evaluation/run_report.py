@@ -22,7 +22,7 @@ def write_run_report(run: RunResult[Classification]) -> None:
     try:
         write_files(run)
     except OSError as error:
-        raise disk_error(run.out, error) from error
+        raise disk_error(run.folder, error) from error
 
 
 def write_files(run: RunResult[Classification]) -> None:
@@ -30,10 +30,10 @@ def write_files(run: RunResult[Classification]) -> None:
     result = run.results.get(split)
     chosen = choose_examples(result) if result else []
     if result:
-        save_examples(run.out / "examples", result, chosen[:8])
+        save_examples(run.folder / "examples", result, chosen[:8])
     wrong = find_mistakes(result) if result else []
     write_report(
-        run.out / "report.html",
+        run.folder / "report.html",
         recipe=to_json_object(run.recipe),
         summary=run.summary,
         metrics=run.metrics,

@@ -29,7 +29,7 @@ R = TypeVar("R", bound=Result)
 class RunResult(Generic[R]):
     """A finished run: its folder, its summary, the model, and the evaluation of each held-out split."""
 
-    out: Path
+    folder: Path
     recipe: Recipe
     summary: dict[str, Any]  # as in summary.json
     metrics: list[dict[str, float]]  # the records of metrics.jsonl

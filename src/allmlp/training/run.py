@@ -117,7 +117,9 @@ def train(
             save(model, out / "model.safetensors", **origin, **scores)
             write_text(out / "summary.json", to_json(summary, indent=2) + "\n")
     metrics = built.trainer.records.metrics
-    return RunResult(out=out, recipe=recipe, summary=summary, metrics=metrics, model=model, data=data, results=results)
+    return RunResult(
+        folder=out, recipe=recipe, summary=summary, metrics=metrics, model=model, data=data, results=results
+    )
 
 
 def check_folder(recipe: Recipe, out: Path, options: RunOptions, context: DistributedContext) -> None:
