@@ -84,7 +84,7 @@ def test_evaluation_and_report(squares: Dataset) -> None:
     assert result.indices.tolist() == [0, 1, 2, 3, 5]
     assert result.unreadable == {"image 4": "image 4 is missing"}
     assert [row.name for row in result.per_class()] == ["even", "odd"]
-    examples = [make_example(result, row) for row in choose_examples(result)]
+    examples = [make_example(result, row, squares.read(int(result.indices[row]))) for row in choose_examples(result)]
     assert [(example.name, example.label) for example in examples[:3]] == [
         ("image 0", "even"),
         ("image 1", "odd"),
