@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_models import make
@@ -19,7 +18,6 @@ from allmlp.factory import build_meta
 from allmlp.flops import cost
 from allmlp.metadata import Metadata, Preprocessing
 from allmlp.model import Mixer
-from allmlp.variants import VARIANTS
 from allmlp.weights.resize import resize, resized_config
 
 Pair = tuple[int, int]
@@ -55,10 +53,6 @@ def as_map(tokens: Tensor, grid: Pair) -> Tensor:
 
 def largest(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().max())
-
-
-def relative(a: Tensor, b: Tensor) -> float:
-    return float((a - b).norm() / b.norm())
 
 
 # Supplement C
@@ -222,91 +216,6 @@ def test_the_weights_are_those_of_the_formula(old: Pair, new: Pair) -> None:
             hidden = old_block.token_mixing.dense_0(torch.ones(1, old[0] * old[1]).double())
             now = new_block.token_mixing.dense_0(torch.ones(1, new[0] * new[1]).double())
         assert largest(now, hidden.repeat(1, len(both))) <= 1e-10
-
-
-def smooth(height: int, width: int, channels: int) -> Tensor:
-    """(1, channels, H, W): a random smooth function over the unit square, sampled at the patches' centers."""
-    rng = np.random.default_rng(0)
-    y, x = ((np.arange(n) + 0.5) / n for n in (height, width))
-    a, b, c, d = rng.normal(size=(4, channels, 1, 1))
-    return torch.from_numpy(a + b * y[:, None] + c * x + 0.5 * d * np.cos(np.pi * y)[:, None] * np.cos(np.pi * x))[None]
-
-
-def with_smooth_kernels(model: Mixer) -> Mixer:
-    """Builds token mixing's kernels from the lowest cosines over the grid, at the scale of random ones."""
-    rows, columns = (
-        torch.cos(torch.arange(2, dtype=torch.float64)[:, None] * torch.pi * (torch.arange(n) + 0.5) / n)
-        for n in model.grid
-    )
-    basis = torch.kron(rows, columns) * 2**0.5  # (4, S)
-    with torch.no_grad():
-        for i, block in enumerate(model.blocks):
-            reads, writes = block.token_mixing.dense_0, block.token_mixing.dense_1
-            reads.weight.copy_(normal(5, 4, seed=i) @ basis / basis.shape[1])
-            writes.weight.copy_((normal(5, 4, seed=i + 5) @ basis).T / 5**0.5)
-            writes.bias.copy_(normal(4, seed=i + 9) @ basis / 2)
-    return model
-
-
-def naive(model: Mixer, new: Pair) -> Mixer:
-    """The naive method: W1, W2 and b2 resized as images by plain bilinear interpolation."""
-    resized = Mixer(**model.config | {"image_size": new}).double().eval()
-    state = dict(model.state_dict())
-    for i in range(model.config["num_blocks"]):
-        for name, turn in (("dense_0.weight", False), ("dense_1.weight", True), ("dense_1.bias", False)):
-            tensor = state[f"blocks.{i}.token_mixing.{name}"]
-            flat = (tensor.T if turn else tensor).reshape(-1, 1, *model.grid)
-            larger = F.interpolate(flat, new, mode="bilinear").flatten(1)
-            state[f"blocks.{i}.token_mixing.{name}"] = larger.T if turn else larger.reshape(*tensor.shape[:-1], -1)
-    resized.load_state_dict(state)
-    return resized
-
-
-CLOSE = 0.05  # relative error; that of naive interpolation is more than three times as large
-
-
-@pytest.mark.parametrize("new", [(18, 18), (9, 9), (8, 8), (12, 16), (17, 11)], ids=str)
-def test_smooth_maps_and_images_are_mixed_as_before(new: Pair) -> None:
-    """For smooth kernels; the hidden units respond as before for any weights."""
-    model, rough = with_smooth_kernels(mixer((12, 12))), mixer((12, 12), tokens_mlp_dim=40)
-
-    def errors(change: Any) -> list[float]:
-        resized, other = change(model, new), change(rough, new)
-        before, after = smooth(12, 12, 8).flatten(2), smooth(*new, 8).flatten(2)
-        found = [relative(resized.features(smooth(*new, 3)), model.features(smooth(12, 12, 3)))]
-        for old_block, new_block in zip(model.blocks, resized.blocks, strict=True):
-            was, now = old_block.token_mixing(before), new_block.token_mixing(after).unflatten(2, new)
-            back = F.interpolate(now, (12, 12), mode="bilinear", antialias=True)
-            found.append(relative(back, was.unflatten(2, (12, 12))))
-        reads = [block.token_mixing.dense_0.weight for block in (rough.blocks[0], other.blocks[0])]
-        return [*found, relative(F.linear(after, reads[1]), F.linear(before, reads[0]))]
-
-    with torch.no_grad():
-        assert max(errors(resize)) <= CLOSE
-        assert max(errors(naive)) > 3 * CLOSE
-        again, image = resize(resize(model, new), 12), smooth(12, 12, 3)
-        assert again.config == model.config
-        assert relative(again.tokens(image), model.tokens(image)) <= CLOSE
-
-
-# ../shared/paper/table1_computed.csv (each variant as Supplement C makes it for 448 px): parameters without the head in
-# millions, GMAC per image
-AT_448 = {
-    "S/32": (21.61, 5.241), "S/16": (30.068, 20.038), "B/32": (66.314, 17.11), "B/16": (86.227, 67.051),
-    "L/32": (224.018, 59.807), "L/16": (279.476, 237.377), "H/14": (588.442, 645.016),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", AT_448)
-def test_what_table_1_costs_at_448(name: str) -> None:
-    with torch.device("meta"):
-        config = allmlp.create(name, num_classes=0).config
-    before = dict(config)
-    resized = resized_config(config, 448)
-    assert config == before
-    assert resized["tokens_mlp_dim"] == 4 * VARIANTS[name]["tokens_mlp_dim"]
-    counted = cost(build_meta(resized))
-    assert (round(counted.parameters / 1e6, 3), round(counted.macs / 1e9, 3)) == AT_448[name]
 
 
 # Errors
