@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from small_runs import evaluator_of
 
@@ -29,7 +29,7 @@ from allmlp.training.run import train
 
 SECTIONS = {"model": ModelRecipe, "data": DataRecipe, "optimization": OptimizationRecipe, "run": RunRecipe}
 NAN, INF = math.nan, math.inf
-PROPERTY = settings(max_examples=200, deadline=None, derandomize=True)
+PROPERTY = settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from made_results import classified, with_confusion
@@ -212,7 +212,7 @@ def test_confusion_and_scores(write, number):
         assert ("blocks of 2" in page.source) == (number > 250)
 
 
-@settings(max_examples=50, deadline=None, derandomize=True)
+@settings(max_examples=50, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(arrays(np.int64, st.integers(2, 6).map(lambda n: (n, n)), elements=st.integers(0, 3)).filter(np.any))
 def test_counts_are_those_of_the_matrix(confusion):
     result = with_confusion(confusion)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from made_results import Gray, classified
 from PIL import Image, ImageFilter
@@ -45,7 +45,7 @@ def test_examples_cover_every_class_before_any_class_repeats() -> None:
     assert choose_examples(RESULT, 4) == [0, 3, 5, 1]
 
 
-@settings(max_examples=50, deadline=None, derandomize=True)
+@settings(max_examples=50, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=40))
 def test_examples_take_each_class_in_turn(labels: list[int]) -> None:
     """The n-th image of every class comes before the n + 1-st of any, in order of the classes."""

@@ -6,12 +6,18 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from layouts import random_weights, timm
 from torch import Tensor
 
 from allmlp.errors import UserError
 from allmlp.model import Mixer
 from allmlp.weights.load import load
+
+
+def cases(number: int) -> settings:
+    """Settings of a property-based test: the same cases each time, however slow the machine."""
+    return settings(max_examples=number, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 
 
 def make(seed: int = 0, dtype: torch.dtype = torch.float32, **options: Any) -> Mixer:

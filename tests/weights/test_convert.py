@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from layouts import current
 from layouts import timm as timm_layout
-from random_models import assert_same_bits, make, refused, warnings_of
+from random_models import assert_same_bits, cases, make, refused, warnings_of
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -42,7 +42,7 @@ def arrays_of(path: Path) -> dict[str, np.ndarray]:
     return {name: tensor.view(torch.uint8).numpy() for name, tensor in load_file(path).items()}
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@cases(60)
 @given(st.sampled_from(FORMATS), st.sampled_from(DTYPES), st.sampled_from(["tanh", "erf"]), st.data())
 def test_a_round_trip_restores_everything(to: Format, dtype: torch.dtype, gelu: str, data: st.DataObject) -> None:
     """Weights bit for bit; in safetensors also config and metadata. Saving again writes the same."""

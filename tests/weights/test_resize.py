@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from random_models import make
+from random_models import cases, make
 from reference import numpy_forward, randomise
 from torch import Tensor
 
@@ -21,7 +21,6 @@ from allmlp.model import Mixer
 from allmlp.weights.resize import resize, resized_config
 
 Pair = tuple[int, int]
-PROPERTY = settings(max_examples=40, deadline=None, derandomize=True)
 SIDES = st.integers(1, 9)
 FACTORS = st.integers(1, 3)
 
@@ -58,7 +57,7 @@ def largest(a: Tensor, b: Tensor) -> float:
 # Supplement C
 
 
-@PROPERTY
+@cases(40)
 @given(
     st.tuples(FACTORS, FACTORS), st.tuples(FACTORS, FACTORS), st.sampled_from([(4, 4), (4, 3)]),
     st.sampled_from(["tanh", "erf"]),
@@ -191,7 +190,7 @@ def axis_parts(n: int, m: int) -> list[tuple[np.ndarray, np.ndarray]]:
     return [(np.eye(m)[k : k + n], np.eye(m)[:, k : k + n]) for k in range(0, m, n)]
 
 
-@PROPERTY
+@cases(40)
 @given(st.tuples(SIDES, SIDES), st.tuples(SIDES, SIDES))
 def test_the_weights_are_those_of_the_formula(old: Pair, new: Pair) -> None:
     """W1' = [W1 R], b1' = [b1], W2' = [T W2], b2' = the sum of T b2; so constant maps are mixed as before."""
