@@ -98,14 +98,6 @@ def test_a_hint_and_each_of_several_values() -> None:
         SearchRecipe(learning_rates=(0.01, -1))
 
 
-def test_recipes_are_frozen_and_by_keyword() -> None:
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        Recipe().run.seed = 3  # pyright: ignore
-    for kind in (Recipe, *SECTIONS.values()):
-        with pytest.raises(TypeError):
-            kind("x")  # pyright: ignore
-
-
 # Files
 
 
@@ -130,7 +122,7 @@ def test_changed_and_missing_fields(path: Path) -> None:
     assert read(path, {}) == Recipe()
     whole = read(path, {"optimization": {"epochs": 3, "clip_norm": 2}}).optimization
     assert (type(whole.epochs), whole.clip_norm) == (float, 2.0)
-    for name in ("/somewhere/else", "../up", "", "a/b", ".hidden"):
+    for name in ("../up", "", "a/b", ".hidden"):
         with pytest.raises(UserError, match="names a folder"):
             Recipe(name=name)
 

@@ -1,6 +1,5 @@
 """The paper's recipes: every number of Table 4 and of the fine-tuning, and twins that do the same on a laptop."""
 
-import csv
 import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,19 +11,17 @@ from small_runs import Silent, evaluator_of
 
 import allmlp
 from allmlp.config.recipe import FinetuneRecipe, Recipe
-from allmlp.data.sources import load_source
 from allmlp.errors import UserError
 from allmlp.recipes import FINETUNE_RECIPES, RECIPES, get_finetune_recipe, get_recipe
 from allmlp.recipes.finetune import resolution, vtab
 from allmlp.runs.result import RunResult
-from allmlp.training.build import build_initializer, build_mixing, build_optimizer, build_training_transform
+from allmlp.training.build import build_initializer
 from allmlp.training.run import train
 
-PAPER = Path(__file__).resolve().parents[3] / "shared" / "paper"
 OWN = ("digits", "cifar10", "photos")
 CLASSES = tuple("0123456789")
 
-# name: (model, epochs, learning rate, weight decay, RandAugment, mixup, stochastic depth, bias of the head)
+# Table 4; name: (model, epochs, learning rate, weight decay, RandAugment, mixup, stochastic depth, bias of the head)
 TABLE_4 = {
     "imagenet-b16": ("B/16", 300, 1e-3, 0.1, 15, 0.5, 0.1, -6.9),
     "imagenet-l16": ("L/16", 300, 1e-3, 0.1, 15, 0.5, 0.1, -6.9),
@@ -73,16 +70,10 @@ def test_each_of_the_papers_runs_has_a_recipe_and_each_recipe_a_twin() -> None:
     assert set(FINETUNE_RECIPES) == {*transfers, *(f"{name}-small" for name in transfers)}
     assert len(TASKS) == 19
     assert all(get_finetune_recipe(name).recipe.name == f"finetune-{name}" for name in FINETUNE_RECIPES)
-
-
-@pytest.mark.parametrize("name", OWN)
-def test_our_own_recipes_make_a_model(name: str) -> None:
-    recipe = get_recipe(name)
-    with torch.device("meta"):
-        model = build_initializer(recipe)(load_source("digits").classes)
-    assert model.image_size == (recipe.model.image_size,) * 2
-    assert model.metadata.classes == CLASSES
-    assert model.metadata.preprocessing.crop_ratio == recipe.data.crop_ratio
+    for name in OWN:
+        with torch.device("meta"):
+            model = build_initializer(get_recipe(name))(CLASSES)
+        assert model.metadata.preprocessing.crop_ratio == get_recipe(name).data.crop_ratio
 
 
 @pytest.mark.parametrize(
@@ -122,27 +113,6 @@ def test_pretraining_is_the_papers(name: str) -> None:
         with torch.device("meta"):
             built, plain = build_initializer(recipe)(CLASSES), allmlp.create(model.model, num_classes=10)
         assert built.config == plain.config
-
-
-def test_table_4_cell_by_cell() -> None:
-    path, seen = PAPER / "table4.csv", []
-    if not path.exists():
-        pytest.skip(f"{path} is not on this machine")
-    prefixes = {"ImNet": "imagenet-", "ImNet-21k": "imagenet21k-", "JFT-300M": "jft-"}
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    for row in rows:
-        letter = row["model"].removeprefix("Mixer-")
-        names = [n for n, of in TABLE_4.items() if n.startswith(prefixes[row["dataset"]]) and of[0][0] == letter]
-        seen += names
-        assert {str(TABLE_4[name][1]) for name in names} == set(row["epochs"].split("/")), row
-        columns = ("learning_rate", "weight_decay", "randaugment_magnitude", "mixup_strength_p")
-        cells = [float(row[column]) if row[column] else None for column in columns]
-        for name in names:
-            assert [*TABLE_4[name][2:6]] == cells, name
-            assert TABLE_4[name][6] == float(row["stochastic_depth_max_rate"] or 0), name
-            assert float(row["dropout_rate"] or 0) == 0
-    assert sorted(seen) == sorted(TABLE_4)
 
 
 # Fine-tuning
@@ -192,10 +162,8 @@ def test_vtab_is_as_the_bit_hyperrule_and_section_3_say(task: str) -> None:
 
 def test_small_images_and_short_runs_of_vtab() -> None:
     """The area counts, not the side, and 96 × 96 is not small."""
-    sizes = [(96, 96), (95, 96), (32, 32), (1, 96 * 96), (64, 143)]
-    assert [resolution(*size) for size in sizes] == [448, 224, 224, 448, 224]
-    settings = vtab("dtd", steps=500).recipe.optimization
-    assert (settings.steps, settings.warmup_steps) == (500, 100)
+    assert [resolution(*size) for size in ((96, 96), (95, 96), (1, 96 * 96), (64, 143))] == [448, 224, 448, 224]
+    assert vtab("dtd", steps=500).recipe.optimization.warmup_steps == 100
 
 
 # The twins
@@ -230,19 +198,6 @@ def test_a_twin_has_every_method_of_its_original() -> None:
             assert (small.search.learning_rates, small.search.seeds) == (plan.search.learning_rates, plan.search.seeds)
             assert small.recipe.model.image_size is None  # that of the weights, however small
             assert (small.recipe.optimization.steps, small.recipe.optimization.global_batch_size) == (20, 16)
-
-
-@pytest.mark.parametrize("name", ["imagenet21k-l16", "jft-h14"])
-def test_what_a_twin_is_trained_with_is_what_its_original_would_be(name: str) -> None:
-    """As the run makes them: the view of each image, the mixing, the optimizer."""
-    made = []
-    for recipe in (get_recipe(name), get_recipe(f"{name}-small")):
-        model = build_initializer(get_recipe(f"{name}-small"))(CLASSES)
-        optimizer = build_optimizer(recipe.optimization, model)
-        groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-        made.append((build_training_transform(recipe.data, model), build_mixing(recipe.data), type(optimizer), groups))
-    assert made[0] == made[1]
-    assert ([made[0][0].randaugment is None, made[0][1] is None]) == [name.startswith("jft")] * 2
 
 
 def one_step(recipe: Recipe, out: Path) -> RunResult[Any]:

@@ -65,7 +65,7 @@ def write_npz(path: Path, arrays: dict[str, Array], forged: dict[str, bytes], ki
 
 def write_safetensors(path: Path, rows: Any, data: bytes = b"", length: int | None = None) -> None:
     text = rows if isinstance(rows, bytes) else json.dumps(rows).encode()
-    path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + data)
+    path.write_bytes(struct.pack("<Q", length or len(text)) + text + data)
 
 
 # Code in files
@@ -111,15 +111,11 @@ def test_pickles_in_a_torch_file(tmp_path: Path, canary: Canary, zipped: bool) -
         torch.save(stored, tmp_path / "w.pth", _use_new_zipfile_serialization=zipped)
         refused(tmp_path / "w.pth", "can run code", "state_dict()")
     warnings.simplefilter("ignore")
+    for protocol in (0, 1, 2, 5):
+        (tmp_path / "w.pth").write_bytes(pickle.dumps({"w": canary}, protocol))
+        refused(tmp_path / "w.pth")
     torch.save(nn.Linear(2, 2), tmp_path / "w.pth", _use_new_zipfile_serialization=zipped)
     assert "Weights only" not in refused(tmp_path / "w.pth", "torch.nn.modules.linear.Linear", "can run code")
-
-
-@pytest.mark.parametrize("protocol", [0, 1, 2, 5])
-def test_a_plain_pickle(tmp_path: Path, canary: Canary, protocol: int) -> None:
-    for stored in (canary, {"w": canary}):
-        (tmp_path / "w.pt").write_bytes(pickle.dumps(stored, protocol))
-        refused(tmp_path / "w.pt")
 
 
 # Bombs, measured in a process that has done all imports and forks for each file
@@ -205,37 +201,36 @@ def strides_of_zero(path: Path) -> None:
     assert path.stat().st_size < 10_000
 
 
-def one_storage(path: Path) -> None:
-    """60 blocks, all views of the same 3 MB of bfloat16, would take 720 MB in float32."""
-    storage = torch.ones(1_500_000, dtype=torch.bfloat16)
-    shapes = native_shapes(num_blocks=60, hidden_dim=1000, channels_mlp_dim=1500)
-    torch.save({name: storage[: shape.numel()].view(shape) for name, shape in shapes.items()}, path)
-
-
 def recursive(path: Path) -> None:
     stored: dict[str, Any] = {"w": torch.zeros(1)}
     stored["model"] = {"module": stored}
     torch.save(stored, path)
 
 
-def tensor_rows(number: int) -> dict[str, dict]:
-    return {str(i): {"dtype": "F32", "shape": [1], "data_offsets": [4 * i, 4 * i + 4]} for i in range(number)}
+def long_header(path: Path) -> None:
+    data = b"\x93NUMPY\x02\x00" + struct.pack("<I", 60_000_000) + b" " * 60_000_000
+    write_npz(path, {}, {"head/bias.npy": data}, zipfile.ZIP_DEFLATED)
 
 
-LONG_HEADER = b"\x93NUMPY\x02\x00" + struct.pack("<I", 60_000_000) + b" " * 60_000_000
 FAR_BLOCK = {"MixerBlock_9999/token_mixing/Dense_0/kernel": np.ones((9, 5))}
 HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {
     "4 GB": (inflates_to_4_gb, "would inflate to 4,000"),
     "understated": (understated, ""),
     "34 GB": (lambda p: write_npz(p, ARRAYS, {"head/bias.npy": header((2**33,)) + bytes(4)}), "34,359,738,368"),
-    "npy header": (lambda p: write_npz(p, {}, {"head/bias.npy": LONG_HEADER}, zipfile.ZIP_DEFLATED), "header"),
+    "npy header": (long_header, "header"),
     "arrays": (lambda p: write_npz(p, {}, {f"{i}.npy": header((1,)) + bytes(4) for i in range(12_000)}), "12,000"),
-    "tensors": (lambda p: write_safetensors(p, tensor_rows(50_000), bytes(200_000)), "50,000"),
+    "tensors": (lambda p: save_file({str(i): torch.zeros(1) for i in range(50_000)}, p), "50,000"),
     "block 9999": (lambda p: write_npz(p, ARRAYS | FAR_BLOCK, {}), "10000"),
     "strides of zero": (strides_of_zero, "stored"),
-    "one storage": (one_storage, "stored"),
     "recursive": (recursive, "state dict"),
 }
+
+
+def test_a_sound_file_takes_more_than_the_limits_of_a_bomb(tmp_path: Path, measured: Measure) -> None:
+    """So that the next test means something."""
+    np.savez(tmp_path / "w", **current(random_weights(width=3000, channels_mlp=10_000, blocks=1)))
+    said, _, memory = measured(tmp_path / "w.npz")
+    assert (said, memory > BYTES) == ("LOADED", True)
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -247,13 +242,6 @@ def test_a_bomb_is_refused_within_limits(tmp_path: Path, measured: Measure, name
     assert word in said, said
     assert seconds < SECONDS, f"{seconds:.2f} s: {said}"
     assert memory < BYTES, f"{memory / 1e6:.0f} MB: {said}"
-
-
-def test_measuring_works(measured: Measure, tmp_path: Path) -> None:
-    np.savez(tmp_path / "w.npz", **current(random_weights(width=1000, channels_mlp=2500)))
-    said, _, memory = measured(tmp_path / "w.npz")
-    assert said == "LOADED"
-    assert 0.8 * (tmp_path / "w.npz").stat().st_size < memory < 4 * (tmp_path / "w.npz").stat().st_size
 
 
 def test_the_limits_are_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -298,22 +286,10 @@ def test_npy_headers_with_a_wrong_shape(tmp_path: Path, shape: tuple, size: int)
         refused(tmp_path / "w.npz", repr(name))
 
 
-def row(begin: int, end: int, shape: list, dtype: Any = "F32") -> dict:
-    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
-
-
-HEADERS: list[Any] = [
-    {"a": row(0, 10**12, [250_000_000_000])}, {"a": row(0, 8, [2]), "b": row(4, 12, [2])}, {"a": row(0, 8, [2])},
-    {"a": row(0, 4, [1]), "b": row(8, 12, [1])}, {"a": row(8, 0, [2])}, {"a": row(0, 12, [2])},
-    {"a": row(0, 12, [2**62, 2**62])}, {"a": row(-4, 8, [3])}, {"a": row(0, 2**64, [3])}, {"a": row(0, 12, [3], "X9")},
-    {"a": row(0, 12, [3], 7)}, {"a": {"dtype": "F32", "shape": [3]}}, {"a": 5},
-    {"__metadata__": {"format": 5}, "a": row(0, 12, [3])}, b"{", b"{}", b'{"a":' * 5000, b"{\xff\xfe}",
-    b'{"a":' + b"[" * 100_000,
-]  # fmt: skip
-
-
 def test_invalid_safetensors_headers(tmp_path: Path) -> None:
-    for rows in HEADERS:
+    """That offsets, shapes and types fit together is the library's task; what it raises is one line."""
+    wrong = {"dtype": "F32", "shape": [2], "data_offsets": [0, 12]}
+    for rows in ({"a": wrong}, {"a": wrong | {"dtype": "X9"}}, {"a": 5}, b"{", b"{}", b'{"a":' * 5000, b"{\xff\xfe}"):
         write_safetensors(tmp_path / "w.safetensors", rows, bytes(12))
         refused(tmp_path / "w.safetensors")
     for length in (2**64 - 1, 10**12, containers.MAX_HEADER + 1):
@@ -504,7 +480,7 @@ def test_what_is_no_weights_file(tmp_path: Path) -> None:
     assert outcome(path) == "refused"
 
 
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "resnet18", "resmlp_12_224", "gmixer_12_224"])
+@pytest.mark.parametrize("name", ["resmlp_12_224", "gmixer_12_224"])
 def test_another_architectures_weights(tmp_path: Path, name: str) -> None:
     library = pytest.importorskip("timm")
     with torch.device("meta"):
