@@ -1,4 +1,4 @@
-"""Saving in each format: bit for bit and atomic, with a warning for what it cannot store; metadata of the native one."""
+"""Saving in each format: bit for bit, atomic, and with a warning for what it cannot store; the native metadata."""
 
 import copy
 import json
