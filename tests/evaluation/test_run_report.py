@@ -24,7 +24,6 @@ from allmlp.evaluation.classification import Classification, classify
 from allmlp.evaluation.run_report import choose_examples, find_mistakes, write_run_report
 from allmlp.metadata import Preprocessing
 
-RESULT = classified([0, 0, 0, 1, 1, 2], [0, 1, 0, 1, 2, 0], [0.9, 0.6, 0.7, 0.8, 0.95, 0.6])
 CPU = torch.device("cpu")
 SIZES = {"patch_size": 16, "num_blocks": 1, "hidden_dim": 8, "tokens_mlp_dim": 4, "channels_mlp_dim": 8}
 
@@ -40,22 +39,18 @@ def report(folder: Path, result: Classification, model: Any = None) -> Path:
     return folder
 
 
-def test_examples_cover_every_class_before_any_class_repeats() -> None:
-    assert choose_examples(RESULT) == [0, 3, 5, 1, 4, 2]
-    assert choose_examples(RESULT, 4) == [0, 3, 5, 1]
-
-
 @settings(max_examples=50, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=40))
 def test_examples_take_each_class_in_turn(labels: list[int]) -> None:
     """The n-th image of every class comes before the n + 1-st of any, in order of the classes."""
-    order = choose_examples(classified(labels, labels, classes="abcde"), len(labels))
-    assert order == sorted(range(len(labels)), key=lambda i: (labels[:i].count(labels[i]), labels[i]))
+    order = sorted(range(len(labels)), key=lambda i: (labels[:i].count(labels[i]), labels[i]))
+    assert choose_examples(classified(labels, labels, classes="abcde")) == order[:24]
 
 
 def test_the_most_confident_mistakes_come_first() -> None:
-    assert find_mistakes(RESULT) == [4, 1, 5]  # of 0.6 and 0.6, the earlier image first
-    assert find_mistakes(RESULT, 1) == [4]
+    result = classified([0, 0, 0, 1, 1, 2], [0, 1, 0, 1, 2, 0], [0.9, 0.6, 0.7, 0.8, 0.95, 0.6])
+    assert find_mistakes(result) == [4, 1, 5]  # of 0.6 and 0.6, the earlier image first
+    assert find_mistakes(result, 1) == [4]
     assert find_mistakes(classified([0, 1], [0, 1])) == []
 
 

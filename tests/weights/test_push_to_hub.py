@@ -5,8 +5,8 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import huggingface_hub
 import huggingface_hub.errors as E
@@ -189,51 +189,32 @@ def test_any_json_is_accepted_as_provenance() -> None:
 # Uploading
 
 
-class Hub:
-    """A fake huggingface_hub.HfApi that records its calls, or fails."""
-
-    def __init__(self) -> None:
-        self.failing: dict[str, Callable[[], Exception]] = {}
-        self.calls: list[tuple[str, dict[str, Any]]] = []
-        self.sent: dict[str, bytes] = {}
-
-    def __call__(self, **options: Any) -> "Hub":
-        return self.called("made", options)
-
-    def called(self, name: str, options: dict[str, Any]) -> "Hub":
-        self.calls.append((name, options))
-        if name in self.failing:
-            raise self.failing[name]()
-        return self
-
-    def create_repo(self, repo: str, **options: Any) -> None:
-        self.called("create_repo", options | {"repo": repo})
-
-    def upload_folder(self, *, folder_path: str | Path, **options: Any) -> Any:
-        self.called("upload_folder", options)
-        self.sent = {path.name: path.read_bytes() for path in Path(folder_path).iterdir()}
-        return SimpleNamespace(commit_url="https://huggingface.co/owner/name/commit/abc")
-
-
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Hub:
-    """Temporary files go to a folder of this test."""
-    fake = Hub()
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Mock:
+    """In place of huggingface_hub.HfApi; what is uploaded is kept in ``hub.sent``. Temporary files go to a folder."""
+
+    def upload_folder(*, folder_path: str, **_options: Any) -> Any:
+        fake.sent = {path.name: path.read_bytes() for path in Path(folder_path).iterdir()}
+        return Mock(commit_url="https://huggingface.co/owner/name/commit/abc")
+
+    fake = Mock()
+    fake.return_value.upload_folder.side_effect = upload_folder
     monkeypatch.setattr(huggingface_hub, "HfApi", fake)
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
     return fake
 
 
-def test_weights_and_card_are_uploaded(hub: Hub, tmp_path: Path) -> None:
+def test_weights_and_card_are_uploaded(hub: Mock, tmp_path: Path) -> None:
     model = make(trained())
     model.metadata = Metadata(classes=("a", "b", "c"), provenance=trained())
     address = allmlp.push_to_hub(model, REPO, license="cc-by-4.0", private=True, token="hf_x", message="Mine")
     assert address == "https://huggingface.co/owner/name/commit/abc"
-    assert [name for name, _ in hub.calls] == ["made", "create_repo", "upload_folder"]
-    assert hub.calls[0][1]["token"] == "hf_x"
-    assert hub.calls[1][1] == {"repo": REPO, "private": True, "exist_ok": True}
-    assert hub.calls[2][1] == {"repo_id": REPO, "commit_message": "Mine"}
+    api = hub.return_value
+    assert hub.call_args.kwargs["token"] == "hf_x"
+    api.create_repo.assert_called_once_with(REPO, private=True, exist_ok=True)
+    options = api.upload_folder.call_args.kwargs
+    assert (options["repo_id"], options["commit_message"]) == (REPO, "Mine")
     assert hub.sent.keys() == {"model.safetensors", "README.md"}
     assert hub.sent["README.md"].decode() == model_card(model, REPO, "cc-by-4.0")
     assert list((tmp_path / "temporary").iterdir()) == []
@@ -242,7 +223,7 @@ def test_weights_and_card_are_uploaded(hub: Hub, tmp_path: Path) -> None:
     assert again.metadata == model.metadata
     assert_same_bits(again, model)
     push_to_hub(make(), REPO, license="mit")
-    assert (hub.calls[3][1]["token"], hub.calls[4][1]["private"]) == (None, False)
+    api.create_repo.assert_called_with(REPO, private=False, exist_ok=True)
     with pytest.raises(TypeError, match="license"):
         push_to_hub(make(), REPO)  # pyright: ignore
 
@@ -261,16 +242,16 @@ ERRORS: list[tuple[Callable[[], Exception], type[Exception], str]] = [
 
 
 @pytest.mark.parametrize("call", ["create_repo", "upload_folder"])
-def test_an_error_of_the_hub_is_one_line(hub: Hub, call: str, tmp_path: Path) -> None:
+def test_an_error_of_the_hub_is_one_line(hub: Mock, call: str, tmp_path: Path) -> None:
     for error, kind, words in ERRORS:
-        hub.failing = {call: error}
+        getattr(hub.return_value, call).side_effect = error()
         with pytest.raises(kind, match=words) as caught:
             push_to_hub(make(), REPO, license="mit")
         assert str(caught.value).isprintable()
     assert list((tmp_path / "temporary").iterdir()) == []
 
 
-def test_what_cannot_be_saved_or_sent_is_not_uploaded(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_saved_or_sent_is_not_uploaded(hub: Mock, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make()
     model.metadata = Metadata(classes=("a", "b"))
     with pytest.raises(UserError, match=r"2 class names.* 3"):
@@ -278,4 +259,4 @@ def test_what_cannot_be_saved_or_sent_is_not_uploaded(hub: Hub, monkeypatch: pyt
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(UserError, match=r"pip install 'allmlp\[hub\]'"):
         push_to_hub(make(), REPO, license="mit")
-    assert "create_repo" not in dict(hub.calls)
+    assert not hub.return_value.create_repo.called
