@@ -27,23 +27,12 @@ from allmlp.evaluation.run_report import choose_examples
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 ATTACK = "<script>alert(1)</script>"
 SUMMARY = {
-    "model": "S/32",
-    "parameters": 19_104_624,
-    "data": "digits",
-    "images": {"train": 1258, "val": 179, "test": 30},
-    "steps": 200,
-    "train_seconds": 75.2,
-    "images_per_second": 5123.4,
-    "peak_memory_bytes": 3 * 2**30,
-    "val_top1": 0.9,
-    "test_top1": 28 / 30,
-    "seed": 2024,
-    "started": "2026-01-01T12:00:00+00:00",
-    "command": "mixer train digits --seed 2024",
-    "versions": {"torch": "2.11.0"},
-    "unreadable_images": 0,
+    "model": "S/32", "parameters": 19_104_624, "data": "digits", "images": {"train": 1258, "val": 179, "test": 30},
+    "steps": 200, "train_seconds": 75.2, "images_per_second": 5123.4, "peak_memory_bytes": 3 * 2**30, "val_top1": 0.9,
+    "test_top1": 28 / 30, "seed": 2024, "started": "2026-01-01T12:00:00+00:00",
+    "command": "mixer train digits --seed 2024", "versions": {"torch": "2.11.0"}, "unreadable_images": 0,
     "unreadable": [],
-}
+}  # fmt: skip
 METRICS = [
     {"step": s, "epoch": s / 20, "loss": 2 / s, "learning_rate": 1e-3, "gradient_norm": 1.0} for s in range(1, 201)
 ] + [{"step": s, "epoch": s / 20, "val_top1": 0.9, "val_loss": 0.3} for s in (100, 200)]
@@ -281,7 +270,8 @@ def test_a_wide_matrix_is_printed_in_parts(monkeypatch, capsys, width):
     assert list(printed.values()) == confusion.tolist()
 
 
-def test_long_curves_are_downsampled_but_keep_their_spikes(write):
+def test_curves(write):
+    """Long ones are downsampled but keep their spikes; the mean is centered and keeps gaps; each step is drawn once."""
     values = np.sin(np.arange(100_000) / 5000)
     values[77_777], values[500:510] = 99, np.nan
     kept = downsample(values)
@@ -290,21 +280,13 @@ def test_long_curves_are_downsampled_but_keep_their_spikes(write):
     assert (np.diff(kept) > 0).all()
     page = write(metrics=[{"step": i, "loss": float(v), "gradient_norm": 1.0} for i, v in enumerate(values)])
     assert len(page.source) < 400_000
-
-
-def test_smooth_is_a_centered_mean_that_keeps_gaps():
     line = np.arange(400.0)
     line[200] = np.nan
-    result = smooth(line)
-    assert np.isnan(result[200])
-    np.testing.assert_allclose(result[10:190], line[10:190])
+    assert np.isnan(smooth(line)[200])
+    np.testing.assert_allclose(smooth(line)[10:190], line[10:190])
     np.testing.assert_array_equal(smooth(np.array([3.0, np.nan, 5.0])), [3, np.nan, 5])
-
-
-def test_a_resumed_run_draws_each_step_once():
-    steps, values = extract_curve([{"step": s, "loss": v} for s, v in ((1, 4.0), (2, 3.0), (3, 2.0), (2, 2.5))], "loss")
-    assert steps.tolist() == [1, 2, 3]
-    assert values.tolist() == [4, 2.5, 2]
+    resumed = extract_curve([{"step": s, "loss": v} for s, v in ((1, 4.0), (2, 3.0), (3, 2.0), (2, 2.5))], "loss")
+    assert [list(axis) for axis in resumed] == [[1, 2, 3], [4, 2.5, 2]]
 
 
 def test_a_failed_write_leaves_the_old_report(write, tmp_path):

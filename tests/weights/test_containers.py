@@ -18,14 +18,15 @@ import numpy as np
 import pytest
 import torch
 from layouts import Array, bfloat16, current, older, random_weights
-from random_models import refused, timm_state
+from random_models import make, refused, timm_state
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import allmlp
 from allmlp.errors import UserError
+from allmlp.metadata import Metadata
 from allmlp.model import Mixer
-from allmlp.weights import containers
+from allmlp.weights import containers, native
 from allmlp.weights.convert import save_as
 from allmlp.weights.load import load
 
@@ -154,6 +155,13 @@ def strides_of_zero(path: Path) -> None:
     assert path.stat().st_size < 10_000
 
 
+def thousand_blocks(path: Path) -> None:
+    """A native file, with a valid digest, whose config claims more blocks than there are tensors."""
+    model = make()
+    config, tensors = model.config | {"num_blocks": 1000}, model.state_dict()
+    native.write(path, tensors, native.make_header(config, Metadata(), tensors))
+
+
 def long_header(path: Path) -> None:
     data = b"\x93NUMPY\x02\x00" + struct.pack("<I", 60_000_000) + b" " * 60_000_000
     write_npz(path, {}, {"head/bias.npy": data}, zipfile.ZIP_DEFLATED)
@@ -168,6 +176,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {
     "arrays": (lambda p: write_npz(p, {}, {f"{i}.npy": header((1,)) + bytes(4) for i in range(12_000)}), "12,000"),
     "tensors": (lambda p: save_file({str(i): torch.zeros(1) for i in range(50_000)}, p), "50,000"),
     "block 9999": (lambda p: write_npz(p, ARRAYS | FAR_BLOCK, {}), "10000"),
+    "config": (thousand_blocks, "1000 blocks"),
     "strides of zero": (strides_of_zero, "stored"),
 }
 
