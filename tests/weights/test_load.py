@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from layouts import WRAPPINGS, Array, bfloat16, current, older, random_weights, wrapped
 from layouts import timm as timm_layout
-from random_models import assert_same_bits, cases, refused, timm_state, warnings_of
+from random_models import cases, refused, timm_state, warnings_of
 from reference import numpy_forward, randomise
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -134,41 +134,7 @@ def test_files_are_recognized_by_content_not_by_name(tmp_path: Path) -> None:
     assert {parameter.dtype for parameter in load(path).parameters()} == {torch.float64}  # the widest type in the file
 
 
-# timm's layout
-
-
-def agrees_with(model: Mixer, peer: nn.Module, last_norm: nn.Module) -> None:
-    """Checks float32 tokens before the last LayerNorm, and logits."""
-    images, seen = images_for(model, torch.float32), []
-    hook = last_norm.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-    with torch.no_grad():
-        logits = peer.eval()(images)
-        assert relative(model.tokens(images), seen[0]) <= 1e-5
-        assert relative(model(images), logits) <= 1e-5
-    hook.remove()
-
-
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [
-        ("mixer_s16_224", {"num_classes": 5, "in_chans": 1}), ("mixer_s32_224", {"img_size": 64}),
-        pytest.param("mixer_b16_224", {}, marks=pytest.mark.slow),
-    ],
-    ids=str,
-)  # fmt: skip
-def test_timms_models_round_trip(tmp_path: Path, name: str, options: dict) -> None:
-    timm = pytest.importorskip("timm")
-    with torch.device("meta"):
-        peer = timm.create_model(name, **options)
-    peer = peer.to_empty(device="cpu").eval()
-    randomise(peer, seed=21)
-    save_file(peer.state_dict(), tmp_path / "w.safetensors")
-    model = load(tmp_path / "w.safetensors")
-    assert (model.config["gelu"], model.config["norm_eps"]) == ("erf", 1e-6)
-    agrees_with(model, peer, peer.norm)
-    save_as(model, tmp_path / "out.safetensors", "timm")
-    assert_same_bits(load(tmp_path / "out.safetensors"), model)
-
+# timm's layout (which test_convert.py compares with timm itself)
 
 WRAPPERS: list[tuple[Callable[[dict[str, Tensor]], Any], str]] = [  # and what is ignored
     (lambda state: {"state_dict": state, "epoch": 3}, "epoch"),
@@ -193,6 +159,17 @@ def test_wrapped_state_dicts(tmp_path: Path, wrap: Any, ignored: str, caplog: py
 
 
 # lucidrains' layout
+
+
+def agrees_with(model: Mixer, peer: nn.Module, last_norm: nn.Module) -> None:
+    """Checks float32 tokens before the last LayerNorm, and logits."""
+    images, seen = images_for(model, torch.float32), []
+    hook = last_norm.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    with torch.no_grad():
+        logits = peer.eval()(images)
+        assert relative(model.tokens(images), seen[0]) <= 1e-5
+        assert relative(model(images), logits) <= 1e-5
+    hook.remove()
 
 
 def lucidrains(**options: Any) -> nn.Module:
