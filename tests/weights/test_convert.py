@@ -239,6 +239,13 @@ def test_a_change_after_saving_is_detected(saved: Path, change: dict) -> None:
     refused(saved, "changed or damaged", "SHA-256")
 
 
+def test_a_key_beside_those_of_a_file_in_timms_layout_is_detected(tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    save_as(make(), path, "timm")
+    rewrite(path, more="x")
+    refused(path, "changed or damaged")
+
+
 def test_a_newer_version_asks_to_update(saved: Path) -> None:
     rewrite(saved, version="2")
     refused(saved, "version 2", "update allmlp")
