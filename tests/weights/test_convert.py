@@ -187,8 +187,9 @@ def test_classes_and_provenance_are_added_to_the_metadata(tmp_path: Path) -> Non
     save(model, path)
     assert load(path).metadata == Metadata()
     model.metadata = before = Metadata(classes=("x", "猫 \n", 'z"'), provenance={"a": [1, None], "ü": {"b": 0.1}})
-    save(model, str(path), steps=7)
-    assert load(path).metadata == Metadata(classes=before.classes, provenance={**before.provenance, "steps": 7})
+    save(model, str(path), steps=7, a="new")
+    added = {**before.provenance, "steps": 7, "a": "new"}
+    assert load(path).metadata == Metadata(classes=before.classes, provenance=added)
     save(model, path, classes=["a", "b", "c"])
     assert load(path).metadata.classes == ("a", "b", "c")
     assert model.metadata == before == Metadata(classes=before.classes, provenance={"a": [1, None], "ü": {"b": 0.1}})

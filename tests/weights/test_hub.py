@@ -1,11 +1,13 @@
 """Weights from the Hugging Face hub: with a simulated cache, without network, and the hub's errors as one line."""
 
+import hashlib
 import json
 import os
 import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -23,10 +25,11 @@ import allmlp
 from allmlp.errors import RunError, UserError
 from allmlp.metadata import Metadata, Preprocessing
 from allmlp.model import Mixer
+from allmlp.weights import foreign_metadata
 from allmlp.weights.convert import save_as
 from allmlp.weights.load import load
 from allmlp.weights.native import save
-from allmlp.weights.published import class_names
+from allmlp.weights.published import CHECKPOINTS, MIIL, MIIL_CLASSES, class_names
 
 COMMIT, OTHER = "0123456789abcdef0123456789abcdef01234567", "f" * 40
 REPO, ADDRESS = "owner/name", "hf-hub:owner/name"
@@ -270,6 +273,27 @@ def test_timms_repositories(
     caplog.clear()
     assert "known_as" not in load(f"hf-hub:someone/{name}").metadata.provenance["source"]
     assert not warnings_of(caplog)
+
+
+def test_local_files_in_timms_layout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They are identified by their digest or number of classes; else a warning says what is assumed, and of which."""
+    (tmp_path / "w.safetensors").write_bytes(timm_file(tmp_path, make(num_classes=MIIL_CLASSES)))
+    assert load(tmp_path / "w.safetensors").metadata.preprocessing == MIIL
+    save_as(make(), tmp_path / "m.safetensors", "timm")
+    torch.save(load_file(tmp_path / "m.safetensors"), tmp_path / "w.pth")
+    monkeypatch.setattr(foreign_metadata, "candidates", lambda config, authors: [] if authors else list(CHECKPOINTS))
+    assert load(tmp_path / "w.pth").metadata.preprocessing == DEFAULT
+    (said,) = warnings_of(caplog)
+    assert all(words in said for words in ("which of timm's weights", "MIIL", "--mean 0 --std 1"))
+    caplog.clear()
+    digest = hashlib.sha256((tmp_path / "w.pth").read_bytes()).hexdigest()
+    misnamed = next(one for one in CHECKPOINTS if one.sha256 and one.note)
+    monkeypatch.setattr(foreign_metadata, "CHECKPOINTS", [replace(misnamed, sha256=digest[:8])])
+    assert load(tmp_path / "w.pth").metadata.provenance["source"]["known_as"] == misnamed.file
+    (said,) = warnings_of(caplog)
+    assert misnamed.note in said
 
 
 # Errors
