@@ -78,7 +78,7 @@ def killed_during_save(lab: Lab, rng: random.Random, trials: int) -> Result:
     places = [
         *(("copy", n) for n in (2, saves)),
         *(("write", n) for n in (2, saves)),
-        *(("fsync", n) for n in range(8, 20)),  # of a save: logs, tensors, metadata, state, manifest, folders
+        *(("fsync", n) for n in range(8, 20)),  # of a save: logs, tensors, state, manifest, folders
         *(("rename", n) for n in range(2, 9)),
         *(("remove old", n) for n in (3, saves - 1)),
         *(("rmtree", n) for n in range(4, 12)),
@@ -350,11 +350,11 @@ def flipped_bit(lab: Lab, rng: random.Random, trials: int) -> Result:
             data[bit // 8] ^= 1 << bit % 8
             path.write_bytes(data)
             try:
-                verify_checkpoint(path.parent, trusted=True)
+                verify_checkpoint(path.parent)
                 message = ""
             except DamagedCheckpoint as error:
                 message = str(error)
-            found = newest_intact(copy / "checkpoints", trusted=True)
+            found = newest_intact(copy / "checkpoints")
             text = f"bit {bit} of {file.name}"
             tally.add(
                 str(path) not in message and f"{text}: {message or 'not found'}",

@@ -26,7 +26,7 @@ from allmlp.checkpointing.manager import (
     set_aside_damaged,
 )
 from allmlp.distributed.context import SINGLE_PROCESS
-from allmlp.errors import RunError, UserError
+from allmlp.errors import RunError
 
 
 def tensors(value: float) -> dict[str, Tensor]:
@@ -304,20 +304,6 @@ def test_an_empty_checkpoint_folder_is_damaged(tmp_path: Path) -> None:
     write_steps(tmp_path, 4)
     (tmp_path / checkpoint_name(8)).mkdir()
     assert newest_step(tmp_path) == 4
-
-
-def test_the_newest_checkpoint_is_not_skipped_if_another_user_wrote_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_steps(tmp_path / "c", 4)
-    with monkeypatch.context() as patch:
-        patch.setenv("XDG_STATE_HOME", str(tmp_path / "another user"))
-        write_steps(tmp_path / "c", 8)
-    with pytest.raises(UserError, match="step-00000008 was not written by a run of yours"):
-        newest_intact(tmp_path / "c")
-    sound = newest_intact(tmp_path / "c", trusted=True)
-    assert sound is not None
-    assert sound[1] == {"step": 8}
 
 
 def test_a_checkpoint_under_the_name_of_another_step_is_damaged(tmp_path: Path) -> None:

@@ -142,17 +142,6 @@ def test_another_recipe_is_refused_by_its_options(mixer: Mixer, stopped: Path) -
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
-def test_a_stranger_s_is_refused_and_taken_with_trust(
-    mixer: Mixer, stopped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "another"))
-    answer = mixer("train", "--resume", stopped)
-    assert answer.status == 2
-    assert "give --trust-checkpoint if you trust its author" in answer.last
-    assert len(answer.errors) == 1
-    assert mixer("train", "--resume", stopped, "--trust-checkpoint").status == 0
-
-
 # what is gone on with
 
 

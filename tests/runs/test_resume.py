@@ -1,4 +1,4 @@
-"""A run is resumed only with its own recipe and data, from a checkpoint of this user, and refusals change nothing."""
+"""A run is resumed only with its own recipe and data, from an intact checkpoint, and refusals change nothing."""
 
 import contextlib
 import dataclasses
@@ -22,7 +22,7 @@ from small_runs import (
     train,
 )
 
-from allmlp.checkpointing.checkpoint import STATE
+from allmlp.checkpointing.checkpoint import MANIFEST, STATE, with_digest
 from allmlp.checkpointing.manager import checkpoints_by_step
 from allmlp.config.limits import flag
 from allmlp.config.recipe import Recipe
@@ -37,6 +37,7 @@ from allmlp.runs.resume import (
     fingerprint,
     finished_summary,
 )
+from allmlp.training import run as run_module
 
 
 @pytest.fixture(autouse=True)
@@ -243,16 +244,23 @@ def test_another_precision_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     assert "the run used bfloat16 so far and continues in float32 (--precision)" in caplog.messages
 
 
-# Runs of other users and other processes
+# Runs of earlier versions and of other processes
 
 
-def test_another_users_checkpoint_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as patch:
-        patch.setenv("XDG_STATE_HOME", str(tmp_path / "another user"))
-        out = stopped_run(tmp_path / "run")
-    assert_refused(
-        recipe(save_every_steps=1), out, "was not written by a run of yours on this machine.*--trust-checkpoint"
-    )
+def test_a_run_with_pickled_checkpoints_is_refused_before_any_data_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = stopped_run(tmp_path / "run")
+    for path in checkpoints_by_step(out / "checkpoints").values():
+        for file in path.glob("shard-*"):
+            file.rename(path / "__0_0.distcp")
+        (path / ".metadata").write_bytes(b"pickled")
+        (path / MANIFEST).write_text(with_digest({"format": 2, "files": {}, "signature": None}))
+    (out / "checkpoints" / ".step-00000004.partial").mkdir()  # it would be cleaned up in a run that is resumed
+    monkeypatch.setattr(run_module, "build_data", None)
+    message = r"step-00000003 has checkpoint format 2, and this version reads 3: .*start a new run from its weights"
+    assert_refused(recipe(save_every_steps=1), out, message)
+    assert (out / "checkpoints" / ".step-00000004.partial").is_dir()
 
 
 def test_a_run_that_another_process_trains_is_refused(tmp_path: Path) -> None:

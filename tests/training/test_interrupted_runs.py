@@ -26,14 +26,13 @@ from small_runs import (
     recipe,
     replace_data,
     same,
-    stopped_run,
     train,
 )
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from allmlp.checkpointing.checkpoint import STATE, read_tensors, verify_checkpoint
+from allmlp.checkpointing.checkpoint import STATE, read_tensors
 from allmlp.checkpointing.manager import checkpoint_name, checkpoints_by_step
 from allmlp.config.recipe import Recipe
 from allmlp.data.dataset import Dataset, DatasetSplits
@@ -41,7 +40,7 @@ from allmlp.data.decode import UnreadableImage
 from allmlp.data.loader import permutation
 from allmlp.data.stores import ArrayStore
 from allmlp.distributed.context import SINGLE_PROCESS
-from allmlp.errors import Stopped, UserError
+from allmlp.errors import Stopped
 from allmlp.model import Mixer
 from allmlp.runs.records import CONSUMED, METRICS
 from allmlp.training.build import build_initializer
@@ -113,7 +112,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Uninterrupted:
 
 def stored_tensors(checkpoint: Path) -> dict[str, Tensor]:
     """All tensors of a checkpoint."""
-    named = FileSystemReader(checkpoint).read_metadata().state_dict_metadata.items()
+    named = HuggingFaceStorageReader(str(checkpoint)).read_metadata().state_dict_metadata.items()
     found = {
         key: torch.empty(t.size, dtype=t.properties.dtype) for key, t in named if isinstance(t, TensorStorageMetadata)
     }
@@ -252,22 +251,6 @@ def test_an_older_checkpoint_is_used_if_the_newest_are_damaged(
     assert sorted(path.name for path in (out / "checkpoints").glob("damaged-*")) == [
         f"damaged-{checkpoint_name(s)}" for s in (4, 5)
     ]
-
-
-def test_another_users_checkpoint_is_used_if_trusted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uninterrupted: Uninterrupted
-) -> None:
-    settings = recipe(save_every_steps=1)
-    with monkeypatch.context() as patch:
-        patch.setenv("XDG_STATE_HOME", str(tmp_path / "another user"))
-        out = stopped_run(tmp_path / "run")
-    with pytest.raises(UserError, match=r"was not written by a run of yours on this machine.*--trust-checkpoint"):
-        train(settings, out)
-    train(settings, out, trust_checkpoint=True)
-    assert_same(out, uninterrupted(settings))
-    verify_checkpoint(
-        max(checkpoints_by_step(out / "checkpoints").items())[1]
-    )  # new checkpoints are signed by this user
 
 
 # Unreadable images

@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 class LaunchOptions:
     resume: str | None = None
     """The folder of a run to continue from its newest checkpoint; auto: the folder of --out, if it holds a run."""
-    trust_checkpoint: bool = False
-    """Accept checkpoints that were not written by your own runs on this machine; loading them can execute code."""
     processes: int = 1
     """Number of processes on this machine, one per GPU. Starting the run with torchrun works too."""
     nnodes: int = 1
@@ -152,7 +150,6 @@ def train_and_report(
     options = RunOptions(
         command=command,
         resume=resumes,
-        trust_checkpoint=launch.trust_checkpoint,
         resume_command=resume_command or resume_with(out, launch, context),
     )
     with progress_bar(context.is_rank0) as bar:

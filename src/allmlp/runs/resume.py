@@ -1,5 +1,6 @@
 """Resuming a run: with the same recipe and the same data, from the newest intact checkpoint."""
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -9,7 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from allmlp.checkpointing.manager import clean_up, newest_intact, set_aside_damaged
+from allmlp.checkpointing.checkpoint import DamagedCheckpoint, read_manifest
+from allmlp.checkpointing.manager import checkpoints_by_step, clean_up, newest_intact, set_aside_damaged
 from allmlp.config.limits import flag
 from allmlp.config.recipe import Recipe
 from allmlp.config.serialize import from_json, to_json_object
@@ -44,16 +46,16 @@ class Checkpoint(NamedTuple):
     state: dict[str, Any]
 
 
-def find_checkpoint(recipe: Recipe, out: Path, trusted: bool) -> Checkpoint | None:
+def find_checkpoint(recipe: Recipe, out: Path) -> Checkpoint | None:
     """The checkpoint to resume from; None: the run starts at the beginning. Only leftovers of a killed run are removed.
 
     Raises:
-        UserError: the folder holds something else, or the checkpoint was not written by this user.
+        UserError: the folder holds something else, or the checkpoint has a format that is not read.
         RunError: all checkpoints are damaged.
     """
     check_same_recipe(recipe, out)
     clean_up(out / "checkpoints")
-    found = newest_intact(out / "checkpoints", trusted)
+    found = newest_intact(out / "checkpoints")
     return None if found is None else Checkpoint(*found)
 
 
@@ -75,6 +77,14 @@ def finished_summary(recipe: Recipe, out: Path) -> dict[str, Any] | None:
         return None
     check_same_recipe(recipe, out)
     return json.loads((out / "summary.json").read_text(encoding="utf-8"))
+
+
+def check_resumable(recipe: Recipe, out: Path) -> None:
+    """Raises a UserError for a folder that holds something else than a run of this recipe and version. Only reads."""
+    check_same_recipe(recipe, out)
+    for path in checkpoints_by_step(out / "checkpoints").values():
+        with contextlib.suppress(DamagedCheckpoint):
+            read_manifest(path)
 
 
 def check_same_recipe(recipe: Recipe, out: Path) -> None:

@@ -55,7 +55,7 @@ def run_status(out: Path, verify: bool = False) -> dict[str, Any]:
         left = (status["steps"] - status["step"]) * recipe.optimization.global_batch_size
         status["left_seconds"] = left / status["images_per_second"]
     if verify:
-        found = newest_intact(out / "checkpoints", trusted=True)
+        found = newest_intact(out / "checkpoints")
         status["sound"] = None if found is None else found[1]["step"]
     return status
 
