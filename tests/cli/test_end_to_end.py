@@ -41,7 +41,7 @@ def test_a_run_writes_its_folder(digits_run) -> None:
     assert summary == {"out": str(out)} | json.loads((out / "summary.json").read_text())
     assert summary.keys() >= SUMMARY_KEYS
     assert {path.name for path in out.iterdir()} == {
-        *("recipe.json", "metrics.jsonl", "tensorboard", "checkpoints", "model.safetensors"),
+        *("recipe.json", "metrics.jsonl", "tensorboard", "starts.json", "model.safetensors"),
         *("report.html", "examples", "summary.json", "consumed.jsonl", ".lock"),
     }
     assert any(path.stat().st_size for path in (out / "tensorboard").glob("events.out.tfevents.*"))

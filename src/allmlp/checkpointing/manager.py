@@ -1,6 +1,5 @@
 """The checkpoints of a run: writes them while training continues, finds the newest intact one, removes old ones."""
 
-import contextlib
 import logging
 import re
 import shutil
@@ -83,7 +82,7 @@ class CheckpointManager:
             )
             self.stager = DefaultStager(options)
         # The stager pins memory for the current device and waits for that one, whichever the tensors are on
-        with contextlib.nullcontext() if gpu is None else torch.cuda.device(gpu):
+        with torch.accelerator.device_index(None if gpu is None else gpu.index):
             copies: Any = self.stager.stage(tensors)
         return copies
 

@@ -138,6 +138,7 @@ def train_and_report(
     from allmlp.cli.display import progress_bar
     from allmlp.evaluation.classification import SplitEvaluator
     from allmlp.evaluation.run_report import write_run_report
+    from allmlp.runs.folder import remove_checkpoints
     from allmlp.runs.resume import finished_summary
     from allmlp.training.run import RunOptions, train
 
@@ -146,6 +147,7 @@ def train_and_report(
     if summary is not None:
         if context.is_rank0:
             print(f"{out} is complete: nothing is left to do", file=sys.stderr)
+            remove_checkpoints(out, summary)  # if it was killed before
         return summary
     options = RunOptions(
         command=command,
@@ -155,6 +157,7 @@ def train_and_report(
     with progress_bar(context.is_rank0) as bar:
         result = train(recipe, out, SplitEvaluator, bar, options=options, context=context)
     context.broadcast_from_rank0(lambda: write_run_report(result))
+    context.broadcast_from_rank0(lambda: remove_checkpoints(out, result.summary))
     return result.summary
 
 

@@ -1,6 +1,7 @@
 """Resuming a run: with the same recipe and the same data, from the newest intact checkpoint."""
 
 import contextlib
+import datetime
 import hashlib
 import json
 import logging
@@ -65,6 +66,15 @@ def prepare_folder(recipe: Recipe, out: Path, start: Checkpoint | None) -> None:
     (out / "checkpoints").mkdir(exist_ok=True)
     if start is not None:
         set_aside_damaged(out / "checkpoints", start.state["step"])
+
+
+def record_start(out: Path, command: str, resumed: bool) -> list[dict[str, str]]:
+    """Adds this start to the folder's list of them, and returns all whose work is in the run, the first one first."""
+    path = out / "starts.json"
+    starts = json.loads(path.read_text(encoding="utf-8")) if resumed and path.is_file() else []
+    starts.append({"command": command, "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")})
+    write_text(path, to_json(starts, indent=1) + "\n")
+    return starts
 
 
 def finished_summary(recipe: Recipe, out: Path) -> dict[str, Any] | None:

@@ -1,6 +1,5 @@
 """A whole training run: from a recipe to the folder with its weights, metrics and summary."""
 
-import datetime
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +20,14 @@ from allmlp.model import Mixer
 from allmlp.runs.folder import locked, run_folder
 from allmlp.runs.provenance import current_commit, describe_device, versions
 from allmlp.runs.result import RunResult
-from allmlp.runs.resume import Checkpoint, check_resumable, check_same_data, find_checkpoint, prepare_folder
+from allmlp.runs.resume import (
+    Checkpoint,
+    check_resumable,
+    check_same_data,
+    find_checkpoint,
+    prepare_folder,
+    record_start,
+)
 from allmlp.training.build import Built, build, build_data, build_initializer, build_preemption
 from allmlp.training.compilation import restore_eager
 from allmlp.training.memory import keep_freed_memory, peak_memory
@@ -70,16 +76,24 @@ def train(
     check_world_size(recipe, context.world_size)
     check_folder(recipe, out, options, context)
     device = context.local_device(select_device(recipe.run.device))
+    gpu = device.index if device.type == "cuda" else None
     precision = select_precision(recipe.run.precision, device)
     initializer = build_initializer(recipe)  # reports mistakes in the sizes before any data is read
     if device.type == "cpu":
         keep_freed_memory()
     context.heartbeat("reading the data", slow=True)
     data = context.local_rank0_first(lambda: build_data(recipe))
-    origin = describe_origin(recipe, options)
-    with deferred_signals() as signals, run_folder(out, context.is_rank0), locked(out, context.is_rank0):
+    with (
+        torch.accelerator.device_index(gpu),  # what takes no device uses the current one
+        deferred_signals() as signals,
+        run_folder(out, context.is_rank0),
+        locked(out, context.is_rank0),
+    ):
         preemption = build_preemption(recipe, out, signals, options.resume_command, context)
         checkpoint = find_start(recipe, out, data, precision, preemption)
+        resumed = checkpoint is not None
+        starts = context.broadcast_from_rank0(lambda: record_start(out, options.command, resumed))
+        origin = describe_origin(recipe, starts)
         model = initializer.build_meta(data.classes)
         if recipe.run.shard and context.world_size > 1:
             shard(model, context, device)
@@ -130,14 +144,15 @@ def check_folder(recipe: Recipe, out: Path, options: RunOptions, context: Distri
     context.broadcast_from_rank0(lambda: check_resumable(recipe, out) if out.exists() else None)
 
 
-def describe_origin(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
+def describe_origin(recipe: Recipe, starts: list[dict[str, str]]) -> dict[str, Any]:
     """Where the weights of the run come from, for their metadata and the summary."""
     return {
         "seed": recipe.run.seed,
-        "command": options.command,
+        "command": starts[0]["command"],
+        "resumed_with": [start["command"] for start in starts[1:]],
         "commit": current_commit(),
         "versions": versions(),
-        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "started": starts[0]["started"],
     }
 
 
@@ -177,6 +192,7 @@ def summarize(
         "left_out": data.left_out,
         "steps": steps,
         "kept_step": kept_step,
+        "best_step": None if trainer.best is None else trainer.best[0],
         "warmup_steps": built.warmup_steps,
         "epochs": images / len(data.splits["train"]),
         "images_per_second": images / step_seconds,

@@ -48,7 +48,7 @@ def sweep(
     """
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file: name a folder with --out")
-    with run_folder(out, context.is_rank0, worth_keeping="**/checkpoints/*"):
+    with run_folder(out, context.is_rank0, worth_keeping="**/*.safetensors"):
         context.broadcast_from_rank0(lambda: write_or_check_plan(plan, out))
         tried, rate = choose_rate(plan, out, train_one, context)
         recipe = replace(plan.recipe, optimization=replace(plan.recipe.optimization, learning_rate=rate))
