@@ -78,26 +78,21 @@ def test_a_run_is_finished_once_it_has_a_report(tmp_path: Path) -> None:
         finished_summary(recipe(seed=1), out)
 
 
-def test_a_new_run_refuses_an_existing_folder(tmp_path: Path) -> None:
-    (tmp_path / "run").mkdir()
+def test_a_folder_of_something_else_is_refused_and_not_changed(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    out.mkdir()
     with pytest.raises(UserError, match=r"run exists: resume it with --resume .*run, name another folder with --out"):
-        train(recipe(), tmp_path / "run", resume=False)
-
-
-@pytest.mark.parametrize("content", ["notes.txt", "transfer.json"])
-def test_a_folder_of_something_else_is_refused_and_not_changed(content: str, tmp_path: Path) -> None:
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / content).write_text("{}")
-    with pytest.raises(UserError, match="exists and holds no run that can be resumed: name another folder with --out"):
-        train(recipe(), tmp_path / "run")
-    assert {path.name for path in (tmp_path / "run").iterdir()} - {".lock"} == {content}
-
-
-def test_a_file_in_place_of_the_folder(tmp_path: Path) -> None:
-    (tmp_path / "run").write_text("a file")
-    with pytest.raises((UserError, RunError), match=r"run.* is a file: name a folder"):
-        train(recipe(), tmp_path / "run")
-    assert (tmp_path / "run").read_text() == "a file"
+        train(recipe(), out, resume=False)
+    for name in ("notes.txt", "transfer.json"):
+        (out / name).write_text("{}")
+        with pytest.raises(UserError, match="holds no run that can be resumed: name another folder with --out"):
+            train(recipe(), out)
+        assert {path.name for path in out.iterdir()} - {".lock"} == {name}
+        (out / name).unlink()
+    (tmp_path / "file").write_text("a file")
+    with pytest.raises((UserError, RunError), match=r"file.* is a file: name a folder"):
+        train(recipe(), tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "a file"
 
 
 def test_without_a_sound_checkpoint_nothing_is_changed(tmp_path: Path) -> None:
@@ -144,17 +139,17 @@ def with_another(original: Recipe, section: str, field: str) -> Recipe:
     raise AssertionError(f"no value for {section}.{field}")
 
 
-@pytest.mark.parametrize(("section", "field"), FIELDS)
-def test_fields_that_decide_the_result_must_not_change(section: str, field: str, tmp_path: Path) -> None:
-    original = recipe(**FROM_WEIGHTS) if field in ("weights", "frozen") else recipe()
-    (tmp_path / "recipe.json").write_text(json.dumps(to_json_object(original)))
-    check_same_recipe(dataclasses.replace(original, name="another"), tmp_path)
-    other = with_another(original, section, field)
-    if field in FREE_FIELDS.get(section, ()):
-        check_same_recipe(other, tmp_path)
-    else:
-        with pytest.raises(UserError, match=f"is a run with another {flag(field)}: repeat its options"):
+def test_fields_that_decide_the_result_must_not_change(tmp_path: Path) -> None:
+    for section, field in FIELDS:
+        original = recipe(**FROM_WEIGHTS) if field in ("weights", "frozen") else recipe()
+        (tmp_path / "recipe.json").write_text(json.dumps(to_json_object(original)))
+        check_same_recipe(dataclasses.replace(original, name="another"), tmp_path)
+        other = with_another(original, section, field)
+        if field in FREE_FIELDS.get(section, ()):
             check_same_recipe(other, tmp_path)
+        else:
+            with pytest.raises(UserError, match=f"is a run with another {flag(field)}: repeat its options"):
+                check_same_recipe(other, tmp_path)
 
 
 def test_another_recipe_is_refused_and_its_changed_fields_are_named(tmp_path: Path) -> None:
@@ -188,38 +183,23 @@ def changed_data(change: str) -> DatasetSplits:
     return dataclasses.replace(data, splits=data.splits | {"train": changed})
 
 
-@pytest.mark.parametrize("change", ["one less", "one more", "another name", "another order", "another label"])
-def test_changed_data_is_refused(change: str, tmp_path: Path, images: dict[str, DatasetSplits]) -> None:
+def test_changed_data_and_classes_are_refused_but_data_may_move(
+    tmp_path: Path, images: dict[str, DatasetSplits]
+) -> None:
     out = stopped_run(tmp_path / "run")
-    images["data"] = changed_data(change)
-    counts = f"24 training images then, {len(images['data'].splits['train'])} now"
-    assert_refused(
-        recipe(save_every_steps=1, data="moved"),
-        out,
-        rf"the data is not that of .*step-00000003 \({counts}, or different ones\)",
-    )
-    images["data"] = splits(train=24, val=6, test=6)
-    assert train(recipe(save_every_steps=1), out).summary["steps"] == 6
-
-
-def test_changed_classes_are_refused(tmp_path: Path, images: dict[str, DatasetSplits]) -> None:
-    out = stopped_run(tmp_path / "run")
+    settings = recipe(save_every_steps=1, data="moved")
+    for change in ("one less", "one more", "another name", "another order", "another label"):
+        images["data"] = changed_data(change)
+        counts = f"24 training images then, {len(images['data'].splits['train'])} now"
+        assert_refused(settings, out, rf"the data is not that of .*step-00000003 \({counts}, or different ones\)")
     datasets = splits(train=24, val=6, test=6).splits
     for classes in (("a", "b", "d"), ("a", "c", "b"), ("a", "b", "c", "d")):
         changed = {name: dataclasses.replace(split, classes=classes) for name, split in datasets.items()}
         images["data"] = DatasetSplits(splits=changed, classes=classes, description="made")
-        assert_refused(
-            recipe(save_every_steps=1),
-            out,
-            "was trained on the classes a, b, c, and the data has others: restore the data",
-        )
-
-
-def test_the_data_may_move(tmp_path: Path, images: dict[str, DatasetSplits]) -> None:
-    out = stopped_run(tmp_path / "run")
-    moved = splits(train=24, val=6, test=6)
-    images["data"] = dataclasses.replace(moved, description="elsewhere")
-    assert train(recipe(save_every_steps=1, data="elsewhere"), out).summary["data"] == "elsewhere"
+        assert_refused(settings, out, "was trained on the classes a, b, c, and the data has others: restore the data")
+    images["data"] = splits(train=24, val=6, test=6)
+    done = train(settings, out)
+    assert (done.summary["steps"], done.summary["data"]) == (6, "moved")
 
 
 def test_a_fingerprint_depends_on_names_labels_and_order() -> None:
