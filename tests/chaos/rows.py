@@ -98,7 +98,20 @@ def killed_during_save(lab: Lab, rng: random.Random, trials: int) -> Result:
             leftovers(lab.root / name) and f"{text}: leaves {leftovers(lab.root / name)}",
         )
         shutil.rmtree(lab.root / name, ignore_errors=True)
+    tally.add(killed_at_the_end(lab))
     return tally.result()
+
+
+def killed_at_the_end(lab: Lab) -> str | None:
+    """Killed while the checkpoints of the complete run are removed: resuming it removes the rest."""
+    run, fault = lab.root / "removal", {"place": "remove all", "call": 2, "action": "kill"}
+    first, kept = lab.train(run.name, fault=fault, note="removal"), len(checkpoints(run))
+    second = lab.train(run.name, note="removal")
+    same = (run / "consumed.jsonl").read_bytes() == (lab.root / "uninterrupted 1 process/consumed.jsonl").read_bytes()
+    done = same and kept and not checkpoints(run) and "is complete" in second.err
+    if first.status == -signal.SIGKILL and second.status == 0 and done:
+        return None
+    return f"removal: {first.status}, {kept} kept, then {second.status} {second.err[-300:]}, left {checkpoints(run)}"
 
 
 def train_and_kill(lab: Lab, name: str, step: int, *words: object) -> Path:

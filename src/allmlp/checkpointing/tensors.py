@@ -21,7 +21,7 @@ from allmlp.distributed.context import DistributedContext
 from allmlp.distributed.parallelize import local_shard
 from allmlp.errors import RunError
 
-FILE_BYTES = 2**28  # of the tensors in one file, roughly: safetensors builds each file in memory before it is written
+FILE_BYTES = 2**26  # of the tensors in one file, roughly: safetensors builds each file in memory before it is written
 
 
 def save_tensors(tensors: dict[str, Tensor], folder: Path, context: DistributedContext) -> None:
