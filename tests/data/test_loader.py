@@ -156,7 +156,7 @@ def test_augmentation_differs_between_epochs_and_seeds() -> None:
 def test_images_of_one_epoch_are_augmented_independently() -> None:
     dataset = dataset_of(1)
     same_image = ImageDataset(
-        store=dataset.store, names=dataset.names * 16, labels=np.zeros(16, np.int64), classes=dataset.classes
+        store=dataset.store, names=tuple(dataset.names) * 16, labels=np.zeros(16, np.int64), classes=dataset.classes
     )
     (batch,) = training_batches(same_image, TRAINING, batch_size=16, steps=1, seed=0, workers=0)
     assert len({image.numpy().tobytes() for image in batch.images}) > 12

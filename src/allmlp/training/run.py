@@ -76,7 +76,7 @@ def train(
     if device.type == "cpu":
         keep_freed_memory()
     context.heartbeat("reading the data", slow=True)
-    data = context.local_rank0_first(lambda: build_data(recipe))
+    data = build_data(recipe, context)
     origin = describe_origin(recipe, options)
     with deferred_signals() as signals, run_folder(out, context.is_rank0), locked(out, context.is_rank0):
         preemption = build_preemption(recipe, out, signals, options.resume_command, context)
