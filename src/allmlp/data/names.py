@@ -8,7 +8,7 @@ from typing import overload
 import numpy as np
 
 ENCODING = "utf-8", "surrogatepass"  # a file name that is not valid UTF-8 has surrogates in Python, and keeps them
-CHUNK = 1 << 16  # names that are decoded together
+CHUNK = 1 << 13  # names that are decoded together
 
 
 class Names(Sequence[str]):
