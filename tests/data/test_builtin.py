@@ -111,12 +111,7 @@ def write_flowers102(root: Path) -> None:
     savemat(folder / "setid.mat", {keys[split]: np.array([found], dtype=np.uint16) for split, found in numbers.items()})
 
 
-WRITERS: dict[str, Callable[[Path], None]] = {
-    "cifar10": write_cifar10,
-    "cifar100": write_cifar100,
-    "pets": write_pets,
-    "flowers102": write_flowers102,
-}
+WRITERS = {"cifar10": write_cifar10, "cifar100": write_cifar100, "pets": write_pets, "flowers102": write_flowers102}
 PHOTOGRAPHS = ("pets", "flowers102")
 every_name = pytest.mark.parametrize("name", WRITERS)
 
@@ -155,12 +150,8 @@ def on_download(monkeypatch: pytest.MonkeyPatch, effect: Exception | Callable[[]
 
 
 @pytest.fixture
-def kept_in(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], Path]:
-    def name_the_folder(folder: Path) -> Path:
-        monkeypatch.setenv("ALLMLP_DATA", str(folder))
-        return folder
-
-    return name_the_folder
+def kept_in(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
+    return lambda folder: monkeypatch.setenv("ALLMLP_DATA", str(folder))
 
 
 def painted(dataset: ImageDataset) -> list[tuple[int, str]]:
@@ -206,12 +197,12 @@ def test_images_labels_classes_and_splits(name: str, copies: dict[str, Path], tm
 @pytest.mark.parametrize("name", PHOTOGRAPHS)
 def test_photographs_stay_on_disk(name: str, copies: dict[str, Path], tmp_path: Path, kept_in) -> None:
     """They are decoded on demand, by our decoder."""
-    folder = kept_in(tmp_path) / FOLDERS[name]
+    kept_in(tmp_path)
     shutil.copytree(copies[name], tmp_path, dirs_exist_ok=True)
     dataset = load_source(name, max_pixels=29).split("all")
     with pytest.raises(UnreadableImage, match="6 × 5 pixels, above the limit of 29"):
         dataset.read(0)
-    images = [folder / image for image in dataset.names]
+    images = [tmp_path / FOLDERS[name] / image for image in dataset.names]
     images[0].write_bytes(b"no picture")
     Image.new("P", (7, 4)).save(images[1], "GIF")  # some files of Pets are GIFs with another extension
     assert (dataset.read(1).mode, dataset.read(1).size) == ("RGB", (7, 4))
@@ -230,7 +221,8 @@ def test_photographs_stay_on_disk(name: str, copies: dict[str, Path], tmp_path: 
 def test_missing_data_is_downloaded_into_the_data_folder(
     name: str, tmp_path: Path, kept_in, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = kept_in(tmp_path / "data")
+    folder = tmp_path / "data"
+    kept_in(folder)
 
     def arrive() -> None:
         if not (folder / FOLDERS[name]).exists():  # pets come in two archives
@@ -307,7 +299,8 @@ def test_what_cannot_be_downloaded(name: str, tmp_path: Path, monkeypatch: pytes
 
 @pytest.mark.parametrize("file", ["trainval.txt", "test.txt"])
 def test_a_truncated_list(file: str, copies: dict[str, Path], tmp_path: Path, kept_in) -> None:
-    shutil.copytree(copies["pets"], kept_in(tmp_path), dirs_exist_ok=True)
+    kept_in(tmp_path)
+    shutil.copytree(copies["pets"], tmp_path, dirs_exist_ok=True)
     path = tmp_path / FOLDERS["pets"] / "annotations" / file
     text = path.read_text()
     lacking = r"its list of \w+ images lacks some classes"

@@ -216,15 +216,10 @@ def test_image_names() -> None:
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")  # Pillow warns about the tags of a truncated TIFF
 def test_truncated() -> None:
-    photo = Image.effect_noise((64, 64), 90)
-    for kind in ("JPEG", "PNG", "GIF", "BMP"):
-        data = encode(photo, kind)
-        message = rejection(data[: len(data) // 2], f"photos/a.{kind.lower()}")
-        assert message == f"photos/a.{kind.lower()} cannot be read: the file is truncated; replace it or remove it"
     for kind in FORMATS:
-        data = encode(photo, kind)
-        for length in (1, 4, 13, 25, len(data) // 2):
-            rejection(data[:length])
+        data = encode(Image.effect_noise((64, 64), 90), kind)
+        *_, half = [rejection(data[:length]) for length in (1, 4, 13, 25, len(data) // 2)]
+        assert kind in ("WEBP", "TIFF") or "the file is truncated; replace it or remove it" in half
 
 
 def test_what_is_no_image_is_rejected_with_its_reason() -> None:
@@ -257,15 +252,12 @@ def test_size_is_checked_before_decoding() -> None:
         started = time.process_time()
         for size in ((30_000, 30_000), (10_000, 10_000)):  # above Pillow's limits for an error and for a warning
             message = rejection(png(size, 8, 2, b""), "bomb.png")
-            assert f"{size[0]} × {size[1]}" in message
-            assert f"{MAX_PIXELS:,}" in message
-            assert "--max-pixels N raises the limit" in message
-        assert time.process_time() - started < 0.2
+            assert f"{size[0]} × {size[1]} pixels, above the limit of {MAX_PIXELS:,}; --max-pixels N" in message
         canvas = struct.pack("<I", 30_000 - 1)[:3]
         body = b"WEBPVP8X" + struct.pack("<I", 10) + b"\0\0\0\0" + canvas + canvas
         message = rejection(b"RIFF" + struct.pack("<I", len(body)) + body)
-        assert f"{MAX_PIXELS:,}" in message
-        assert "--max-pixels" in message
+        assert f"above the limit of {MAX_PIXELS:,}; --max-pixels N" in message
+        assert time.process_time() - started < 0.2
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -306,23 +298,16 @@ def test_damaged_data_decodes_or_is_rejected_in_one_line(kind: str) -> None:
     options |= {} if kind in ("BMP", "GIF") else {"exif": exif}
     options |= {"compression": "tiff_lzw"} if kind == "LZW" else {}
     whole = encode(quarters((8, 8)), kind.replace("LZW", "TIFF"), **options)
-    rng = random.Random(kind)
-    outcomes = {True: 0, False: 0}
+    rng, outcomes = random.Random(kind), set()
     for _ in range(300):
         data = bytearray(whole)
         for _ in range(rng.randint(1, 4)):  # mostly at the front, where the headers are
             data[min(rng.randrange(len(data)), rng.randrange(len(data)))] = rng.randrange(256)
         if rng.random() < 0.2:
             del data[rng.randrange(len(data)) :]
-        message = None
         try:
-            image = decode(bytes(data), "fuzz", max_pixels=1_000_000)
+            outcomes.add(decode(bytes(data), "fuzz", max_pixels=1_000_000).mode)
         except UnreadableImage as error:
-            message = str(error)
-        outcomes[message is None] += 1
-        if message is None:
-            assert image.mode == "RGB"
-        else:
-            assert message.isprintable()
-            assert "object at" not in message
-    assert all(outcomes.values())  # some of the damage is harmless, and some is not
+            text = str(error)
+            outcomes.add("rejected" if text.isprintable() and "object at" not in text else text)
+    assert outcomes == {"RGB", "rejected"}  # some of the damage is harmless, and some is not

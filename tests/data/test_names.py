@@ -4,7 +4,8 @@ import pickle
 import tempfile
 import threading
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from allmlp.config.recipe import DataRecipe, Recipe
+from allmlp.data.dataset import DatasetSplits
 from allmlp.data.folders import MAX_KINDS, read_tree
 from allmlp.data.loader import EvaluationOrder
 from allmlp.data.names import CHUNK, concatenate, joined, pack
@@ -128,37 +130,28 @@ def test_several_runs_of_a_search_walk_once(tmp_path: Path, walks: list[str]) ->
 class Rank(DistributedContext):
     """A rank of several, each a thread of this process."""
 
-    def gather_in(self, barrier: threading.Barrier, values: dict[int, Any]) -> "Rank":
-        object.__setattr__(self, "meeting", (barrier, values))
-        return self
-
     def all_gather(self, value: Any) -> list[Any]:
-        barrier, values = self.__dict__["meeting"]
+        barrier, values = self.control_group
         values[self.rank] = value
         barrier.wait(60)
-        found = [values[rank] for rank in range(self.world_size)]
+        found = list(values)
         barrier.wait(60)
         return found
 
 
-def in_ranks(action: Callable[[Rank], Any], count: int, machines: int) -> list[Any]:
-    """The results of all ranks; an error as a result."""
-    barrier, values, results = threading.Barrier(count), {}, {}
-    each = count // machines
+def in_ranks(recipe: Recipe, count: int, machines: int) -> list[Any]:
+    """The data of all ranks, or their errors."""
+    group, each = (threading.Barrier(count), [None] * count), count // machines
 
-    def run(rank: int) -> None:
-        context = Rank(rank=rank, world_size=count, local_rank=rank % each, local_world_size=each)
+    def run(rank: int) -> DatasetSplits | UserError:
+        places = {"rank": rank, "world_size": count, "local_rank": rank % each, "local_world_size": each}
         try:
-            results[rank] = action(context.gather_in(barrier, values))
+            return build_data(recipe, Rank(**places, control_group=group))
         except UserError as error:
-            results[rank] = error
+            return error
 
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return [results[rank] for rank in range(count)]
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(run, range(count)))
 
 
 def test_one_process_of_each_machine_walks_and_all_map_its_names(
@@ -166,7 +159,7 @@ def test_one_process_of_each_machine_walks_and_all_map_its_names(
 ) -> None:
     recipe = Recipe(data=DataRecipe(data=str(tmp_path)))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    first, *others = in_ranks(lambda context: build_data(recipe, context), 4, machines=2)
+    first, *others = in_ranks(recipe, 4, machines=2)
     assert len(walks) == 2
     assert not any(tmp_path.iterdir())
     for data in (first, *others):
@@ -181,5 +174,5 @@ def test_one_process_of_each_machine_walks_and_all_map_its_names(
 
 def test_a_failure_to_read_the_data_reaches_all_ranks(tmp_path: Path) -> None:
     recipe = Recipe(data=DataRecipe(data=str(tmp_path)))
-    errors = in_ranks(lambda context: build_data(recipe, context), 2, machines=1)
+    errors = in_ranks(recipe, 2, machines=1)
     assert all("holds no images" in str(error) for error in errors)
