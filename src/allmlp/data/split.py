@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from allmlp.data.names import pack
+
 
 def stratified_split(
     labels: np.ndarray, names: Sequence[str], fraction: float, seed: int
@@ -16,13 +18,13 @@ def stratified_split(
     SHA-256(seed, name), so that the split is the same on every machine, from a folder and from a zip of it.
     """
     is_held_out = np.zeros(len(labels), dtype=bool)
-    by_class = np.argsort(labels, kind="stable")
+    packed, by_class = pack(names), np.argsort(labels, kind="stable")
     for members in np.split(by_class, np.flatnonzero(np.diff(labels[by_class])) + 1):
         count = min(math.ceil(fraction * len(members) - 1e-9), len(members) - 1)
         if count > 0:
             digests = bytearray()
-            for i in members:
-                digests += hashlib.sha256(f"{seed}/{names[i]}".encode(errors="surrogateescape")).digest()
+            for name in packed.subset(members):
+                digests += hashlib.sha256(f"{seed}/{name}".encode(errors="surrogateescape")).digest()
             ranked = np.argsort(np.frombuffer(digests, dtype="S32"), kind="stable")
             is_held_out[members[ranked[:count]]] = True
     return np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
