@@ -113,7 +113,15 @@ def test_a_large_photograph_is_decoded_at_a_smaller_scale(tmp_path: Path) -> Non
     assert min(decode(stream.getvalue(), "photo", min_side=inception.min_side).size) >= 64 / 0.05**0.5
 
 
-def test_opening_a_pipe_with_the_name_of_an_image_does_not_block(tmp_path: Path) -> None:
+def test_files_that_are_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pipe with the name of an image, which would block, and files of more bytes than allowed."""
     os.mkfifo(tmp_path / "x.png")
     with pytest.raises(UnreadableImage, match=r"x\.png .* not a regular file; remove it"):
         FolderStore(tmp_path).open("x.png", 10**6)
+    monkeypatch.setattr("allmlp.data.stores.MAX_BYTES", 3)
+    (tmp_path / "y.png").write_bytes(b"1234")
+    with zipfile.ZipFile(tmp_path / "y.zip", "w") as archive:
+        archive.write(tmp_path / "y.png", "y.png")
+    for store in (FolderStore(tmp_path), ZipStore(tmp_path / "y.zip")):
+        with pytest.raises(UnreadableImage, match=r"y\.png .* 4 bytes, above the limit of 3"):
+            store.open("y.png", 10**6)
