@@ -1,6 +1,6 @@
 """Memory and time that the names and labels of many images take: 2 ranks with 4 loader processes each. Linux.
 
-    python benchmarks/many_files.py                      # 10,000,000 images, seven minutes
+    python benchmarks/many_files.py                      # 10,000,000 images, nine minutes on two shared cores
     python benchmarks/many_files.py --images 1000000
 
 The images are names alone: ``os.walk`` is replaced by one that makes up 1,000 class folders, and opening an image by a
