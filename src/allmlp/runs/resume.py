@@ -17,6 +17,7 @@ from allmlp.config.limits import flag
 from allmlp.config.recipe import Recipe
 from allmlp.config.serialize import from_json, to_json_object
 from allmlp.data.dataset import DatasetSplits
+from allmlp.data.names import joined
 from allmlp.errors import UserError
 from allmlp.files import to_json, write_text
 
@@ -131,8 +132,10 @@ def fingerprint(data: DatasetSplits) -> dict[str, Any]:
     found = {}
     for name in ("train", "val"):
         if (dataset := data.splits.get(name)) is not None:
-            digest = hashlib.sha256("\0".join(dataset.names).encode(errors="surrogateescape"))
-            digest.update(np.ascontiguousarray(dataset.labels, dtype="<i8").tobytes())
+            digest = hashlib.sha256()
+            for text in joined(dataset.names):
+                digest.update(text)
+            digest.update(np.ascontiguousarray(dataset.labels, dtype="<i8").data)
             found[name] = {"count": len(dataset), "sha256": digest.hexdigest()}
     return found
 

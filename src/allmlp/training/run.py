@@ -82,7 +82,7 @@ def train(
     if device.type == "cpu":
         keep_freed_memory()
     context.heartbeat("reading the data", slow=True)
-    data = context.local_rank0_first(lambda: build_data(recipe))
+    data = build_data(recipe, context)
     with (
         torch.accelerator.device_index(gpu),  # what takes no device uses the current one
         deferred_signals() as signals,
