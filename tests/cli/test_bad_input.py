@@ -326,7 +326,7 @@ def test_evaluation_goes_on_without_an_unreadable_image(mixer, color_weights, pi
     assert list(found["unreadable"]) == [f"red/{file}"]
     assert said in found["unreadable"][f"red/{file}"]
     assert answer.last == f"1 unreadable image(s): red/{file}"
-    for key in ("images", "top1", "per_class", "confusion"):  # it counts neither as right nor as wrong
+    for key in ("images", "top1", "per_class", "confusion_counts"):  # it counts neither as right nor as wrong
         assert found[key] == clean[key]
     assert found["loss"] == pytest.approx(clean["loss"], rel=1e-5)
     table = mixer("evaluate", color_weights, "--data", root, "--part", "all")

@@ -68,7 +68,7 @@ def test_evaluation_and_report() -> None:
     assert (result.top1, result.indices.tolist()) == (1, [0, 1, 2, 3, 5])
     assert result.unreadable == {"image 4": "image 4 is missing"}
     assert [row.name for row in result.per_class()] == ["even", "odd"]
-    examples = [make_example(result, row) for row in choose_examples(result)]
+    examples = [make_example(result, row, SQUARES.read(int(result.indices[row]))) for row in choose_examples(result)]
     assert [(e.name, e.label) for e in examples[:3]] == [("image 0", "even"), ("image 1", "odd"), ("image 2", "even")]
     unreadable = UnreadableImages(SQUARES, limit=1.0)
     unreadable.add([(4, "image 4 is missing")])
