@@ -135,7 +135,7 @@ MUTATIONS = (
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="+", default=[""], metavar="WORDS", help="those whose behavior or file has these")
+    parser.add_argument("--only", nargs="+", default=[""], metavar="WORDS", help="in the behavior or the file")
     parser.add_argument("--all-tests", action="store_true", help="continue with the whole suite where the named pass")
     parser.add_argument("--skip-unbroken", action="store_true", help="do not run the tests on the unbroken tree first")
     parser.add_argument("--jobs", type=int, default=1, help="mutations that are tested at the same time")
