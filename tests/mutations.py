@@ -31,7 +31,7 @@ class Mutation(NamedTuple):
     file: str  # below src/allmlp
     original: str  # occurs once in the file
     broken: str
-    tests: str  # patterns below tests/, in the order to run
+    tests: str  # patterns of files or folders below tests/ in the order to run, perhaps with ::word of a test's name
 
 
 # fmt: off
@@ -111,7 +111,7 @@ MUTATIONS = (
              '{self.resume_command}", 128 + number', '{self.resume_command}", 1', "training/*preemption* training"),
     Mutation("the watchdog names the rank that the others wait for", "distributed/watchdog.py",
              "silent or (busy if len(busy) < self.world_size else [slowest])", "silent or [0]",
-             "chaos distributed"),
+             "chaos::stuck distributed chaos"),
     Mutation("the launcher's exit status is that of the rank that failed", "distributed/launcher.py",
              "status = code if code > 0 else 128 - code if -code in SIGNALS else 1", "status = 1",
              "distributed/*launcher* distributed"),
@@ -146,25 +146,23 @@ def main() -> int:
         return 1
     everything = ["../tests"] if options.all_tests else []
     if not options.skip_unbroken:
-        patterns = " ".join(everything or [m.tests for m in chosen])
+        patterns = " ".join(everything or [re.sub(r"::\w+", "", m.tests) for m in chosen])
         status, last, seconds = run_tests(None, [patterns])
         print(f"unbroken: {'passes' if status == PASSED else last}, {seconds:.0f} s", flush=True)
         if status != PASSED:
             return 1
 
-    def attempt(mutation: Mutation) -> tuple[bool, str]:
+    def attempt(mutation: Mutation) -> bool:
         status, last, seconds = run_tests(mutation, [*mutation.tests.split(), *everything])
         verdict = {FAILED: "caught", PASSED: "NOT CAUGHT", None: "TIMED OUT"}.get(status, f"pytest's status {status}")
-        line = f"| {verdict} | {mutation.behavior} | {mutation.file} | {last} | {seconds:.0f} s |"
-        print(line, flush=True)
-        return status == FAILED, line
+        print(f"| {verdict} | {mutation.behavior} | {mutation.file} | {last} | {seconds:.0f} s |", flush=True)
+        return status == FAILED
 
+    print("| | behavior | file | first failing test | time |\n| --- | --- | --- | --- | --- |", flush=True)
     with ThreadPoolExecutor(options.jobs) as pool:
-        outcomes = list(pool.map(attempt, chosen))
-    print("\n| | behavior | file | first failing test | time |\n| --- | --- | --- | --- | --- |")
-    print(*(line for _, line in outcomes), sep="\n")
-    print(f"\n{sum(caught for caught, _ in outcomes)} of {len(outcomes)} caught")
-    return 0 if all(caught for caught, _ in outcomes) else 1
+        caught = list(pool.map(attempt, chosen))
+    print(f"\n{sum(caught)} of {len(caught)} caught")
+    return 0 if all(caught) else 1
 
 
 def found(mutation: Mutation) -> bool:
@@ -186,12 +184,13 @@ def run_tests(mutation: Mutation | None, rounds: list[str]) -> tuple[int | None,
         environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(tree / "src"), "PYTHONDONTWRITEBYTECODE": "1"}
         status, out = NO_TESTS, "no tests have these names"
         for patterns in rounds:
-            paths = {str(path) for pattern in patterns.split() for path in (tree / "tests").glob(pattern)}
+            names, _, keyword = patterns.partition("::")
+            paths = {str(path) for name in names.split() for path in (tree / "tests").glob(name)}
             if not paths:  # renamed: the folder comes next
                 continue
             with report.open("w") as output:  # not a pipe, which an orphan could keep open
                 process = subprocess.Popen(
-                    [sys.executable, "-m", "pytest", *words, *sorted(paths)],
+                    [sys.executable, "-m", "pytest", *words, *sorted(paths), "-k", keyword],
                     cwd=tree, env=os.environ | environment, start_new_session=True, stdout=output, stderr=output,
                 )  # fmt: skip
                 try:
