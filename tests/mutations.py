@@ -68,7 +68,7 @@ MUTATIONS = (
     Mutation("an image with too many pixels is refused before it is decoded", "data/decode.py",
              "image.width * image.height > max_pixels", "max(image.size) > max_pixels", "data/*decode* data"),
     Mutation("a split never takes the last image of a class", "data/split.py",
-             "len(members) - 1)]", "len(members))]", "data/*split* data"),
+             "- 1e-9), len(members) - 1)", "- 1e-9), len(members))", "data/*split* data"),
     Mutation("each epoch has another order", "data/loader.py",
              "1 << 63 | epoch).permutation", "1 << 63).permutation", "data/*loader* data"),
     Mutation("ranks train on different images", "data/loader.py",
