@@ -134,7 +134,7 @@ MUTATIONS = (
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--only", nargs="+", default=[""], metavar="WORDS", help="in the behavior or the file")
     parser.add_argument("--all-tests", action="store_true", help="continue with the whole suite where the named pass")
     parser.add_argument("--skip-unbroken", action="store_true", help="do not run the tests on the unbroken tree first")
