@@ -146,7 +146,7 @@ def build(
 
 def run_lengths(settings: OptimizationRecipe, images: int) -> tuple[int, int]:
     """Steps of the run, and of its warm-up, which is limited to a fifth of them."""
-    steps = settings.steps or max(int(settings.epochs * images / settings.global_batch_size), 1)
+    steps = settings.steps or max(round(settings.epochs * images / settings.global_batch_size), 1)
     warmup_steps = min(settings.warmup_steps, steps // 5)
     if warmup_steps < settings.warmup_steps:
         log.info(
