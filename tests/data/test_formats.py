@@ -19,7 +19,8 @@ from allmlp.data.sources import load_source
 from allmlp.data.stores import FolderStore, ZipStore
 from allmlp.data.transforms import EvaluationTransform, TrainingTransform, normalize
 from allmlp.evaluation.classification import classify
-from allmlp.inference.predict import find_images, predict_stream
+from allmlp.inference.images import find_images
+from allmlp.inference.predict import predict_stream
 from allmlp.metadata import Metadata, Preprocessing
 
 CPU = torch.device("cpu")
