@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,7 +45,9 @@ def write_text(path: Path, text: str) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes files that were created or renamed in a folder survive a power failure."""
+    """Makes files that were created or renamed in a folder survive a power failure. Windows cannot; NTFS has a journal."""
+    if sys.platform == "win32":
+        return
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

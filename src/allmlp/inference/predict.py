@@ -16,7 +16,7 @@ from allmlp.classifier import Classifier, evaluation_mode
 from allmlp.data.decode import MAX_PIXELS, UnreadableImage, is_image_name
 from allmlp.data.stores import FolderStore, Store, ZipStore
 from allmlp.data.transforms import EvaluationTransform, normalize
-from allmlp.device import Precision, autocast, select_device, select_precision
+from allmlp.device import Precision, autocast, current_device, device_errors, select_device, select_precision
 from allmlp.errors import UserError
 from allmlp.model import Mixer
 
@@ -124,7 +124,8 @@ def classify_pixels(
     model: Classifier, pixels: list[Tensor], top: int, device: torch.device, precision: torch.dtype
 ) -> list[list[tuple[int, float]]]:
     """The ``top`` most probable classes of each (3, H, W) uint8 image, with their probabilities."""
-    with evaluation_mode(model, device), torch.inference_mode():
+    too_large = device_errors(f"{len(pixels)} images at a time", "use a smaller batch size, or another device")
+    with current_device(device), too_large, evaluation_mode(model, device), torch.inference_mode():
         images = normalize(torch.stack(pixels).to(device), model.metadata.preprocessing)
         with autocast(device, precision):
             logits = model(images)

@@ -12,7 +12,7 @@ import torch
 from allmlp.config.batch_size import check_world_size
 from allmlp.config.recipe import Recipe
 from allmlp.data.dataset import DatasetSplits
-from allmlp.device import select_device, select_precision
+from allmlp.device import current_device, device_errors, select_precision
 from allmlp.distributed.context import SINGLE_PROCESS, DistributedContext
 from allmlp.distributed.parallelize import shard
 from allmlp.errors import UserError
@@ -70,7 +70,7 @@ def train(
     """
     check_world_size(recipe, context.world_size)
     check_folder(recipe, out, options, context)
-    device = context.local_device(select_device(recipe.run.device))
+    device = context.select_device(recipe.run.device)
     precision = select_precision(recipe.run.precision, device)
     initializer = build_initializer(recipe)  # reports mistakes in the sizes before any data is read
     if device.type == "cpu":
@@ -78,7 +78,14 @@ def train(
     context.heartbeat("reading the data", slow=True)
     data = context.local_rank0_first(lambda: build_data(recipe))
     origin = describe_origin(recipe, options)
-    with deferred_signals() as signals, run_folder(out, context.is_rank0), locked(out, context.is_rank0):
+    too_large = device_errors("the model and its optimizer", "train a smaller model, or --shard it over more processes")
+    with (
+        deferred_signals() as signals,
+        run_folder(out, context.is_rank0),
+        locked(out, context.is_rank0),
+        current_device(device),
+        too_large,
+    ):
         preemption = build_preemption(recipe, out, signals, options.resume_command, context)
         checkpoint = find_start(recipe, out, data, precision, options, preemption)
         model = initializer.build_meta(data.classes)
