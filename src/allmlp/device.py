@@ -13,8 +13,12 @@ from allmlp.errors import RunError, UserError
 
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 
-OUT_OF_MEMORY = re.compile(r"can't allocate memory|not enough memory|out of memory|ALLOC_FAILED|bad_alloc", re.IGNORECASE)
-DEVICE_FAILURE = re.compile(r"\b(CUDA|cuDNN|CUDNN|cuBLAS|CUBLAS|NCCL|HIP|MPS|Triton)\b.*\b(error|failed|failure)\b|_STATUS_")
+OUT_OF_MEMORY = re.compile(
+    r"can't allocate memory|not enough memory|out of memory|ALLOC_FAILED|bad_alloc", re.IGNORECASE
+)
+DEVICE_FAILURE = re.compile(
+    r"\b(CUDA|cuDNN|CUDNN|cuBLAS|CUBLAS|NCCL|HIP|MPS|Triton)\b.*\b(error|failed|failure)\b|_STATUS_"
+)
 
 
 def select_device(name: str, local_rank: int = 0, processes: int = 1) -> torch.device:

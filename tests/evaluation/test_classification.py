@@ -1,7 +1,6 @@
 """Metrics against values computed by hand, with a model whose predictions are prescribed."""
 
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +12,7 @@ import allmlp
 from allmlp.data.dataset import ImageDataset
 from allmlp.data.decode import UnreadableImage
 from allmlp.errors import UserError
-from allmlp.evaluation.classification import SplitEvaluator, classify
+from allmlp.evaluation.classification import SplitEvaluator, classify, wilson
 from allmlp.metadata import Metadata, Preprocessing
 
 # true class of each image (None: unreadable, of class 4), and the ranking of the classes that the model predicts
@@ -37,13 +36,11 @@ class PrescribedModel(nn.Module):
         self.num_classes, self.in_channels, self.image_size = 7, 3, (4, 4)
         self.metadata = Metadata(preprocessing=Preprocessing(crop_ratio=1.0))
         self.inner = nn.Dropout()
-        self.seen: list[int] = []
         self.was_training: list[bool] = []
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         self.was_training.append(self.training or self.inner.training)
         numbers = ((images[:, 0, 0, 0] * 0.5 + 0.5) * 255).round().int().tolist()
-        self.seen += numbers
         logits = torch.empty(len(numbers), 7)
         for row, number in enumerate(numbers):
             logits[row, list(IMAGES[number - 1][1])] = torch.arange(7.0, 0, -1)  # numbers start at 1, black is 0
@@ -75,22 +72,24 @@ def scored(model=None, of=None, **options):
     )
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 3, 7, 256])
-@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("batch_size", "workers"), [(1, 0), (3, 0), (256, 0), pytest.param(2, 2, marks=pytest.mark.slow)]
+)
 def test_scores_by_hand(batch_size: int, workers: int) -> None:
-    result = scored(batch_size=batch_size, workers=workers)
+    progress: list[tuple[int, int]] = []
+    result = scored(
+        batch_size=batch_size, workers=workers, on_progress=lambda done, total: progress.append((done, total))
+    )
+    assert progress == [(min(done + batch_size, 7), 7) for done in range(0, 7, batch_size)]
     assert result.indices.tolist() == [0, 1, 2, 3, 5, 6]
     assert result.labels.tolist() == [0, 1, 2, 2, 6, 3]
     assert result.best.tolist() == [list(ranking[:5]) for label, ranking in IMAGES if label is not None]
-    assert result.top1 == 3 / 6
-    assert result.top5 == 4 / 6
+    assert (result.top1, result.top5) == (3 / 6, 4 / 6)
     rest = math.log(sum(math.exp(-k) for k in range(7)))
     assert result.loss == pytest.approx((0 + 1 + 0 + 6 + 0 + 5) / 6 + rest)
     assert result.probabilities[0] == pytest.approx([math.exp(-k - rest) for k in range(5)])
-    expected = np.zeros((7, 7), dtype=int)
-    for true, predicted in ((0, 0), (1, 2), (2, 2), (2, 3), (6, 6), (3, 0)):
-        expected[true, predicted] += 1
-    assert result.confusion.tolist() == expected.tolist()
+    pairs = [(0, 0), (1, 2), (2, 2), (2, 3), (3, 0), (6, 6)]
+    assert result.confusion_counts.tolist() == [[true, predicted, 1] for true, predicted in pairs]
     assert [tuple(row) for row in result.per_class()] == [
         ("a", 1, 1.0, 1 / 2),
         ("b", 1, 0.0, None),
@@ -104,21 +103,18 @@ def test_scores_by_hand(batch_size: int, workers: int) -> None:
 
 
 def test_there_is_no_top5_of_five_classes() -> None:
-    model = allmlp.create(
-        num_classes=5, image_size=4, patch_size=4, num_blocks=1, hidden_dim=4, tokens_mlp_dim=2, channels_mlp_dim=4
-    )
+    sizes = {"num_blocks": 1, "hidden_dim": 4, "tokens_mlp_dim": 2, "channels_mlp_dim": 4}
+    model = allmlp.create(num_classes=5, image_size=4, patch_size=4, **sizes)
     few = ImageDataset(store=Numbered(), names=("1", "2"), labels=np.array([0, 4]), classes=CLASSES[:5])
     result = scored(model, few)
     assert result.top5 is None
     assert result.best.shape == (2, 5)
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
 
 
-def test_no_image_that_can_be_read() -> None:
-    with pytest.raises(UserError, match=r"none of the 1 images can be read; the first: 5 cannot be read"):
+def test_nothing_to_classify() -> None:
+    with pytest.raises(UserError, match=r"none of the 1 images.*5 cannot be read"):
         scored(of=make_dataset([5]))
-
-
-def test_a_model_without_a_head() -> None:
     model = PrescribedModel()
     model.num_classes = 0
     with pytest.raises(UserError, match="no head"):
@@ -130,39 +126,22 @@ def test_the_mode_of_the_model_is_restored(training: bool) -> None:
     model = PrescribedModel().train(training)
     scored(model, batch_size=2)
     assert model.was_training == [False] * 4
-    assert model.training is training
-    assert model.inner.training is training
+    assert model.training is model.inner.training is training
 
 
-def test_progress_reaches_the_number_of_images() -> None:
-    progress: list[tuple[int, int]] = []
-    scored(batch_size=3, on_progress=lambda done, total: progress.append((done, total)))
-    assert progress == [(3, 7), (6, 7), (7, 7)]
+def test_a_split_evaluator_keeps_its_last_result() -> None:
+    evaluator = SplitEvaluator("val", make_dataset(), device=torch.device("cpu"), precision=torch.float32)
+    for _ in range(2):
+        before, expected = evaluator.result, scored()
+        assert evaluator(PrescribedModel()) == {"val_top1": expected.top1, "val_loss": expected.loss}
+        assert evaluator.result is not before
+        assert np.array_equal(getattr(evaluator.result, "best", None), expected.best)
 
 
-def test_gradients_are_not_kept(color_weights: Path) -> None:
-    model = allmlp.load(color_weights)
-    few = ImageDataset(store=Numbered(), names=("1", "2"), labels=np.array([0, 2]), classes=("blue", "green", "red"))
-    scored(model, few)
-    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
-
-
-def test_a_split_evaluator_reports_metrics_of_its_split() -> None:
-    progress: list[tuple[int, int]] = []
-    evaluator = SplitEvaluator(
-        "val",
-        make_dataset(),
-        device=torch.device("cpu"),
-        precision=torch.float32,
-        on_batch=lambda done, total: progress.append((done, total)),
-    )
-    assert evaluator.name == "val"
-    assert evaluator.result is None
-    metrics, expected = evaluator(PrescribedModel()), scored()
-    assert metrics == {"val_top1": expected.top1, "val_loss": expected.loss}
-    assert progress == [(7, 7)]
-    assert evaluator.result is not None
-    assert np.array_equal(evaluator.result.best, expected.best)
-    first = evaluator.result
-    evaluator(PrescribedModel())
-    assert evaluator.result is not first
+@pytest.mark.parametrize(
+    ("correct", "total", "low", "high"),
+    # by hand: z² = 3.84146; (8, 10): center 0.99207 / 1.38415, half 0.31361 / 1.38415
+    [(8, 10, 0.4902, 0.9433), (0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (50, 100, 0.4038, 0.5962), (0, 0, 0, 1)],
+)
+def test_wilson(correct: int, total: int, low: float, high: float) -> None:
+    assert wilson(correct, total) == pytest.approx((low, high), abs=5e-5)

@@ -4,37 +4,35 @@ import base64
 import io
 import re
 import time
+import tracemalloc
 import warnings
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from made_results import classified, with_confusion
+from matplotlib.axes import Axes
 from PIL import Image
 
-from allmlp.evaluation.charts import downsample, extract_curve, smooth
-from allmlp.evaluation.report import Example, data_uri, format_duration, wilson, write_report
+from allmlp.cli import display
+from allmlp.cli.commands.evaluate import describe, print_result
+from allmlp.evaluation.charts import downsample, draw_confusion_image, extract_curve, smooth
+from allmlp.evaluation.report import Example, data_uri, format_duration, write_report
+from allmlp.evaluation.run_report import choose_examples
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 ATTACK = "<script>alert(1)</script>"
 SUMMARY = {
-    "model": "S/32",
-    "parameters": 19_104_624,
-    "data": "digits",
-    "images": {"train": 1258, "val": 179, "test": 30},
-    "steps": 200,
-    "train_seconds": 75.2,
-    "images_per_second": 5123.4,
-    "peak_memory_bytes": 3 * 2**30,
-    "val_top1": 0.9,
-    "test_top1": 28 / 30,
-    "seed": 2024,
-    "started": "2026-01-01T12:00:00+00:00",
-    "command": "mixer train digits --seed 2024",
-    "versions": {"torch": "2.11.0"},
-    "unreadable_images": 0,
+    "model": "S/32", "parameters": 19_104_624, "data": "digits", "images": {"train": 1258, "val": 179, "test": 30},
+    "steps": 200, "train_seconds": 75.2, "images_per_second": 5123.4, "peak_memory_bytes": 3 * 2**30, "val_top1": 0.9,
+    "test_top1": 28 / 30, "seed": 2024, "started": "2026-01-01T12:00:00+00:00",
+    "command": "mixer train digits --seed 2024", "versions": {"torch": "2.11.0"}, "unreadable_images": 0,
     "unreadable": [],
-}
+}  # fmt: skip
 METRICS = [
     {"step": s, "epoch": s / 20, "loss": 2 / s, "learning_rate": 1e-3, "gradient_norm": 1.0} for s in range(1, 201)
 ] + [{"step": s, "epoch": s / 20, "val_top1": 0.9, "val_loss": 0.3} for s in (100, 200)]
@@ -75,13 +73,12 @@ def example(label: str = "a", predicted: str = "a", *, name: str = "x.png", size
 
 @pytest.fixture
 def write(tmp_path):
-    def call(**changes) -> Page:
+    def call(confusion=((9, 1, 0), (0, 10, 0), (1, 0, 9)), classes=("a", "b", "c"), **changes) -> Page:
         arguments = {
             "recipe": {"optimizer": {"learning_rate": 1e-3}},
             "summary": SUMMARY,
             "metrics": METRICS,
-            "confusion": np.array([[9, 1, 0], [0, 10, 0], [1, 0, 9]]),
-            "classes": ["a", "b", "c"],
+            "result": with_confusion(np.array(confusion), classes),
             "examples": [example()],
             "mistakes": [example("a", "b")],
             "split": "test",
@@ -95,32 +92,29 @@ def write(tmp_path):
     return call
 
 
-def test_shows_the_run(write):
-    page = write()
+def rows(page: Page, table: str) -> list[list[str]]:
+    """The text of the cells of a table's body."""
+    found = re.search(rf'id="{table}".*?<tbody>(.*?)</table>', page.source, re.DOTALL)
+    assert found
+    return [re.findall(r"<td[^>]*>([^<]*)</td>", row) for row in found[1].split("<tr>")[1:]]
+
+
+def test_shows_the_run_without_a_network(write):
+    page = write(examples=[example(size=(300, 200))])
     assert {"training", "confusion", "per-class", "mistakes", "examples", "details"} <= set(page.ids)
     assert not {"unreadable", "no-confusion", "pairs"} & set(page.ids)
-    assert page.tags.count("svg") == 4
     for text in ("93.33 %", "28 of 30 correct", "78.7–98.2\u00a0%", "19.1 M", "1 min 15 s", "5,123", "3.0 GiB", "2024",
                  "torch 2.11.0", "train 1,258 · val 179 · test 30", "mixer train digits --seed 2024",
-                 '"learning_rate": 0.001', "✓ correct", "✗ wrong"):  # fmt: skip
+                 '"learning_rate": 0.001', "✓ correct", "✗ wrong", "per_class.csv"):  # fmt: skip
         assert text in page.text, text
-
-
-def test_charts_have_names_and_follow_the_page_colors(write):
-    page = write()
     names = [value for key, value in page.attributes if key == "aria-label"]
     assert names[0] == "Loss by step: training from 2 to 0.01; validation from 0.3 to 0.3"
-    assert len(names) == 4
-    assert "currentColor" in page.source
+    assert len(names) == page.tags.count("svg") == 4
+    assert "currentColor" in page.source  # charts have the colors of the page
     assert "var(--validation)" in page.source
     assert "#01020" not in page.source
-
-
-def test_needs_no_network(write):
-    source = re.sub(r'xmlns(:\w+)?="[^"]*"', "", write(examples=[example(size=(300, 200))]).source)
-    assert "http:" not in source
-    assert "https:" not in source
-    assert not re.search(r"@import|<link|<script", source)
+    source = re.sub(r'xmlns(:\w+)?="[^"]*"', "", page.source)
+    assert not re.search(r"https?:|@import|<link|<script", source)
     for target in re.findall(r'(?:src|href)="([^"]*)"', source) + re.findall(r"url\(([^)]*)\)", source):
         assert target.startswith(("data:image/", "#"))
     assert "default-src 'none'" in source
@@ -136,39 +130,29 @@ def test_names_are_text_not_markup(write):
     assert "onload" not in dict(page.attributes)
     assert page.text.count(ATTACK) > 10
     assert f"{ATTACK}\\udcff.png" in page.text  # a file name that is not UTF-8
-    assert set(names) <= set(dict.fromkeys(value for key, value in page.attributes if key == "title"))
+    assert set(names) <= {value for key, value in page.attributes if key == "title"}
 
 
-def test_without_labels_says_why_there_is_no_matrix(write):
-    page = write(confusion=None, mistakes=[], examples=[], summary=SUMMARY | {"test_top1": None})
+def test_says_what_is_missing(write):
+    page = write(result=None, mistakes=[], examples=[], summary=SUMMARY | {"test_top1": None})
     assert "no-confusion" in page.ids
     assert not {"confusion", "mistakes", "examples"} & set(page.ids)
     assert "no labeled test split" in page.text
-
-
-def test_without_mistakes_says_so(write):
-    assert "There are no mistakes on this split." in write(mistakes=[], confusion=np.eye(3, dtype=int)).text
-
-
-def test_counts_belong_to_their_split(write):
-    page = write(split="val", summary=SUMMARY | {"test_top1": None})
+    page = write(mistakes=[], split="val", summary=SUMMARY | {"test_top1": None})
+    assert "There are no mistakes on this split." in page.text
     assert "Confusion matrix, validation split" in page.text
     assert re.search(r"validation top-1\s*90.00 %\s*28 of 30 correct", page.text)
-
-
-def test_lists_at_most_20_unreadable_images(write):
     page = write(summary=SUMMARY | {"unreadable_images": 25, "unreadable": [f"bad-{i:02d}.jpg" for i in range(25)]})
+    assert re.findall(r"bad-\d\d", page.text) == [f"bad-{i:02d}" for i in range(20)]
     assert "25 images could not be read" in page.text
-    assert "bad-19.jpg" in page.text
-    assert "bad-20.jpg" not in page.text
     assert "and 5 more" in page.text
 
 
 @pytest.mark.parametrize(
-    "summary", [{}, dict.fromkeys(SUMMARY), {k: float("nan") for k, v in SUMMARY.items() if isinstance(v, int | float)}]
+    "summary", [{}, {key: float("nan") for key, v in SUMMARY.items() if isinstance(v, int | float)}]
 )
 def test_a_summary_without_values(write, summary):
-    page = write(summary=summary | {"unreadable_images": None, "unreadable": None}, metrics=[], recipe={})
+    page = write(summary=summary | {"unreadable_images": None, "model": None}, metrics=[], recipe={})
     assert "No measurements were recorded" in page.text
     assert "svg" not in page.tags
     assert "nan" not in page.text.lower()
@@ -179,53 +163,115 @@ def test_a_summary_without_values(write, summary):
     [
         [{"step": 0, "loss": 0.0, "gradient_norm": 0.0, "learning_rate": 0.0}],
         [{"step": s, "loss": [None, float("nan"), float("inf"), 1.0][s % 4]} for s in range(500)],
-        [{"step": s, "loss": None, "gradient_norm": float("nan")} for s in range(500)] + [{"step": 9, "val_top1": 0.5}],
-        [{"step": s, "loss": 1.0, "gradient_norm": [0.0, 1.0][s % 2]} for s in range(3)],
+        [{"step": s, "loss": None, "gradient_norm": [0.0, float("nan")][s % 2]} for s in range(9)] + [METRICS[-1]],
         [{"epoch": 1.0, "loss": 1.0}, {"step": 5}, {"step": 7, "val_loss": 2.0}],
     ],
 )
 def test_gaps_in_the_records(write, metrics):
-    page = write(metrics=metrics)
+    lost = Example(image=Image.new("L", (3, 1)), name="x", label="a", predictions=(("b", float("nan")),))
+    page = write(metrics=metrics, examples=[lost])
     assert "svg" in page.tags
     assert not re.search(r"\b(nan|inf)\b", page.source, re.IGNORECASE)
 
 
-def test_nan_probability_and_empty_classes(write):
-    lost = Example(image=Image.new("L", (3, 1)), name="x", label="a", predictions=(("b", float("nan")),))
-    page = write(examples=[lost], confusion=np.zeros((3, 3), int))
-    assert "nan" not in page.text.lower()
-    assert "0 of 0 correct" in page.text
-
-
-@pytest.mark.parametrize("number", [31, 200, 1000])
-def test_many_classes_stay_small(write, number):
-    generator = np.random.default_rng(0)
-    confusion = generator.poisson(0.05, (number, number)) + np.diag(generator.integers(30, 50, number))
-    confusion[3, 7] = 60
-    start = time.perf_counter()
+@pytest.mark.parametrize("number", [30, 31, 251])
+def test_confusion_and_scores(write, number):
+    confusion = np.diag(np.arange(number) + 1)
+    confusion[3, 7], confusion[5, 6], confusion[8, 8] = 60, 2, 0
     page = write(confusion=confusion, classes=[f"class {i}" for i in range(number)])
-    assert time.perf_counter() - start < 10
-    assert len(page.source) < 5e6
-    assert page.tags.count("svg") == 5
-    pairs = re.search(r'id="pairs".*?</table>', page.source, re.DOTALL)[0]
-    assert pairs.count("<tr>") == 21
-    assert re.search(r"<tbody>\s*<tr><td>class 3</td><td>class 7</td><td class=\"number\">60</td>", pairs)
+    correct, images, predicted = np.diag(confusion), confusion.sum(1), confusion.sum(0)
+    recall = {k: correct[k] / images[k] if images[k] else 2 for k in range(number)}
+    expected = [
+        [
+            f"class {k}",
+            str(images[k]),
+            *("—" if not n else f"{100 * correct[k] / n:.1f} %" for n in (images[k], predicted[k])),
+        ]
+        for k in sorted(recall, key=recall.__getitem__)
+    ]
+    scores = rows(page, "per-class")
+    if number <= 30:
+        assert scores == expected
+        assert page.source.count('class="hit') == 30
+        assert ">60</td>" in page.source
+    else:
+        assert [row[1:] for row in scores] == expected
+        assert rows(page, "pairs") == [["class 3", "class 7", "60", "93.8 %"], ["class 5", "class 6", "2", "25.0 %"]]
+        assert page.tags.count("svg") == 5
+        assert ("blocks of 2" in page.source) == (number > 250)
 
 
-def test_thirty_classes_are_a_table(write):
-    page = write(confusion=np.eye(30, dtype=int), classes=[f"class {i}" for i in range(30)])
-    assert page.tags.count("svg") == 4
-    assert page.source.count('class="hit') == 30
+@settings(max_examples=50, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@given(arrays(np.int64, st.integers(2, 6).map(lambda n: (n, n)), elements=st.integers(0, 3)).filter(np.any))
+def test_counts_are_those_of_the_matrix(confusion):
+    result = with_confusion(confusion)
+    matrix = np.zeros_like(confusion)
+    matrix[result.confusion_counts[:, 0], result.confusion_counts[:, 1]] = result.confusion_counts[:, 2]
+    assert (matrix == confusion).all()
+    assert (result.confusion_counts[:, 2] > 0).all()
+    for k, score in enumerate(result.per_class()):
+        assert score.images == confusion[k].sum()
+        assert score.recall == (confusion[k, k] / confusion[k].sum() if confusion[k].any() else None)
+        assert score.precision == (confusion[k, k] / confusion[:, k].sum() if confusion[:, k].any() else None)
 
 
-def test_per_class_scores_lowest_recall_first(write):
-    page = write(confusion=np.array([[3, 1, 0], [0, 0, 0], [4, 0, 4]]))
-    table = re.search(r'id="per-class".*?</table>', page.source, re.DOTALL)[0]
-    rows = [re.findall(r"<td[^>]*>([^<]*)</td>", row) for row in table.split("<tr>")[2:]]
-    assert rows == [["c", "8", "50.0 %", "100.0 %"], ["a", "4", "75.0 %", "42.9 %"], ["b", "0", "—", "0.0 %"]]
+def test_a_block_of_the_confusion_image_adds_the_counts_of_its_classes(monkeypatch):
+    shown = []
+    monkeypatch.setattr(Axes, "imshow", lambda axes, pixels, **options: shown.append(pixels))
+    draw_confusion_image(np.array([[0, 1, 3], [1, 2, 1], [2, 2, 7]]), 500)
+    (pixels,) = shown
+    assert pixels.shape == (250, 250, 4)
+    assert {tuple(cell): pixels[*cell, 3] for cell in np.argwhere(pixels[..., 3])} == {
+        (0, 0): np.sqrt(3 / 4),
+        (0, 1): np.sqrt(1 / 4),
+        (1, 1): 1,
+    }
 
 
-def test_long_curves_are_downsampled_but_keep_their_spikes(write):
+def test_the_classes_of_imagenet21k(write, capsys):
+    """Nothing takes memory for every pair of 21,843 classes, and neither page nor terminal shows every class."""
+    rng, number = np.random.default_rng(0), 21_843
+    labels = rng.integers(0, number, 100_000)
+    labels[labels == 99] = 98
+    predicted = np.where(rng.random(len(labels)) < 0.4, labels, rng.integers(0, number, len(labels)))
+    result = classified(labels, predicted, classes=[f"n{i:08d} a name as long as they are" for i in range(number)])
+    tracemalloc.start()
+    try:
+        start = time.process_time()
+        page = write(result=result)
+        choose_examples(result)
+        described = describe(result)
+        print_result(result, "test split")
+        seconds, peak = time.process_time() - start, tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert seconds < 30  # tracemalloc makes it ten times as slow
+    assert peak < 200e6
+    assert len(page.source) < 2e6
+    assert len(rows(page, "per-class")) == 1000
+    assert "20,843 of 21,843 classes" in page.text
+    out = capsys.readouterr().out
+    assert len(out.splitlines()) < 60
+    assert "20 of 21,843 classes" in out
+    assert sum(count for _, _, count in described["confusion_counts"]) == len(labels)
+    assert described["per_class"][99]["recall"] is None
+
+
+@pytest.mark.parametrize("width", [30, 64, 200])
+def test_a_wide_matrix_is_printed_in_parts(monkeypatch, capsys, width):
+    confusion = np.arange(144).reshape(12, 12) % 13
+    monkeypatch.setattr(display, "output_width", lambda: width)
+    names = [f"breed {i}" for i in range(12)]
+    print_result(with_confusion(confusion, names), "test split")
+    lines = capsys.readouterr().out.partition("confusion")[2].splitlines()
+    assert max(map(len, lines)) <= width
+    cells = [re.findall(r"[^│\s][^│]*?(?=\s+│)", line) for line in lines if line.startswith("│")]
+    printed = {name: [int(count) for row in cells if row[0] == name for count in row[1:]] for name in names}
+    assert list(printed.values()) == confusion.tolist()
+
+
+def test_curves(write):
+    """Long ones are downsampled but keep their spikes; the mean is centered and keeps gaps; each step is drawn once."""
     values = np.sin(np.arange(100_000) / 5000)
     values[77_777], values[500:510] = 99, np.nan
     kept = downsample(values)
@@ -234,21 +280,13 @@ def test_long_curves_are_downsampled_but_keep_their_spikes(write):
     assert (np.diff(kept) > 0).all()
     page = write(metrics=[{"step": i, "loss": float(v), "gradient_norm": 1.0} for i, v in enumerate(values)])
     assert len(page.source) < 400_000
-
-
-def test_smooth_is_a_centred_mean_that_keeps_gaps():
     line = np.arange(400.0)
     line[200] = np.nan
-    result = smooth(line)
-    assert np.isnan(result[200])
-    np.testing.assert_allclose(result[10:190], line[10:190])
+    assert np.isnan(smooth(line)[200])
+    np.testing.assert_allclose(smooth(line)[10:190], line[10:190])
     np.testing.assert_array_equal(smooth(np.array([3.0, np.nan, 5.0])), [3, np.nan, 5])
-
-
-def test_a_resumed_run_draws_each_step_once():
-    steps, values = extract_curve([{"step": s, "loss": v} for s, v in ((1, 4.0), (2, 3.0), (3, 2.0), (2, 2.5))], "loss")
-    assert steps.tolist() == [1, 2, 3]
-    assert values.tolist() == [4, 2.5, 2]
+    resumed = extract_curve([{"step": s, "loss": v} for s, v in ((1, 4.0), (2, 3.0), (3, 2.0), (2, 2.5))], "loss")
+    assert [list(axis) for axis in resumed] == [[1, 2, 3], [4, 2.5, 2]]
 
 
 def test_a_failed_write_leaves_the_old_report(write, tmp_path):
@@ -261,8 +299,8 @@ def test_a_failed_write_leaves_the_old_report(write, tmp_path):
 
 @pytest.mark.parametrize(
     ("size", "kind", "shown"),
-    [((8, 8), "png", (128, 128)), ((32, 32), "png", (128, 128)), ((28, 20), "png", (112, 80)),
-     ((100, 90), "jpeg", (100, 90)), ((640, 480), "jpeg", (160, 120)), ((1, 1000), "jpeg", (1, 160))],
+    [((8, 8), "png", (128, 128)), ((28, 20), "png", (112, 80)), ((100, 90), "jpeg", (100, 90)),
+     ((640, 480), "jpeg", (160, 120)), ((1, 1000), "jpeg", (1, 160))],
 )  # fmt: skip
 def test_thumbnails(size, kind, shown):
     head, _, data = data_uri(Image.new("RGB", size)).partition(",")
@@ -270,25 +308,13 @@ def test_thumbnails(size, kind, shown):
     assert Image.open(io.BytesIO(base64.b64decode(data))).size == shown
 
 
-@pytest.mark.parametrize(
-    ("correct", "total", "low", "high"),
-    # by hand: z² = 3.84146; (8, 10): center 0.99207 / 1.38415, half 0.31361 / 1.38415
-    [(8, 10, 0.4902, 0.9433), (0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (50, 100, 0.4038, 0.5962), (0, 0, 0, 1)],
-)
-def test_wilson(correct, total, low, high):
-    assert wilson(correct, total) == pytest.approx((low, high), abs=5e-5)
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (0.04, "0.0 s"),
-        (59.9, "59.9 s"),
-        (61, "1 min 1 s"),
-        (59.97, "1 min 0 s"),
-        (3599.7, "1 h 0 min"),
-        (7260, "2 h 1 min"),
-    ],
-)
-def test_duration(seconds, text):
-    assert format_duration(seconds) == text
+def test_duration():
+    seconds = {
+        0.04: "0.0 s",
+        59.9: "59.9 s",
+        61: "1 min 1 s",
+        59.97: "1 min 0 s",
+        3599.7: "1 h 0 min",
+        7260: "2 h 1 min",
+    }
+    assert {number: format_duration(number) for number in seconds} == seconds

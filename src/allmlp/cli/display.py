@@ -52,8 +52,12 @@ def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
         table.add_column(printable(column), justify="left" if i == 0 else "right")
     for row in rows:
         table.add_row(*map(printable, row))
-    width = None if sys.stdout.isatty() else 200
-    Console(width=width, markup=False, highlight=False).print(table)
+    Console(width=output_width(), markup=False, highlight=False).print(table)
+
+
+def output_width() -> int:
+    """Columns of standard output."""
+    return Console().width if sys.stdout.isatty() else 200
 
 
 def describe_unreadable(names: list[str], shown: int = 20) -> str:

@@ -5,10 +5,10 @@ with a file raises the same kind of error, with a message of one line.
 """
 
 import io
+import os
 import re
 import textwrap
 from contextlib import suppress
-from pathlib import PurePath
 
 import numpy as np
 from PIL import Image
@@ -54,7 +54,7 @@ class UnreadableImage(UserError):
 
 def is_image_name(name: str) -> bool:
     """Whether the name has the extension of an image, in lower or upper case, and is not hidden."""
-    return PurePath(name).suffix.lower() in EXTENSIONS and not is_hidden(name)
+    return os.path.splitext(name)[1].lower() in EXTENSIONS and not is_hidden(name)  # noqa: PTH122 (called for each file)
 
 
 def is_hidden(name: str) -> bool:

@@ -103,6 +103,14 @@ def shifted_positions(size: int, shift: int) -> np.ndarray:
 def resize_and_crop(image: Image.Image, image_size: tuple[int, int], preprocessing: Preprocessing) -> Image.Image:
     """Resizes as ``preprocessing.crop`` says and returns the central (height, width) pixels."""
     height, width = image_size
+    image = resize_for_crop(image, image_size, preprocessing)
+    top, left = (image.height - height) // 2, (image.width - width) // 2
+    return image.crop((left, top, left + width, top + height))
+
+
+def resize_for_crop(image: Image.Image, image_size: tuple[int, int], preprocessing: Preprocessing) -> Image.Image:
+    """Resizes as ``preprocessing.crop`` says. An image that it has resized, it returns as it is."""
+    height, width = image_size
     resized = (round(height / preprocessing.crop_ratio), round(width / preprocessing.crop_ratio))
     if preprocessing.crop == "resmall":
         image = crop_to_aspect(image, MAX_ASPECT)
@@ -110,8 +118,7 @@ def resize_and_crop(image: Image.Image, image_size: tuple[int, int], preprocessi
         resized = (max(round(image.height * scale), height), max(round(image.width * scale), width))
     if resized != (image.height, image.width):
         image = image.resize((resized[1], resized[0]), RESAMPLING[preprocessing.interpolation])
-    top, left = (resized[0] - height) // 2, (resized[1] - width) // 2
-    return image.crop((left, top, left + width, top + height))
+    return image
 
 
 def crop_to_aspect(image: Image.Image, limit: int) -> Image.Image:

@@ -121,12 +121,16 @@ def draw_line(axes: Axes, steps: np.ndarray, values: np.ndarray, name: str, colo
     return f"{name} from {first:.3g} to {last:.3g}"
 
 
-def draw_confusion_image(confusion: np.ndarray) -> Markup:
-    """The confusion matrix of many classes as an image of at most 250 × 250 blocks of adjacent classes."""
-    size = len(confusion)
+def draw_confusion_image(pairs: np.ndarray, size: int) -> Markup:
+    """The confusion matrix of many classes as an image of at most 250 × 250 blocks of adjacent classes.
+
+    Args:
+        pairs: (M, 3) true class, predicted class and number of images.
+        size: number of classes.
+    """
     block = math.ceil(size / 250)
-    starts = np.arange(0, size, block)
-    counts = np.add.reduceat(np.add.reduceat(confusion, starts, axis=0), starts, axis=1)
+    counts = np.zeros([math.ceil(size / block)] * 2, dtype=int)
+    np.add.at(counts, (pairs[:, 0] // block, pairs[:, 1] // block), pairs[:, 2])
     pixels = np.zeros((*counts.shape, 4))
     pixels[..., :3] = np.where(np.eye(len(counts), dtype=bool)[..., None], CORRECT, WRONG)
     pixels[..., 3] = np.sqrt(counts / np.maximum(counts.sum(1, keepdims=True), 1))
@@ -136,4 +140,5 @@ def draw_confusion_image(confusion: np.ndarray) -> Markup:
         axes = figure.add_subplot(xlabel=f"predicted class, {unit}", ylabel=f"true class, {unit}")
         axes.spines[:].set_visible(True)
         axes.imshow(pixels, extent=(0, len(counts) * block, len(counts) * block, 0), interpolation="none")
-        return to_svg(figure, "confusion", f"Confusion matrix of {size} classes; correct predictions on the diagonal")
+        diagonal = "correct predictions" if block == 1 else "predictions of a class in the same block"
+        return to_svg(figure, "confusion", f"Confusion matrix of {size} classes; {diagonal} on the diagonal")

@@ -19,16 +19,20 @@ import numpy as np
 from PIL import Image
 
 from allmlp.evaluation.charts import draw_confusion_image, draw_curves
+from allmlp.evaluation.classification import Classification, ClassScore, wilson
 from allmlp.files import atomic_write
 
 MAX_TABLE_CLASSES = 30  # with more classes, a confusion matrix is drawn as an image instead of a table of counts
+MAX_CLASS_ROWS = 1000  # with more classes, only those with the lowest recall have a row in the table of scores
+THUMBNAIL = 160  # pixels of its longer side
+PER_CLASS_FILE = "per_class.csv"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
     """An image with its true class and the predicted classes with their probabilities, most probable first."""
 
-    image: Image.Image
+    image: Image.Image  # small, as all are held in memory
     name: str
     label: str
     predictions: tuple[tuple[str, float], ...]
@@ -44,8 +48,7 @@ def write_report(
     recipe: dict,
     summary: dict,
     metrics: list[dict],
-    confusion: np.ndarray | None,
-    classes: Sequence[str],
+    result: Classification | None,
     examples: Sequence[Example],
     mistakes: Sequence[Example],
     split: str,
@@ -57,15 +60,13 @@ def write_report(
         recipe: the resolved recipe, which is shown as JSON.
         summary: as in ``summary.json``; rates are fractions, and any entry may be missing or None.
         metrics: the records of ``metrics.jsonl``, of training and evaluation; None and NaN make gaps in the curves.
-        confusion: (K, K) counts of images, with true classes as rows and predicted ones as columns; None: no labels.
-        classes: K names, in the order of the logits.
+        result: the predictions for the split; None: no labels.
         examples, mistakes: images of the split in the order shown; mistakes are the most confident wrong predictions.
-        split: "test" or "val", the source of confusion, examples and mistakes.
+        split: "test" or "val", the source of result, examples and mistakes.
 
     Raises:
         OSError: the file cannot be written.
     """
-    assert confusion is None or confusion.shape == (len(classes), len(classes)), (confusion.shape, len(classes))
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -74,31 +75,18 @@ def write_report(
     page = template.render(
         summary=summary,
         split={"val": "validation"}.get(split, split),
-        tiles=make_tiles(summary, confusion, split),
+        tiles=make_tiles(summary, result, split),
         details=list_details(summary),
         charts=draw_curves(metrics),
-        confusion=None if confusion is None else describe_confusion(confusion, classes),
+        confusion=None if result is None else describe_confusion(result),
+        scores=None if result is None else worst_classes(result),
+        per_class_file=PER_CLASS_FILE,
         examples=examples,
         mistakes=mistakes,
         recipe=json.dumps(recipe, indent=2, ensure_ascii=False, default=str),
     )
     with atomic_write(path) as draft:
         draft.write_text(page, encoding="utf-8", errors="backslashreplace")  # file names may hold lone surrogates
-
-
-def wilson(correct: int, total: int) -> tuple[float, float]:
-    """The 95 % score interval of a proportion, as fractions; (0, 1) if ``total`` is 0.
-
-    Source: Wilson 1927, "Probable inference, the law of succession, and statistical inference", JASA 22 (158). Unlike
-    p ± 1.96 σ, it stays within [0, 1] and does not shrink to a point when all or none are correct.
-    """
-    if total == 0:
-        return 0.0, 1.0
-    z = 1.959964
-    p, shrink = correct / total, 1 + z * z / total
-    center = (p + z * z / (2 * total)) / shrink
-    half = z * math.sqrt(p * (1 - p) / total + (z / (2 * total)) ** 2) / shrink
-    return max(center - half, 0.0), min(center + half, 1.0)
 
 
 # Numbers as text
@@ -161,15 +149,15 @@ def list_details(summary: Mapping) -> list[tuple[str, str]]:
     return [(ENTRIES.get(key, (key.replace("_", " "),))[0], format_entry(summary, key)) for key in keys]
 
 
-def make_tiles(summary: Mapping, confusion: np.ndarray | None, split: str) -> list[tuple[str, str, str]]:
+def make_tiles(summary: Mapping, result: Classification | None, split: str) -> list[tuple[str, str, str]]:
     """Label, figure and note of each headline number; the figure is "—" where there is no value."""
 
     def note(key: str, text: str) -> str:
         return text.format(format_entry(summary, key)) if has_value(summary, key) else ""
 
     notes = {"test": "" if has_value(summary, "test_top1") else "no labeled test split", "val": ""}
-    if confusion is not None:
-        correct, total = int(np.trace(confusion)), int(confusion.sum())
+    if result is not None:
+        correct, total = int((result.best[:, 0] == result.labels).sum()), len(result.labels)
         low, high = wilson(correct, total)
         notes[split] = (
             f"{correct:,} of {total:,} correct, 95\u00a0%\u00a0interval {100 * low:.1f}–{100 * high:.1f}\u00a0%"
@@ -194,28 +182,35 @@ def data_uri(image: Image.Image) -> str:
         thumb = thumb.resize((thumb.width * factor, thumb.height * factor), Image.Resampling.NEAREST)
         thumb.save(stream, "png", optimize=True)
         return f"data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}"
-    thumb.thumbnail((160, 160))
+    thumb.thumbnail((THUMBNAIL, THUMBNAIL))
     thumb.save(stream, "jpeg", quality=85)
     return f"data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode()}"
 
 
-# The confusion matrix
+# The confusion matrix and the scores
 
 
-def describe_confusion(confusion: np.ndarray, classes: Sequence[str]) -> dict:
-    """What the template shows of (K, K) counts: a table of all cells, or an image and the most confused pairs."""
-    images, predicted, correct = confusion.sum(1), confusion.sum(0), np.diag(confusion)
-    recall = correct / np.where(images, images, np.nan)
-    precision = correct / np.where(predicted, predicted, np.nan)
-    order = np.argsort(recall, kind="stable")  # lowest first; NaN (a class without images) last
-    per_class = [(int(k), classes[k], int(images[k]), float(recall[k]), float(precision[k])) for k in order]
-    description = {"classes": classes, "per_class": per_class, "cells": [], "image": None, "pairs": []}
-    share = confusion / np.maximum(images, 1)[:, None]
+def describe_confusion(result: Classification) -> dict:
+    """What the template shows: a table of all cells for few classes, else an image and the most confused pairs."""
+    classes, pairs = result.dataset.classes, result.confusion_counts
+    images = np.bincount(result.labels, minlength=len(classes))
+    shares = pairs[:, 2] / images[pairs[:, 0]]
+    description = {"classes": classes, "cells": [], "image": None, "pairs": []}
     if len(classes) <= MAX_TABLE_CLASSES:
-        opacity = np.sqrt(share)  # so that one mistake in a hundred is still visible
-        rows = zip(confusion.tolist(), opacity.tolist(), strict=True)
-        return description | {"cells": [list(zip(*row, strict=True)) for row in rows]}
-    wrong = np.where(np.eye(len(classes), dtype=bool), 0, confusion)
-    most = [divmod(int(cell), len(classes)) for cell in np.argsort(-wrong, axis=None, kind="stable")[:20]]
-    pairs = [(classes[i], classes[j], int(wrong[i, j]), float(share[i, j])) for i, j in most if wrong[i, j]]
-    return description | {"image": draw_confusion_image(confusion), "pairs": pairs}
+        cells = [[(0, 0.0)] * len(classes) for _ in classes]
+        for (true, predicted, number), share in zip(pairs.tolist(), shares.tolist(), strict=True):
+            cells[true][predicted] = (number, math.sqrt(share))  # so that one mistake in a hundred is still visible
+        return description | {"cells": cells}
+    wrong = np.flatnonzero(pairs[:, 0] != pairs[:, 1])
+    most = wrong[np.argsort(-pairs[wrong, 2], kind="stable")[:20]]
+    confused = [
+        (classes[true], classes[predicted], number, share)
+        for (true, predicted, number), share in zip(pairs[most].tolist(), shares[most].tolist(), strict=True)
+    ]
+    return description | {"image": draw_confusion_image(pairs, len(classes)), "pairs": confused}
+
+
+def worst_classes(result: Classification) -> list[tuple[int, ClassScore]]:
+    """Number and scores of the classes, lowest recall first, at most ``MAX_CLASS_ROWS``; those without images last."""
+    scores = enumerate(result.per_class())
+    return sorted(scores, key=lambda row: math.inf if row[1].recall is None else row[1].recall)[:MAX_CLASS_ROWS]

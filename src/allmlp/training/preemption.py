@@ -57,7 +57,7 @@ def deferred_signals() -> Iterator[SignalState]:
     if threading.current_thread() is not threading.main_thread():
         yield state
         return
-    reader, writer = socket.socketpair()  # Windows has no pipes that do not block
+    reader, writer = socket.socketpair()  # not a pipe: on Windows it cannot be made non-blocking
     writer.setblocking(False)
 
     def listen() -> None:

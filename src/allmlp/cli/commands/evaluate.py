@@ -1,6 +1,7 @@
 """mixer evaluate"""
 
 import dataclasses
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from allmlp.errors import UserError
 from allmlp.files import to_json
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from allmlp.data.dataset import ImageDataset
     from allmlp.evaluation.classification import Classification
     from allmlp.model import Mixer
@@ -21,6 +24,8 @@ DESCRIPTION = """Evaluates weights on labeled images: every image counts once, c
 example: mixer evaluate runs/digits/model.safetensors --data digits
 
 A source without splits is split as it was for training, so that no test image was trained on."""
+MAX_CLASSES = 200  # with more classes, the table of scores shows only those with the lowest recall
+MAX_ROWS = 20  # of the other tables
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +49,8 @@ class Arguments:
     max_pixels: int = 64_000_000
     """Largest image that is read, in pixels; larger ones count as unreadable."""
     json: bool = False
-    """Print one JSON object."""
+    """Print one JSON object. Its confusion_counts lists [true class, predicted class, images] for each pair of classes
+    that occurs; classes are positions in its list of classes."""
 
 
 def run(args: Sequence[str]) -> None:
@@ -138,7 +144,7 @@ def describe(result: "Classification") -> dict:
         "loss": result.loss,
         "classes": list(result.dataset.classes),
         "per_class": [row._asdict() for row in result.per_class()],
-        "confusion": result.confusion.tolist(),
+        "confusion_counts": result.confusion_counts.tolist(),
         "unreadable_images": len(result.unreadable),
         "unreadable": result.unreadable,
     }
@@ -146,20 +152,48 @@ def describe(result: "Classification") -> dict:
 
 def print_result(result: "Classification", images: str) -> None:
     from allmlp.cli.display import print_table
-    from allmlp.evaluation.report import wilson
+    from allmlp.evaluation.classification import wilson
 
     low, high = wilson(round(result.top1 * len(result.labels)), len(result.labels))
     top5 = "" if result.top5 is None else f", top-5 {result.top5:.4f}"
     print(f"{len(result.labels):,} images: the {images}")
     print(f"top-1 {result.top1:.4f} (95 % interval {low:.4f} to {high:.4f}){top5}, cross-entropy {result.loss:.4f}")
-    rows = [
-        [r.name, f"{r.images:,}", format_fraction(r.recall), format_fraction(r.precision)] for r in result.per_class()
-    ]
-    print_table("per class", ["class", "images", "recall", "precision"], rows)
-    if len(rows) <= 20:
-        names = result.dataset.classes
-        matrix = [[name, *map(str, counts)] for name, counts in zip(names, result.confusion.tolist(), strict=True)]
-        print_table("confusion: true class down, predicted across", ["", *names], matrix)
+    scores, title = result.per_class(), "per class"
+    if len(scores) > MAX_CLASSES:
+        title = f"per class: {MAX_ROWS} of {len(scores):,} classes, lowest recall first (--json lists all)"
+        scores = sorted(scores, key=lambda score: math.inf if score.recall is None else score.recall)[:MAX_ROWS]
+    rows = [[r.name, f"{r.images:,}", format_fraction(r.recall), format_fraction(r.precision)] for r in scores]
+    print_table(title, ["class", "images", "recall", "precision"], rows)
+    print_confusion(result.dataset.classes, result.confusion_counts)
+
+
+def print_confusion(names: Sequence[str], counts: "np.ndarray") -> None:
+    """Prints (M, 3) counts: for few classes as a matrix, in parts if it is wide, else the most frequent mistakes."""
+    from rich.cells import cell_len
+
+    from allmlp.cli.display import output_width, print_table
+
+    if len(names) > MAX_ROWS:
+        mistakes = counts[counts[:, 0] != counts[:, 1]]
+        most = mistakes[(-mistakes[:, 2]).argsort(kind="stable")[:MAX_ROWS]].tolist()
+        title = f"confusion: {len(most)} of {len(mistakes):,} confused pairs, most frequent first (--json lists all)"
+        pairs = [[names[true], names[predicted], f"{images:,}"] for true, predicted, images in most]
+        print_table(title, ["true class", "predicted as", "images"], pairs)
+        return
+    header, rows = ["", *names], [[name, *["0"] * len(names)] for name in names]
+    for true, predicted, images in counts.tolist():
+        rows[true][predicted + 1] = str(images)
+    first, *widths = [max(map(cell_len, column)) + 3 for column in zip(header, *rows, strict=True)]
+    parts, room = [[0]], output_width() - 1 - first
+    for column, width in enumerate(widths, 1):
+        if width > room and len(parts[-1]) > 1:
+            parts.append([0])
+            room = output_width() - 1 - first
+        parts[-1].append(column)
+        room -= width
+    for part in parts:
+        cells = [[row[column] for column in part] for row in rows]
+        print_table("confusion: true class down, predicted across", [header[column] for column in part], cells)
 
 
 def format_fraction(value: float | None) -> str:
