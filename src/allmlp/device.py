@@ -5,7 +5,7 @@ import os
 import re
 import threading
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -150,11 +150,13 @@ def exact_float32() -> Iterator[None]:
     thread that enters such a block and are restored by the last one that leaves.
     """
     global _float32_blocks, _float32_before
-    convolutions, products = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    convolutions: Any = torch.backends.cudnn.conv  # pyright: ignore[reportAttributeAccessIssue]
+    on_cpu: Any = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
+    products: Any = torch.backends.cuda.matmul
     with _float32_lock:
         _float32_blocks += 1
         if _float32_blocks == 1:
-            tf32 = "medium" if torch.backends.mkldnn.matmul.fp32_precision == "bf16" else "high"
+            tf32 = "medium" if on_cpu.fp32_precision == "bf16" else "high"
             _float32_before = convolutions.fp32_precision, tf32 if products.fp32_precision == "tf32" else "highest"
             convolutions.fp32_precision = "ieee"
             if _float32_before[1] != "highest":

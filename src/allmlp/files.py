@@ -54,7 +54,10 @@ def write_text(path: Path, text: str) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes files that were created or renamed in a folder survive a power failure. Windows cannot; NTFS has a journal."""
+    """Makes files that were created or renamed in a folder survive a power failure.
+
+    Windows has no such call; its file system keeps a journal of names.
+    """
     if sys.platform == "win32":
         return
     handle = os.open(folder, os.O_RDONLY)

@@ -25,7 +25,10 @@ def adamw(model: nn.Module, *, weight_decay: float, beta1: float, beta2: float) 
 
 
 def sgd(model: nn.Module, *, momentum: float) -> torch.optim.SGD:
-    """SGD with momentum, without weight decay, as the paper fine-tunes (Section 3). Each step sets the learning rate."""
+    """SGD with momentum, without weight decay, as the paper fine-tunes (Section 3).
+
+    Each step sets the learning rate.
+    """
     parameters = trainable(model)
     kind = ShardedSGD if is_sharded(model) else torch.optim.SGD
     optimizer = kind(parameters, lr=0.0, momentum=momentum, fused=fusible(parameters[0].device))
