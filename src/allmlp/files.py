@@ -5,6 +5,7 @@ import json
 import math
 import os
 import secrets
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,12 @@ def write_text(path: Path, text: str) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes files that were created or renamed in a folder survive a power failure."""
+    """Makes files that were created or renamed in a folder survive a power failure.
+
+    Windows has no such call; its file system keeps a journal of names.
+    """
+    if sys.platform == "win32":
+        return
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -67,6 +67,9 @@ def must_launch(recipe: Recipe, launch: LaunchOptions) -> bool:
     if launch.world_size == 1 or started is not None:
         return False
     check_world_size(recipe, launch.world_size)  # here, so that a single process reports a mistake
+    from allmlp.device import choose_device
+
+    choose_device(recipe.run.device, launch.processes - 1, launch.world_size)
     return True
 
 

@@ -10,7 +10,7 @@ from allmlp.classifier import Classifier, evaluation_mode
 from allmlp.data.decode import MAX_PIXELS
 from allmlp.data.stores import Store
 from allmlp.data.transforms import normalize
-from allmlp.device import Precision, autocast, select_device, select_precision
+from allmlp.device import Precision, autocast, current_device, device_errors, select_device, select_precision
 from allmlp.errors import UserError
 from allmlp.inference.batches import read_batches
 from allmlp.inference.images import ImageLike, list_images
@@ -129,8 +129,10 @@ def compute(
 
     Raises:
         UserError: the result is not finite.
+        RunError: the images do not fit into memory, or the device fails.
     """
-    with evaluation_mode(model, device), torch.inference_mode():
+    too_large = device_errors(f"{len(pixels)} images at a time", "use a smaller batch size, or another device")
+    with current_device(device), too_large, evaluation_mode(model, device), torch.inference_mode():
         images = normalize(torch.stack(pixels).to(device), model.metadata.preprocessing)
         with autocast(device, precision):
             result = function(images).float()

@@ -11,7 +11,7 @@ import torch
 from allmlp.config.batch_size import check_world_size
 from allmlp.config.recipe import Recipe
 from allmlp.data.dataset import DatasetSplits
-from allmlp.device import select_device, select_precision
+from allmlp.device import current_device, device_errors, select_precision
 from allmlp.distributed.context import SINGLE_PROCESS, DistributedContext
 from allmlp.distributed.parallelize import shard
 from allmlp.errors import UserError
@@ -75,19 +75,20 @@ def train(
     """
     check_world_size(recipe, context.world_size)
     check_folder(recipe, out, options, context)
-    device = context.local_device(select_device(recipe.run.device))
-    gpu = device.index if device.type == "cuda" else None
+    device = context.select_device(recipe.run.device)
     precision = select_precision(recipe.run.precision, device)
     initializer = build_initializer(recipe)  # reports mistakes in the sizes before any data is read
     if device.type == "cpu":
         keep_freed_memory()
     context.heartbeat("reading the data", slow=True)
     data = build_data(recipe, context)
+    too_large = device_errors("the model and its optimizer", "train a smaller model, or --shard it over more processes")
     with (
-        torch.accelerator.device_index(gpu),  # what takes no device uses the current one
         deferred_signals() as signals,
         run_folder(out, context.is_rank0),
         locked(out, context.is_rank0),
+        current_device(device),
+        too_large,
     ):
         preemption = build_preemption(recipe, out, signals, options.resume_command, context)
         checkpoint = find_start(recipe, out, data, precision, preemption)
