@@ -33,7 +33,6 @@ class CheckpointManager:
 
     def __init__(self, folder: Path, context: DistributedContext, keep: int, background: bool = True) -> None:
         self.folder, self.context, self.keep, self.background = folder, context, keep, background
-        self.stager: DefaultStager | None = None
         self.thread: threading.Thread | None = None
         self.failure: BaseException | None = None
         self.last_step = 0  # of the newest checkpoint, which may still be being written
@@ -70,20 +69,19 @@ class CheckpointManager:
             self.wait()
 
     def copy_to_cpu(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Copies of the tensors, in memory that the next save uses again. Waits for the tensors' own device."""
+        """Copies of the tensors. Waits for the tensors' own device."""
         devices = {local_shard(tensor).device for tensor in tensors.values()}
         gpu = next((device for device in devices if device.type == "cuda"), None)
-        if self.stager is None:
-            options = StagingOptions(
-                use_pinned_memory=gpu is not None,
-                use_shared_memory=False,
-                use_async_staging=False,
-                use_non_blocking_copy=gpu is not None,
-            )
-            self.stager = DefaultStager(options)
-        # The stager pins memory for the current device and waits for that one, whichever the tensors are on
+        options = StagingOptions(
+            use_pinned_memory=gpu is not None,
+            use_shared_memory=False,
+            use_async_staging=False,
+            use_non_blocking_copy=gpu is not None,
+        )
+        # A new stager each time: PyTorch 2.11's cannot be used twice. It pins memory for the current device and waits
+        # for that one, whichever the tensors are on
         with torch.accelerator.device_index(None if gpu is None else gpu.index):
-            copies: Any = self.stager.stage(tensors)
+            copies: Any = DefaultStager(options).stage(tensors)
         return copies
 
     def write(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any], best: int | None) -> None:
