@@ -315,7 +315,9 @@ def test_the_library_in_four_lines(digits_run, tmp_path) -> None:
 
 
 def test_an_unknown_name_says_what_there_is() -> None:
-    with pytest.raises(AttributeError, match=r"no attribute 'lod'.*create, load, predict, push_to_hub, resize, save"):
+    with pytest.raises(
+        AttributeError, match=r"no attribute 'lod'.*create, features, load, predict, push_to_hub, resize, save"
+    ):
         allmlp.lod  # noqa: B018
     assert {"create", "load", "predict", "push_to_hub", "resize", "save"} <= set(dir(allmlp))
 
