@@ -29,6 +29,8 @@ def select_device(name: str, local_rank: int = 0, processes: int = 1) -> torch.d
         RunError: the device does not work (a driver that does not fit, memory that other processes fill).
     """
     device = choose_device(name, local_rank, processes)
+    if device.type == "cpu":
+        return device
     try:
         torch.zeros(1, device=device).add_(1).tolist()
     except (RuntimeError, AssertionError) as error:
