@@ -6,7 +6,7 @@ import logging
 import os
 import struct
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,14 +19,6 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # each worker has a core; before torch 
 
 COLORS = {"blue": (40, 60, 210), "green": (40, 190, 60), "red": (210, 50, 40)}
 TINY = ("--num-blocks", "1", "--hidden-dim", "16", "--tokens-mlp-dim", "8", "--channels-mlp-dim", "32")
-
-
-@pytest.fixture(scope="session", autouse=True)
-def key_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Checkpoints are signed with a key in a temporary folder, not with the user's."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
-        yield
 
 
 @dataclass(frozen=True)

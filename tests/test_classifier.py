@@ -15,7 +15,8 @@ from allmlp.data.stores import ArrayStore
 from allmlp.errors import UserError
 from allmlp.evaluation.classification import classify
 from allmlp.factory import create
-from allmlp.inference.predict import Prediction, check_classifier, find_images, predict_stream
+from allmlp.inference.images import find_images
+from allmlp.inference.predict import Prediction, check_classifier, predict_stream
 from allmlp.metadata import Metadata, Preprocessing
 
 CLASSES = ("red", "green", "blue")

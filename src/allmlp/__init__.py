@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from allmlp.factory import create
+    from allmlp.inference.features import features, transform
     from allmlp.inference.predict import predict
     from allmlp.model import Mixer, MixerBlock
     from allmlp.weights.load import load
@@ -15,17 +16,19 @@ if TYPE_CHECKING:
     from allmlp.weights.push_to_hub import push_to_hub
     from allmlp.weights.resize import resize
 
-__all__ = ["Mixer", "MixerBlock", "create", "load", "predict", "push_to_hub", "resize", "save"]
+__all__ = ["Mixer", "MixerBlock", "create", "features", "load", "predict", "push_to_hub", "resize", "save", "transform"]
 
 MODULES = {
     "Mixer": "allmlp.model",
     "MixerBlock": "allmlp.model",
     "create": "allmlp.factory",
+    "features": "allmlp.inference.features",
     "load": "allmlp.weights.load",
     "predict": "allmlp.inference.predict",
     "push_to_hub": "allmlp.weights.push_to_hub",
     "resize": "allmlp.weights.resize",
     "save": "allmlp.weights.native",
+    "transform": "allmlp.inference.features",
 }
 
 

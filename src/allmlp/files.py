@@ -4,7 +4,8 @@ import contextlib
 import json
 import math
 import os
-import tempfile
+import secrets
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,18 +24,27 @@ def atomic_write(path: Path) -> Iterator[Path]:
     """
     if path.is_dir():
         raise UserError(f"{path} is a folder: give the name of a file")
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = create_beside(path)
     try:
         yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~current_umask())  # mkstemp creates files with mode 0600
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def create_beside(path: Path) -> Path:
+    """A new, empty file in the folder of ``path``, with the permissions that any new file of this process gets.
+
+    ``tempfile`` would give it mode 0600, and the umask can be read only by changing it, for all threads at once.
+    """
+    while True:
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+        with contextlib.suppress(FileExistsError):
+            os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+            return temporary
 
 
 def write_text(path: Path, text: str) -> None:
@@ -44,19 +54,17 @@ def write_text(path: Path, text: str) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes files that were created or renamed in a folder survive a power failure."""
+    """Makes files that were created or renamed in a folder survive a power failure.
+
+    Windows has no such call; its file system keeps a journal of names.
+    """
+    if sys.platform == "win32":
+        return
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def current_umask() -> int:
-    """The process's file mode creation mask, which can only be read by setting it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def to_json(value: Any, indent: int | None = None) -> str:

@@ -10,7 +10,9 @@ CHAOS is a JSON object:
 - ``target``: "launcher" sends the signal of term or int to the launcher instead of this process.
 - ``path``: what to fill or to make read-only.
 
-NOTES is a folder for what the tests need to know. The ranks that the command starts run this file too.
+NOTES is a folder for what the tests need to know, and NOTE says what: the digests of "pixels" or "tensors". The
+checkpoints of a complete run are kept, to be compared, unless NOTE is "removal". The ranks that the command starts run
+this file too.
 """
 
 import contextlib
@@ -33,11 +35,12 @@ PLACES = {
     "evaluation": "allmlp.evaluation.classification:normalize",
     "compile": "allmlp.training.compilation:warm_up",
     "save": "allmlp.checkpointing.manager:write_checkpoint",
-    "copy": "torch.distributed.checkpoint.staging:DefaultStager.stage",
-    "write": "allmlp.checkpointing.checkpoint:save_distributed",
+    "copy": "allmlp.checkpointing.manager:CheckpointManager.copy_to_cpu",
+    "write": "allmlp.checkpointing.tensors:save_distributed",
     "fsync": "os:fsync",
     "rename": "pathlib:Path.rename",
     "remove old": "allmlp.checkpointing.manager:remove_old",
+    "remove all": "allmlp.runs.folder:remove",
     "rmtree": "allmlp.checkpointing.manager:shutil.rmtree",
 }
 
@@ -179,6 +182,9 @@ def main() -> int:
         note_pixels()
     if os.environ.get("NOTE") == "tensors" and not is_launcher:
         note_tensors()
+    if os.environ.get("NOTE") != "removal":
+        folder: Any = importlib.import_module("allmlp.runs.folder")
+        folder.remove_checkpoints = lambda *words: None
     start_ranks_with_this_file()
     from allmlp.cli import main
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
@@ -63,7 +63,7 @@ class Lab:
     def start(
         self, *words: object, fault: dict[str, Any] | None = None, note: str = "", notes: Path | None = None
     ) -> subprocess.Popen[str]:
-        variables = {"NOTES": str(notes or self.root), "NOTE": note, "XDG_STATE_HOME": str(self.root / "state")}
+        variables = {"NOTES": str(notes or self.root), "NOTE": note}
         variables |= {"CHAOS": json.dumps(fault)} if fault else {}
         environment = {"OMP_NUM_THREADS": "1"} | os.environ | self.environment | variables
         command = [sys.executable, str(DRIVER), *map(str, words)]
@@ -90,14 +90,14 @@ def tensors(checkpoint: Path) -> dict[str, Any]:
     """All full tensors of a checkpoint, whatever number of ranks wrote it."""
     import torch
 
-    reader = FileSystemReader(checkpoint)
+    reader = HuggingFaceStorageReader(str(checkpoint))
     stored = reader.read_metadata().state_dict_metadata
     full = {
         k: torch.empty(m.size, dtype=m.properties.dtype)
         for k, m in stored.items()
         if isinstance(m, TensorStorageMetadata)
     }
-    load(full, storage_reader=FileSystemReader(checkpoint), no_dist=True)
+    load(full, storage_reader=HuggingFaceStorageReader(str(checkpoint)), no_dist=True)
     return full
 
 
@@ -130,7 +130,7 @@ def intact_steps(run: Path) -> list[int]:
     steps = []
     for path in checkpoints(run):
         try:
-            steps.append(verify_checkpoint(path, trusted=True)["step"])
+            steps.append(verify_checkpoint(path)["step"])
         except DamagedCheckpoint:
             continue
     return steps

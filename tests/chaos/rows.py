@@ -78,7 +78,7 @@ def killed_during_save(lab: Lab, rng: random.Random, trials: int) -> Result:
     places = [
         *(("copy", n) for n in (2, saves)),
         *(("write", n) for n in (2, saves)),
-        *(("fsync", n) for n in range(8, 20)),  # of a save: logs, tensors, metadata, state, manifest, folders
+        *(("fsync", n) for n in range(8, 20)),  # of a save: logs, tensors, state, manifest, folders
         *(("rename", n) for n in range(2, 9)),
         *(("remove old", n) for n in (3, saves - 1)),
         *(("rmtree", n) for n in range(4, 12)),
@@ -98,7 +98,20 @@ def killed_during_save(lab: Lab, rng: random.Random, trials: int) -> Result:
             leftovers(lab.root / name) and f"{text}: leaves {leftovers(lab.root / name)}",
         )
         shutil.rmtree(lab.root / name, ignore_errors=True)
+    tally.add(killed_at_the_end(lab))
     return tally.result()
+
+
+def killed_at_the_end(lab: Lab) -> str | None:
+    """Killed while the checkpoints of the complete run are removed: resuming it removes the rest."""
+    run, fault = lab.root / "removal", {"place": "remove all", "call": 2, "action": "kill"}
+    first, kept = lab.train(run.name, fault=fault, note="removal"), len(checkpoints(run))
+    second = lab.train(run.name, note="removal")
+    same = (run / "consumed.jsonl").read_bytes() == (lab.root / "uninterrupted 1 process/consumed.jsonl").read_bytes()
+    done = same and kept and not checkpoints(run) and "is complete" in second.err
+    if first.status == -signal.SIGKILL and second.status == 0 and done:
+        return None
+    return f"removal: {first.status}, {kept} kept, then {second.status} {second.err[-300:]}, left {checkpoints(run)}"
 
 
 def train_and_kill(lab: Lab, name: str, step: int, *words: object) -> Path:
@@ -350,11 +363,11 @@ def flipped_bit(lab: Lab, rng: random.Random, trials: int) -> Result:
             data[bit // 8] ^= 1 << bit % 8
             path.write_bytes(data)
             try:
-                verify_checkpoint(path.parent, trusted=True)
+                verify_checkpoint(path.parent)
                 message = ""
             except DamagedCheckpoint as error:
                 message = str(error)
-            found = newest_intact(copy / "checkpoints", trusted=True)
+            found = newest_intact(copy / "checkpoints")
             text = f"bit {bit} of {file.name}"
             tally.add(
                 str(path) not in message and f"{text}: {message or 'not found'}",

@@ -1,10 +1,27 @@
 """A short version of ``make chaos``: one or a few trials of each row, by a fixed seed."""
 
 import random
+from collections.abc import Callable
 
 import pytest
 import rows
 from harness import Lab, Result
+
+SLOW = pytest.mark.slow
+ROWS: dict[str, Callable[[Lab, random.Random], Result]] = {
+    "killed, 1 process": lambda lab, rng: rows.killed(lab, rng, 4, "1 process"),
+    "killed, 2 DDP": lambda lab, rng: rows.killed(lab, rng, 1, "2 DDP"),
+    "killed, 2 FSDP2": lambda lab, rng: rows.killed(lab, rng, 1, "2 FSDP2"),
+    "killed during a save, or while checkpoints are removed": lambda lab, rng: rows.killed_during_save(lab, rng, 2),
+    "other workers": lambda lab, rng: rows.other_workers(lab, rng, 2),
+    "two ranks against one": lambda lab, rng: rows.two_ranks_against_one(lab, rng, 1),
+    "terminated": lambda lab, rng: rows.terminated(lab, rng, 1, compile_too=False),
+    "a stuck rank": lambda lab, rng: rows.stuck(lab, rng, 1),
+    "a full disk": lambda lab, rng: rows.unwritable_disk(lab, rng, 1),
+    "a flipped bit": lambda lab, rng: rows.flipped_bit(lab, rng, 2),
+    "a NaN loss": lambda lab, rng: rows.nan_loss(lab, rng, 1),
+    "other ranks": lambda lab, rng: rows.other_ranks(lab, rng, 2),
+}
 
 
 @pytest.fixture(scope="module")
@@ -12,49 +29,9 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
     return Lab(tmp_path_factory.mktemp("chaos"))
 
 
-def check(result: Result) -> None:
+@pytest.mark.parametrize("row", [pytest.param(row, marks=SLOW if row == "other ranks" else ()) for row in ROWS])
+def test_what_docs_runs_promises(row: str, lab: Lab) -> None:
+    result = ROWS[row](lab, random.Random(1))
     if not result.trials:
         pytest.skip(result.remarks[0])
     assert result.passed == result.trials, "\n".join(result.remarks)
-
-
-@pytest.mark.parametrize(("mode", "trials"), [("1 process", 4), ("2 DDP", 1), ("2 FSDP2", 1)])
-def test_a_run_that_is_killed_and_resumed_ends_like_an_uninterrupted_one(lab: Lab, mode: str, trials: int) -> None:
-    check(rows.killed(lab, random.Random(1), trials, mode))
-
-
-def test_a_run_killed_during_a_save_leaves_an_intact_checkpoint(lab: Lab) -> None:
-    check(rows.killed_during_save(lab, random.Random(2), 2))
-
-
-def test_the_number_of_workers_may_change(lab: Lab) -> None:
-    check(rows.other_workers(lab, random.Random(3), 2))
-
-
-def test_two_ranks_compute_the_same_as_one(lab: Lab) -> None:
-    check(rows.two_ranks_against_one(lab, random.Random(4), 1))
-
-
-def test_a_terminated_run_saves_and_says_how_to_resume(lab: Lab) -> None:
-    check(rows.terminated(lab, random.Random(5), 1, compile_too=False))
-
-
-def test_a_stuck_rank_is_named(lab: Lab) -> None:
-    check(rows.stuck(lab, random.Random(6), 1))
-
-
-def test_a_full_disk_loses_nothing(lab: Lab) -> None:
-    check(rows.unwritable_disk(lab, random.Random(7), 1))
-
-
-def test_a_flipped_bit_is_found(lab: Lab) -> None:
-    check(rows.flipped_bit(lab, random.Random(8), 2))
-
-
-def test_a_nan_loss_stops_all_ranks(lab: Lab) -> None:
-    check(rows.nan_loss(lab, random.Random(9), 1))
-
-
-@pytest.mark.slow
-def test_the_number_of_ranks_may_change(lab: Lab) -> None:
-    check(rows.other_ranks(lab, random.Random(10), 2))

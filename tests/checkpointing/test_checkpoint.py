@@ -1,4 +1,4 @@
-"""A checkpoint exists complete or not at all, and every change to it is detected."""
+"""A checkpoint exists complete or not at all, every change to it is detected, and it is read back bit for bit."""
 
 import errno
 import json
@@ -6,7 +6,6 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,11 @@ import torch
 from processes import LINUX, without_privileges
 from torch import Tensor
 
-from allmlp.checkpointing import checkpoint
+from allmlp.checkpointing import tensors as storage
 from allmlp.checkpointing.checkpoint import (
     MANIFEST,
     STATE,
     DamagedCheckpoint,
-    manifest_text,
     read_tensors,
     verify_checkpoint,
     with_digest,
@@ -31,14 +29,16 @@ from allmlp.errors import RunError, UserError
 
 STATE_OF_4 = {"step": 4, "loss": 0.1 + 0.2, "best": [2, 0.75], "classes": ["ä", "b\udc80"], "unreadable": {}}
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool]
+SHARD = "shard-00001-model-00001-of-00001.safetensors"
 
 
 def tensors(seed: int = 0) -> dict[str, Tensor]:
-    """Tensors of every dtype and of many shapes."""
+    """Tensors of every dtype and of many shapes, one of them not contiguous."""
     generator = torch.Generator().manual_seed(seed)
-    shapes = [(), (1,), (7,), (3, 5), (2, 3, 4)]
+    shapes = [(), (1,), (7,), (3, 5), (2, 3, 4), (0, 3)]
     values = {(s, d): torch.randn(s, generator=generator, dtype=torch.float64) * 9 for s in shapes for d in DTYPES}
-    return {f"model.{dtype}.{shape}": value.to(dtype) for (shape, dtype), value in values.items()}
+    named = {f"model.{dtype}.{shape}": value.to(dtype) for (shape, dtype), value in values.items()}
+    return named | {"model.transposed": torch.randn(4, 5, generator=generator).t()}
 
 
 def zeros_like(like: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -55,47 +55,46 @@ def folder(tmp_path: Path) -> Path:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
-def assert_intact(folder: Path, seed: int = 0) -> None:
-    verify_checkpoint(folder)
+def assert_intact(folder: Path, seed: int = 0, state: dict[str, Any] = STATE_OF_4) -> None:
+    assert verify_checkpoint(folder) == state
     found = zeros_like(tensors())
     read_tensors(folder, found, SINGLE_PROCESS)
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors(seed).items())
 
 
-def test_state_and_tensors_are_read_back_bit_for_bit(folder: Path) -> None:
-    assert verify_checkpoint(folder) == STATE_OF_4
+def test_the_manifest_names_every_other_file_and_nan_becomes_null(folder: Path, tmp_path: Path) -> None:
     assert_intact(folder)
-    assert [path.name for path in folder.parent.iterdir()] == ["step-00000004"]
-
-
-def test_nan_and_infinity_become_null_in_the_state(tmp_path: Path) -> None:
-    write_checkpoint(
-        tmp_path / "c", tensors(), {"step": 1, "loss": float("nan"), "best": [1, float("inf")]}, SINGLE_PROCESS
-    )
-    assert verify_checkpoint(tmp_path / "c") == {"step": 1, "loss": None, "best": [1, None]}
-
-
-def test_the_manifest_names_every_other_file(folder: Path) -> None:
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
     stored = json.loads((folder / MANIFEST).read_text())
-    assert {*stored["files"], MANIFEST} == files(folder).keys() >= {STATE, ".metadata"}
+    assert files(folder).keys() == {STATE, MANIFEST, SHARD}
     assert {name: file["bytes"] for name, file in stored["files"].items()} == {
         name: len(content) for name, content in files(folder).items() if name != MANIFEST
     }
+    write_checkpoint(tmp_path / "c", {}, {"loss": float("nan"), "best": [1, float("inf")]}, SINGLE_PROCESS)
+    assert verify_checkpoint(tmp_path / "c") == {"loss": None, "best": [1, None]}
+
+
+def test_large_tensors_are_spread_over_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Because safetensors builds each file in memory."""
+    monkeypatch.setattr(storage, "FILE_BYTES", 200)
+    write_checkpoint(tmp_path / "c", tensors(), STATE_OF_4, SINGLE_PROCESS)
+    sizes = [len(content) for name, content in files(tmp_path / "c").items() if name.startswith("shard-")]
+    assert len(sizes) > 5
+    assert max(sizes) < 3000  # with its header
+    assert_intact(tmp_path / "c")
 
 
 def test_writing_replaces_an_older_checkpoint_and_the_leftovers_of_a_killed_run(folder: Path) -> None:
     for ending in ("partial", "replaced"):
         leftover = folder.with_name(f".{folder.name}.{ending}")
         leftover.mkdir()
-        (leftover / "__0_0.distcp").write_bytes(b"of a run that was killed")
-        (leftover / "__0_77.distcp").write_bytes(b"of a run that was killed")
+        for name in (SHARD, "shard-00001-model-00077-of-00077.safetensors"):
+            (leftover / name).write_bytes(b"of a run that was killed")
     write_checkpoint(folder, tensors(1), {"step": 4, "attempt": 2}, SINGLE_PROCESS)
-    assert verify_checkpoint(folder) == {"step": 4, "attempt": 2}
-    assert_intact(folder, 1)
-    assert "__0_77.distcp" not in files(folder)
+    assert_intact(folder, 1, {"step": 4, "attempt": 2})
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
 
@@ -125,238 +124,135 @@ def test_all_files_are_synced_before_the_folder_gets_its_name(tmp_path: Path, mo
 # Damage
 
 
-def damage(path: Path, kind: str, rng: random.Random) -> None:
-    content = bytearray(path.read_bytes())
+def damaged(content: bytes, kind: str, rng: random.Random) -> bytes:
+    at = rng.randrange(len(content))
     if kind == "flipped":
-        content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
-    elif kind == "short":
-        del content[rng.randrange(len(content)) :]
-    elif kind == "long":
-        content += rng.randbytes(1 + rng.randrange(9))
-    path.unlink()
-    if kind == "folder":
-        path.mkdir()
-    elif kind != "gone":
+        return content[:at] + bytes([content[at] ^ 1 << rng.randrange(8)]) + content[at + 1 :]
+    return content[:at] if kind == "short" else content + rng.randbytes(1 + rng.randrange(9))
+
+
+@pytest.mark.parametrize("name", [SHARD, STATE, MANIFEST])
+def test_all_damage_is_detected_and_named(name: str, folder: Path) -> None:
+    rng, intact, path = random.Random(name), files(folder)[name], folder / name
+    one_line = re.compile(rf"^{re.escape(str(path))} [^\n]*$")
+    every_byte = [intact[:i] + bytes([intact[i] ^ (1 << i % 8)]) + intact[i + 1 :] for i in range(len(intact))]
+    contents = every_byte if name == MANIFEST else rng.sample(every_byte, 40)
+    contents += [damaged(intact, kind, rng) for kind in ("flipped", "short", "long") for _ in range(15)]
+    for content in contents:
         path.write_bytes(content)
-
-
-@pytest.mark.parametrize("kind", ["flipped", "short", "long", "gone", "folder"])
-@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", STATE, MANIFEST])
-@pytest.mark.parametrize("trusted", [False, True])
-def test_all_damage_is_detected(name: str, kind: str, trusted: bool, folder: Path) -> None:
-    rng, intact = random.Random(f"{name} {kind}"), files(folder)
-    for _ in range(25):
-        damage(folder / name, kind, rng)
-        with pytest.raises(DamagedCheckpoint, match=re.escape(str(folder / name))) as caught:
-            verify_checkpoint(folder, trusted)
-        assert "\n" not in str(caught.value)
-        if kind == "folder":
-            (folder / name).rmdir()
-        (folder / name).write_bytes(intact[name])
-    verify_checkpoint(folder)
-
-
-def test_every_changed_byte_of_the_manifest_is_detected(folder: Path) -> None:
-    path = folder / MANIFEST
-    intact = path.read_bytes()
-    for i in range(len(intact)):
-        path.write_bytes(intact[:i] + bytes([intact[i] ^ (1 << i % 8)]) + intact[i + 1 :])
-        with pytest.raises((DamagedCheckpoint, UserError)):
+        with pytest.raises(DamagedCheckpoint, match=one_line):
             verify_checkpoint(folder)
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["", "{", "[]", "null", "5", '"text"', "{}", '{"format": 2}', '{"format": 2, "files": []}', "\0" * 200, "[" * 5000],
-)
-@pytest.mark.parametrize("trusted", [False, True])
-def test_a_manifest_with_other_content_is_damaged(text: str, trusted: bool, folder: Path) -> None:
-    (folder / MANIFEST).write_text(text)
-    with pytest.raises(DamagedCheckpoint, match=re.escape(f"{folder / MANIFEST} ")):
-        verify_checkpoint(folder, trusted)
-
-
-def test_a_manifest_that_is_not_text_is_damaged(folder: Path) -> None:
-    (folder / MANIFEST).write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(DamagedCheckpoint, match=f"{MANIFEST} cannot be read"):
-        verify_checkpoint(folder)
-
-
-def test_the_message_says_what_is_damaged(folder: Path) -> None:
-    path, content = folder / "__0_0.distcp", (folder / "__0_0.distcp").read_bytes()
-    path.write_bytes(content[:10])
-    with pytest.raises(DamagedCheckpoint, match=rf"__0_0.distcp has 10 bytes, not {len(content):,}$"):
-        verify_checkpoint(folder)
-    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    with pytest.raises(DamagedCheckpoint, match=r"was changed since it was written \(SHA-256 differs\)"):
-        verify_checkpoint(folder)
     path.unlink()
-    with pytest.raises(DamagedCheckpoint, match=r"__0_0.distcp cannot be read \(No such file or directory\)"):
+    with pytest.raises(DamagedCheckpoint, match=one_line):
         verify_checkpoint(folder)
-
-
-def test_a_missing_or_empty_folder_is_damaged(tmp_path: Path) -> None:
-    with pytest.raises(DamagedCheckpoint, match=f"{MANIFEST} cannot be read"):
-        verify_checkpoint(tmp_path / "gone")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(DamagedCheckpoint, match=f"{MANIFEST} cannot be read"):
-        verify_checkpoint(tmp_path / "empty")
-
-
-def test_files_that_the_manifest_does_not_name_are_ignored(folder: Path) -> None:
-    (folder / ".DS_Store").write_bytes(b"written by a file browser")
-    (folder / "notes").mkdir()
-    assert verify_checkpoint(folder) == STATE_OF_4
+    path.mkdir()
+    with pytest.raises(DamagedCheckpoint, match=one_line):
+        verify_checkpoint(folder)
+    path.rmdir()
+    path.write_bytes(intact)
     assert_intact(folder)
 
 
-def test_a_copy_and_a_link_to_it_are_intact(folder: Path, tmp_path: Path) -> None:
+def test_a_manifest_with_other_content_is_damaged(folder: Path, tmp_path: Path) -> None:
+    texts = ["", "{", "[]", "null", "5", '"text"', "{}", '{"format": 2}', '{"format": 3, "files": []}', "[" * 5000]
+    for content in (*map(str.encode, texts), b"\0" * 200, b"\xff\xfe\x00"):
+        (folder / MANIFEST).write_bytes(content)
+        with pytest.raises(DamagedCheckpoint, match=re.escape(f"{folder / MANIFEST} ")):
+            verify_checkpoint(folder)
+    with pytest.raises(DamagedCheckpoint, match=f"{MANIFEST} cannot be read"):
+        verify_checkpoint(tmp_path / "gone")
+
+
+def test_what_a_file_browser_adds_is_ignored_and_a_copy_or_a_link_is_intact(folder: Path, tmp_path: Path) -> None:
+    for name in (".DS_Store", f"._{SHARD}", SHARD.replace("00001", "00002")):
+        (folder / name).write_bytes(b"no tensors")
+    (folder / "notes").mkdir()
     shutil.copytree(folder, tmp_path / "copy")
     (tmp_path / "link").symlink_to(tmp_path / "copy")
-    assert_intact(tmp_path / "copy")
-    assert_intact(tmp_path / "link")
+    for path in (folder, tmp_path / "copy", tmp_path / "link"):
+        assert_intact(path)
 
 
-# Checkpoints of other users
-
-
-def become_another_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "another user"))
-
-
-def test_another_users_checkpoint_is_rejected_unless_trusted(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    become_another_user(tmp_path, monkeypatch)
-    with pytest.raises(UserError, match=r"was not written by a run of yours .* give --trust-checkpoint if you trust"):
-        verify_checkpoint(folder)
-    assert verify_checkpoint(folder, trusted=True) == STATE_OF_4
-
-
-def test_damage_is_reported_before_the_author(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    become_another_user(tmp_path, monkeypatch)
-    (folder / ".metadata").write_bytes(b"")
-    for trusted in (False, True):
-        with pytest.raises(DamagedCheckpoint):
-            verify_checkpoint(folder, trusted)
-
-
-def test_a_changed_checkpoint_with_a_new_digest_is_rejected(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Anyone can compute a SHA-256, but only the key's owner can sign."""
-    (folder / ".metadata").write_bytes(b"executes code when it is loaded")
-    signature = json.loads((folder / MANIFEST).read_text())["signature"]
-    with monkeypatch.context() as patch:
-        become_another_user(tmp_path, patch)
-        digests = {path.name: checkpoint.file_digest(path) for path in folder.iterdir() if path.name != MANIFEST}
-        forged = json.loads(manifest_text(digests))
-    body = {key: forged[key] for key in ("format", "files")}
-    for signed in (forged["signature"], signature, None, "", "ü", 5):
-        (folder / MANIFEST).write_text(with_digest(body | {"signature": signed}))
-        with pytest.raises(UserError, match="was not written by a run of yours"):
-            verify_checkpoint(folder)
-
-
-def test_without_a_folder_for_the_key_checkpoints_are_written_unsigned(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "state").write_text("a file where a folder should be")
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    write_checkpoint(tmp_path / "c", tensors(), STATE_OF_4, SINGLE_PROCESS)
-    with pytest.raises(UserError, match="--trust-checkpoint"):
-        verify_checkpoint(tmp_path / "c")
-    assert verify_checkpoint(tmp_path / "c", trusted=True) == STATE_OF_4
-
-
-def test_another_format_is_reported_as_such(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "FORMAT", 7)
-        write_checkpoint(folder, tensors(), STATE_OF_4, SINGLE_PROCESS)
-    with pytest.raises(
-        UserError, match="has checkpoint format 7, and this version reads 2: resume it with the version that wrote"
-    ):
+@pytest.mark.parametrize("found", [1, 2, 7])
+def test_another_format_is_refused_unopened(found: int, folder: Path) -> None:
+    (folder / MANIFEST).write_text(with_digest({"format": found, "files": {".metadata": {}}, "signature": "a"}))
+    with pytest.raises(UserError, match=rf"^{re.escape(str(folder))} .*format {found},.* reads 3: .*--weights"):
         verify_checkpoint(folder)
 
 
 # Reading into tensors of another run
 
 
+LONGER, TURNED, HALF = (f"model.{torch.float32}.{shape}" for shape in ((7,), (3, 5), (1,)))
+
+
 @pytest.mark.parametrize(
-    "change",
+    ("change", "named"),
     [
-        lambda named: named | {"model.new": torch.zeros(3)},
-        lambda named: named | {f"model.{torch.float32}.(7,)": torch.zeros(8)},
-        lambda named: named | {f"model.{torch.float32}.(3, 5)": torch.zeros(5, 3)},
+        ({"model.new": torch.zeros(3)}, ["model.new"]),
+        ({LONGER: torch.zeros(8)}, [LONGER, "(7,)", "(8,)"]),
+        ({TURNED: torch.zeros(5, 3)}, [TURNED, "(3, 5)", "(5, 3)"]),
+        ({HALF: torch.zeros(1).bfloat16()}, [HALF, "torch.float32", "torch.bfloat16"]),
+        ({TURNED: None}, [TURNED]),
     ],
-    ids=["missing", "longer", "transposed"],
+    ids=["missing", "longer", "transposed", "another dtype", "unexpected"],
 )
-def test_tensors_that_do_not_fit_are_reported(
-    change: Callable[[dict[str, Tensor]], dict[str, Tensor]], folder: Path
-) -> None:
-    with pytest.raises(RunError, match=re.escape(f"{folder} does not fit this run: ")):
-        read_tensors(folder, change(zeros_like(tensors())), SINGLE_PROCESS)
+def test_tensors_that_do_not_fit_are_named(change: dict[str, Any], named: list[str], folder: Path) -> None:
+    wanted = {name: tensor for name, tensor in (zeros_like(tensors()) | change).items() if tensor is not None}
+    with pytest.raises(RunError, match=re.escape(f"{folder} does not fit this run: ")) as caught:
+        read_tensors(folder, wanted, SINGLE_PROCESS)
+    assert all(part in str(caught.value) for part in (*named, "start a new run from its weights"))
+    assert not any(tensor.any() for tensor in wanted.values())  # nothing was read
 
 
 # Failures to write
 
 
-def test_a_file_in_place_of_the_folder(tmp_path: Path) -> None:
-    (tmp_path / "checkpoints").write_text("a file")
-    with pytest.raises(RunError, match=r"cannot be written .*free some space or repair the storage"):
-        write_checkpoint(tmp_path / "checkpoints" / "step-00000004", tensors(), STATE_OF_4, SINGLE_PROCESS)
-    assert (tmp_path / "checkpoints").read_text() == "a file"
-
-
 @LINUX
-def test_a_folder_without_write_permission(folder: Path) -> None:
+def test_a_folder_that_cannot_be_written(folder: Path, tmp_path: Path) -> None:
     folder.parent.chmod(0o555)
     with without_privileges(), pytest.raises(RunError, match=r"cannot be written \(Permission denied\)"):
         write_checkpoint(folder.with_name("step-00000008"), tensors(1), STATE_OF_4, SINGLE_PROCESS)
     folder.parent.chmod(0o755)
     assert_intact(folder)
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+    (tmp_path / "file").write_text("a file")
+    with pytest.raises(RunError, match=r"cannot be written .*free some space or repair the storage"):
+        write_checkpoint(tmp_path / "file" / "step-00000004", tensors(), STATE_OF_4, SINGLE_PROCESS)
+    assert (tmp_path / "file").read_text() == "a file"
 
 
-@pytest.mark.parametrize("replaces", [False, True])
-@pytest.mark.parametrize("stage", ["tensors", "state", "manifest", "old", "new"])
+@pytest.mark.parametrize(
+    ("stage", "replaces"),
+    [(stage, replaces) for stage in ("tensors", "state", "manifest", "new") for replaces in (False, True)]
+    + [("old", True)],
+)
 def test_a_failure_leaves_earlier_checkpoints_unchanged(
     stage: str, replaces: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whichever stage of writing fails, for a new checkpoint and for one that replaces another."""
     target = folder if replaces else folder.with_name("step-00000008")
-    if stage == "old" and not replaces:
-        return
     full = OSError(errno.ENOSPC, "No space left on device")
-    write_synced, rename = checkpoint.write_synced, Path.rename
+    file = {"tensors": SHARD, "state": STATE, "manifest": MANIFEST}.get(stage)
+    name = {"old": f".{target.name}.replaced", "new": target.name}.get(stage)
+    fsync, rename = os.fsync, Path.rename
 
-    def fails(*words: Any, **options: Any) -> None:
-        raise full
-
-    def failing_write(path: Path, text: str) -> None:
-        if path.name == {"state": STATE, "manifest": MANIFEST}[stage]:
-            path.write_text(text[:10])
+    def failing_fsync(handle: int) -> None:
+        if Path(f"/proc/self/fd/{handle}").readlink().name == file:
             raise full
-        write_synced(path, text)
+        fsync(handle)
 
     def failing_rename(self: Path, to: Path) -> Path:
-        if to.name == {"old": f".{target.name}.replaced", "new": target.name}[stage] and "partial" in self.name + stage:
-            raise full
-        if stage == "old" and to.name.endswith(".replaced"):
+        if to.name == name and self.suffix != ".replaced":
             raise full
         return rename(self, to)
 
     with monkeypatch.context() as patch:
-        if stage == "tensors":
-            patch.setattr(os, "fsync", fails)
-        elif stage in ("state", "manifest"):
-            patch.setattr(checkpoint, "write_synced", failing_write)
-        else:
-            patch.setattr(Path, "rename", failing_rename)
+        patch.setattr(os, "fsync", failing_fsync)
+        patch.setattr(Path, "rename", failing_rename)
         with pytest.raises(RunError, match=r"cannot be written \(.*No space left on device\)"):
             write_checkpoint(target, tensors(1), {"step": 8}, SINGLE_PROCESS)
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
-    assert verify_checkpoint(folder) == STATE_OF_4
     assert_intact(folder)
     write_checkpoint(target, tensors(1), {"step": 8}, SINGLE_PROCESS)  # works once there is space again
-    assert_intact(target, 1)
+    assert_intact(target, 1, {"step": 8})

@@ -41,13 +41,10 @@ def test_a_run_writes_its_folder(digits_run) -> None:
     assert summary == {"out": str(out)} | json.loads((out / "summary.json").read_text())
     assert summary.keys() >= SUMMARY_KEYS
     assert {path.name for path in out.iterdir()} == {
-        *("recipe.json", "metrics.jsonl", "tensorboard", "checkpoints", "model.safetensors"),
+        *("recipe.json", "metrics.jsonl", "tensorboard", "starts.json", "model.safetensors"),
         *("report.html", "per_class.csv", "examples", "summary.json", "consumed.jsonl", ".lock"),
     }
     assert any(path.stat().st_size for path in (out / "tensorboard").glob("events.out.tfevents.*"))
-    assert {path.name for path in (out / "checkpoints").iterdir()} == {
-        *("best.safetensors", "last.safetensors", "step-00000040"),
-    }
     assert "</html>" in (out / "report.html").read_text()
 
 
@@ -318,7 +315,9 @@ def test_the_library_in_four_lines(digits_run, tmp_path) -> None:
 
 
 def test_an_unknown_name_says_what_there_is() -> None:
-    with pytest.raises(AttributeError, match=r"no attribute 'lod'.*create, load, predict, push_to_hub, resize, save"):
+    with pytest.raises(
+        AttributeError, match=r"no attribute 'lod'.*create, features, load, predict, push_to_hub, resize, save"
+    ):
         allmlp.lod  # noqa: B018
     assert {"create", "load", "predict", "push_to_hub", "resize", "save"} <= set(dir(allmlp))
 

@@ -242,7 +242,7 @@ def test_one_learning_rate_is_one_plain_run(tuned) -> None:
     folder, answer = tuned
     summary = json.loads(answer.out)
     assert {path.name for path in (folder / "run").iterdir()} == {
-        *("recipe.json", "metrics.jsonl", "tensorboard", "checkpoints", "model.safetensors"),
+        *("recipe.json", "metrics.jsonl", "tensorboard", "checkpoints", "starts.json", "model.safetensors"),
         *("report.html", "per_class.csv", "examples", "summary.json", "consumed.jsonl", ".lock"),
     }
     assert not {"search", "learning_rate", "test_top1s"} & summary.keys()

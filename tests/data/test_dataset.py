@@ -1,17 +1,14 @@
 """Loaders, evaluation and the report ask of a dataset no more than the ``Dataset`` protocol."""
 
-from collections.abc import Sequence
-
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch import Tensor
 
-from allmlp.data.dataset import Dataset, ImageDataset
+from allmlp.data.dataset import Dataset
 from allmlp.data.decode import UnreadableImage
-from allmlp.data.loader import UnreadableImages, default_workers, evaluation_batches, training_batches
-from allmlp.data.stores import ArrayStore, FolderStore, ZipStore
+from allmlp.data.loader import UnreadableImages, evaluation_batches, training_batches
 from allmlp.data.transforms import EvaluationTransform, TrainingTransform
 from allmlp.evaluation.classification import classify
 from allmlp.evaluation.run_report import choose_examples, make_example
@@ -22,16 +19,6 @@ EVALUATION = EvaluationTransform(image_size=(2, 2), preprocessing=EXACT)
 TRAINING = TrainingTransform(image_size=(2, 2), preprocessing=EXACT, crop="none", crop_padding=0, flip=False)
 
 
-class Names(Sequence[str]):
-    """A sequence of computed names, not a tuple of strings."""
-
-    def __len__(self) -> int:
-        return 6
-
-    def __getitem__(self, index: int) -> str:
-        return f"image {range(6)[index]}"
-
-
 class Squares:
     """Six generated images: image i has the level 10 · i. Image 4 is unreadable."""
 
@@ -39,7 +26,7 @@ class Squares:
 
     def __init__(self) -> None:
         self.classes, self.labels = ["even", "odd"], np.arange(6) % 2
-        self.names, self.in_memory = Names(), True
+        self.names, self.in_memory = [f"image {i}" for i in range(6)], True
 
     def __len__(self) -> int:
         return 6
@@ -63,50 +50,26 @@ class Parity:
         return torch.nn.functional.one_hot(self.features(images).long() % 2, 2).float()
 
 
-@pytest.fixture
-def squares() -> Dataset:
-    return Squares()
+SQUARES: Dataset = Squares()
 
 
 @pytest.mark.parametrize("workers", [None, 2])
-def test_batches(squares: Dataset, workers: int | None) -> None:
-    (batch,) = evaluation_batches(squares, EVALUATION, batch_size=6, workers=workers)
+def test_batches(workers: int | None) -> None:
+    (batch,) = evaluation_batches(SQUARES, EVALUATION, batch_size=6, workers=workers)
     assert batch.images[:, 0, 0, 0].tolist() == [0, 10, 20, 30, 0, 50]
     assert batch.labels.tolist() == [0, 1, 0, 1, 0, 1]
     assert batch.problems == [(4, "image 4 is missing")]
-    for batch in training_batches(squares, TRAINING, batch_size=3, steps=4, seed=0, workers=workers):
+    for batch in training_batches(SQUARES, TRAINING, batch_size=3, steps=4, seed=0, workers=workers):
         assert batch.images[batch.valid][:, 0, 0, 0].tolist() == (10 * batch.indices[batch.valid]).tolist()
 
 
-def test_evaluation_and_report(squares: Dataset) -> None:
-    result = classify(Parity(), squares, device=torch.device("cpu"), precision=torch.float32, batch_size=4)
-    assert result.top1 == 1
-    assert result.indices.tolist() == [0, 1, 2, 3, 5]
+def test_evaluation_and_report() -> None:
+    result = classify(Parity(), SQUARES, device=torch.device("cpu"), precision=torch.float32, batch_size=4)
+    assert (result.top1, result.indices.tolist()) == (1, [0, 1, 2, 3, 5])
     assert result.unreadable == {"image 4": "image 4 is missing"}
     assert [row.name for row in result.per_class()] == ["even", "odd"]
-    examples = [make_example(result, row, squares.read(int(result.indices[row]))) for row in choose_examples(result)]
-    assert [(example.name, example.label) for example in examples[:3]] == [
-        ("image 0", "even"),
-        ("image 1", "odd"),
-        ("image 2", "even"),
-    ]
-
-
-def test_unreadable_images_have_names(squares: Dataset) -> None:
-    unreadable = UnreadableImages(squares, limit=1.0)
+    examples = [make_example(result, row, SQUARES.read(int(result.indices[row]))) for row in choose_examples(result)]
+    assert [(e.name, e.label) for e in examples[:3]] == [("image 0", "even"), ("image 1", "odd"), ("image 2", "even")]
+    unreadable = UnreadableImages(SQUARES, limit=1.0)
     unreadable.add([(4, "image 4 is missing")])
     assert unreadable.names == ["image 4"]
-
-
-def test_a_dataset_in_memory_needs_no_workers(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.cpu_count", lambda: 4)
-    names = tuple(map(str, range(200)))
-    stores = {
-        ArrayStore(np.zeros((200, 1, 1, 3), np.uint8), names): 0,
-        FolderStore(tmp_path): 4,
-        ZipStore(tmp_path / "a.zip"): 4,
-    }
-    for store, workers in stores.items():
-        dataset: Dataset = ImageDataset(store=store, names=names, labels=np.zeros(200, np.int64), classes=("a",))
-        assert dataset.in_memory is (workers == 0)
-        assert default_workers(dataset) == workers

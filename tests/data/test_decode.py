@@ -13,7 +13,6 @@ import pytest
 from PIL import Image, features
 
 from allmlp.data.decode import FORMATS, MAX_PIXELS, UnreadableImage, decode, is_image_name
-from allmlp.errors import UserError
 
 RED, GREEN, BLUE, YELLOW = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0)
 ORIENTATION = 0x0112
@@ -87,7 +86,7 @@ def tiff(width: int, strip: bytes, bits: tuple[int, ...], photometric: int, **ex
 
 
 # Orientation (EXIF 2.32, tag 0x0112) → how to store an upright image so that this orientation restores it
-STORED_BY_ORIENTATION = {
+STORED = {
     1: lambda a: a,
     2: lambda a: a[:, ::-1],
     3: lambda a: a[::-1, ::-1],
@@ -97,115 +96,83 @@ STORED_BY_ORIENTATION = {
     7: lambda a: a[::-1, ::-1].transpose(1, 0, 2),
     8: lambda a: np.rot90(a, -1),
 }
+SHARP = {"quality": 95, "subsampling": 0}  # a JPEG within 4 levels
+OTHERS = {"save_all": True, "append_images": [Image.new("RGB", (48, 32), c) for c in ("black", "white")]}
+ENCODINGS = [  # format, options
+    *[("JPEG", SHARP | more) for more in ({}, {"progressive": True})],
+    *[("PNG", more) for more in ({}, OTHERS)],
+    *[("WEBP", {"lossless": True} | more) for more in ({}, OTHERS)],
+    *[("TIFF", more) for more in ({}, {"compression": "tiff_lzw"}, {"big_tiff": True}, OTHERS)],
+    *[("GIF", more) for more in ({}, OTHERS)],
+    ("BMP", {}),
+    ("MPO", SHARP | OTHERS),
+]
 
 
-@pytest.mark.parametrize("orientation", STORED_BY_ORIENTATION)
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "compressed TIFF", "MPO"])
-def test_orientation_is_applied_once(kind: str, orientation: int) -> None:
-    stored = Image.fromarray(np.ascontiguousarray(STORED_BY_ORIENTATION[orientation](np.asarray(quarters()))))
-    exif = Image.Exif()
-    exif[ORIENTATION] = orientation
-    options = {
-        "JPEG": {"quality": 95, "subsampling": 0},
-        "MPO": {"quality": 95, "subsampling": 0, "save_all": True, "append_images": [Image.new("RGB", (8, 8))]},
-        "WEBP": {"lossless": True},
-        "compressed TIFF": {"compression": "tiff_lzw"},
-    }.get(kind, {})
-    data = encode(stored, kind.split()[-1], exif=exif, **options)
-    assert_same(data, quarters(), within=4 if kind in ("JPEG", "MPO") else 0)
-    assert ORIENTATION not in decode(data, "photo").getexif()  # so that it is not applied a second time
+@pytest.mark.parametrize(("kind", "options"), ENCODINGS)
+def test_every_format_gives_the_same_upright_image(kind: str, options: dict) -> None:
+    """Of several frames the first; its orientation is applied once."""
+    within, several = 4 if kind in ("JPEG", "MPO") else 0, "save_all" in options and kind != "MPO"
+    data = encode(quarters(), kind, **options)
+    assert_same(data, quarters(), within)
+    if several:
+        assert getattr(Image.open(io.BytesIO(data)), "n_frames", 1) == 3
+    for size in ((1, 1), (1, 7), (7, 1)):
+        assert decode(encode(Image.new("RGB", size), kind), "dot").size == size
+    for orientation, store in {}.items() if kind in ("GIF", "BMP") or several else STORED.items():
+        exif = Image.Exif()
+        exif[ORIENTATION] = orientation
+        stored = Image.fromarray(np.ascontiguousarray(store(np.asarray(quarters()))))
+        data = encode(stored, kind, exif=exif, **options)
+        assert_same(data, quarters(), within)
+        assert ORIENTATION not in decode(data, "photo").getexif()
 
 
-def test_orientation_of_gray_and_16_bit() -> None:
+def test_modes() -> None:
+    """CMYK is inverted in JPEG (by Adobe and Pillow), not inverted in TIFF."""
     exif = Image.Exif()
     exif[ORIENTATION] = 6
     for image in (Image.new("L", (2, 1)), Image.new("I;16", (2, 1))):
         image.putpixel((1, 0), 255 if image.mode == "L" else 65535)
         assert pixels(encode(image, "PNG", exif=exif))[:, 0, 0].tolist() == [0, 255]
-
-
-@pytest.mark.parametrize(
-    ("kind", "options", "within"),
-    [
-        ("JPEG", {"quality": 95, "subsampling": 0}, 4),
-        ("JPEG", {"quality": 95, "subsampling": 0, "progressive": True}, 4),
-        ("PNG", {}, 0),
-        ("WEBP", {"lossless": True}, 0),
-        ("BMP", {}, 0),
-        ("GIF", {}, 0),
-        ("TIFF", {}, 0),
-        ("TIFF", {"compression": "tiff_adobe_deflate"}, 0),
-        ("TIFF", {"big_tiff": True}, 0),
-    ],
-)
-def test_formats_agree(kind: str, options: dict, within: int) -> None:
-    assert_same(encode(quarters(), kind, **options), quarters(), within)
-
-
-@pytest.mark.parametrize("kind", ["JPEG", "TIFF"])
-def test_cmyk(kind: str) -> None:
-    """Inverted in JPEG (by Adobe and Pillow), not inverted in TIFF."""
-    data = encode(quarters().convert("CMYK"), kind, **({"quality": 95} if kind == "JPEG" else {}))
-    if kind == "JPEG":
-        assert b"Adobe" in data
-    assert_same(data, quarters(), within=4 if kind == "JPEG" else 0)
-
-
-def test_ycbcr_and_lab() -> None:
+    assert_same(encode(quarters().convert("CMYK"), "JPEG", quality=95), quarters(), within=4)
+    assert_same(encode(quarters().convert("CMYK"), "TIFF"), quarters())
     assert_same(encode(quarters().convert("YCbCr"), "TIFF", compression="raw"), quarters(), within=2)
     if features.check("littlecms2"):
         gray = Image.new("RGB", (4, 4), (119, 119, 119))
         assert_same(encode(Image.new("LAB", (4, 4), (127, 128, 128)), "TIFF"), gray, within=3)
-
-
-def test_palette_gray_and_one_bit() -> None:
-    assert_same(encode(quarters().quantize(4), "PNG"), quarters())
-    gray = Image.linear_gradient("L")
-    for kind in ("PNG", "BMP", "TIFF", "GIF"):
-        assert_same(encode(gray, kind), gray.convert("RGB"))
     bits = Image.new("1", (9, 3), 0)
     bits.putpixel((8, 2), 1)
-    for kind in ("PNG", "BMP", "TIFF", "GIF"):
-        assert_same(encode(bits, kind), bits.convert("RGB"))
+    for image in (quarters().quantize(4), Image.linear_gradient("L"), bits):
+        for kind in ("PNG", "BMP", "TIFF", "GIF"):
+            assert_same(encode(image, kind), image.convert("RGB"))
 
 
-def test_transparent_palette() -> None:
-    palette = Image.new("P", (2, 1))
-    palette.putpalette([*RED, *BLUE])
-    palette.putpixel((1, 0), 1)
-    one_clear = [list(RED), [255, 255, 255]]
-    assert pixels(encode(palette, "PNG", transparency=1))[0].tolist() == one_clear
-    assert pixels(encode(palette, "GIF", transparency=1))[0].tolist() == one_clear
-    graded = pixels(encode(palette, "PNG", transparency=bytes([255, 51])))[0].tolist()
-    assert graded == [list(RED), [204, 204, 255]]  # blue at 51/255: 0.2 · 0 + 0.8 · 255
-    table = [0] * 768  # all reds, all greens, all blues, in 16 bits
-    table[0], table[512 + 1] = 65535, 65535
-    beside = tiff(
-        2, bytes([0, 255, 1, 51]), (8, 8), 3, tag_320=tuple(table), tag_338=(2,)
-    )  # index, alpha, index, alpha
-    assert pixels(beside)[0].tolist() == [list(RED), [204, 204, 255]]
-
-
-def test_alpha_over_white() -> None:
+def test_transparency_over_white() -> None:
+    """Alpha, transparent palette entries, and the tRNS chunk of PNGs at every depth."""
     half = (255, 127, 127)  # 255 · (1 − 128/255) = 127
     for kind, options in (("PNG", {}), ("WEBP", {"lossless": True}), ("TIFF", {})):
         assert first_pixel(encode(Image.new("RGBA", (3, 2), (*RED, 128)), kind, **options)) == half
-        clear = Image.new("RGBA", (3, 2), (0, 0, 0, 0))
-        assert first_pixel(encode(clear, kind, **options)) == (255, 255, 255)
+        assert first_pixel(encode(Image.new("RGBA", (3, 2), (0, 0, 0, 0)), kind, **options)) == (255, 255, 255)
     assert first_pixel(encode(Image.new("LA", (3, 2), (0, 128)), "PNG")) == (127, 127, 127)
     assert first_pixel(tiff(1, bytes([64, 128]), (8, 8), 1, tag_338=(1,))) == (191, 191, 191)  # premultiplied: 64 + 127
-
-
-def test_transparent_color() -> None:
-    """The tRNS chunk of images with neither palette nor alpha, at every depth. Other colors are unchanged."""
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([*RED, *BLUE])
+    palette.putpixel((1, 0), 1)
+    for kind in ("PNG", "GIF"):
+        assert pixels(encode(palette, kind, transparency=1))[0].tolist() == [list(RED), [255, 255, 255]]
+    table = [0] * 768  # all reds, all greens, all blues, in 16 bits
+    table[0], table[512 + 1] = 65535, 65535
+    beside = tiff(2, bytes([0, 255, 1, 51]), (8, 8), 3, tag_320=tuple(table), tag_338=(2,))  # index, alpha, …
+    for data in (encode(palette, "PNG", transparency=bytes([255, 51])), beside):
+        assert pixels(data)[0].tolist() == [list(RED), [204, 204, 255]]  # blue at 51/255: 0.2 · 0 + 0.8 · 255
     gray = Image.new("L", (2, 1), 7)
     gray.putpixel((1, 0), 8)
     assert pixels(encode(gray, "PNG", transparency=7))[0, :, 0].tolist() == [255, 8]
     red_blue = Image.new("RGB", (2, 1), RED)
     red_blue.putpixel((1, 0), BLUE)
     assert pixels(encode(red_blue, "PNG", transparency=RED))[0].tolist() == [[255] * 3, list(BLUE)]
-    bits = Image.new("1", (2, 1), 0)
-    assert first_pixel(encode(bits, "PNG", transparency=0)) == (255, 255, 255)
+    assert first_pixel(encode(Image.new("1", (2, 1), 0), "PNG", transparency=0)) == (255, 255, 255)
     four_bits = png((2, 1), 4, 0, b"\0\x35", (b"tRNS", struct.pack(">H", 3)))
     assert pixels(four_bits)[0, :, 0].tolist() == [255, 5 * 17]
     wide = png((2, 1), 16, 0, b"\0" + struct.pack(">2H", 514, 513), (b"tRNS", struct.pack(">H", 514)))
@@ -233,13 +200,6 @@ def test_16_bit_gray_is_scaled_not_clipped() -> None:
     assert pixels(twelve)[0, :, 0].tolist() == [255, 128]
 
 
-def test_32_bit_gray_beyond_16_bits_is_rejected() -> None:
-    for value in (-1, 65536):
-        message = rejection(encode(Image.new("I", (2, 2), value), "TIFF"))
-        assert "65535" in message
-        assert "save it with 8 or 16 bits" in message
-
-
 def test_16_bit_color() -> None:
     color = png((2, 1), 16, 2, b"\0" + struct.pack(">6H", 0, 32896, 65535, 65535, 257, 0))
     assert pixels(color)[0].tolist() == [[0, 128, 255], [255, 1, 0]]
@@ -249,30 +209,6 @@ def test_16_bit_color() -> None:
     assert first_pixel(gray_with_alpha) == (127, 127, 127)
 
 
-@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF", "MPO"])
-def test_of_several_frames_the_first(kind: str) -> None:
-    options = {"WEBP": {"lossless": True}, "MPO": {"quality": 95, "subsampling": 0}}.get(kind, {})
-    others = [Image.new("RGB", (48, 32), "black"), Image.new("RGB", (48, 32), "white")]
-    data = encode(quarters(), kind, save_all=True, append_images=others, **options)
-    with Image.open(io.BytesIO(data)) as opened:
-        assert opened.n_frames == 3
-        assert opened.format == kind
-    assert_same(data, quarters(), within=4 if kind == "MPO" else 0)
-
-
-@pytest.mark.parametrize("kind", FORMATS)
-@pytest.mark.parametrize("size", [(1, 1), (1, 7), (7, 1)])
-def test_tiny(kind: str, size: tuple[int, int]) -> None:
-    assert decode(encode(Image.new("RGB", size), kind), "dot").size == size
-
-
-def test_result_holds_pixels_alone() -> None:
-    image = decode(encode(quarters(), "JPEG", comment=b"x" * 999), "photo")
-    assert type(image) is Image.Image
-    assert image.info == {}
-    assert pickle.loads(pickle.dumps(image)).tobytes() == image.tobytes()
-
-
 def test_image_names() -> None:
     assert all(is_image_name(name) for name in ("a.jpg", "A.JPEG", "dir.x/b.Png", "c.tif", "d.TIFF", "e.webp", "f.gif"))
     assert not any(is_image_name(name) for name in ("jpg", "a.txt", "a.jpg.txt", "notes", ".jpg", "a.svg", "a.jpg/b"))
@@ -280,48 +216,34 @@ def test_image_names() -> None:
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")  # Pillow warns about the tags of a truncated TIFF
 def test_truncated() -> None:
-    photo = Image.effect_noise((64, 64), 90)
-    for kind in ("JPEG", "PNG", "GIF", "BMP"):
-        data = encode(photo, kind)
-        message = rejection(data[: len(data) // 2], f"photos/a.{kind.lower()}")
-        assert message == f"photos/a.{kind.lower()} cannot be read: the file is truncated; replace it or remove it"
     for kind in FORMATS:
-        data = encode(photo, kind)
-        for length in (1, 4, 13, 25, len(data) // 2):
-            rejection(data[:length])
+        data = encode(Image.effect_noise((64, 64), 90), kind)
+        *_, half = [rejection(data[:length]) for length in (1, 4, 13, 25, len(data) // 2)]
+        assert kind in ("WEBP", "TIFF") or "the file is truncated; replace it or remove it" in half
 
 
-def test_not_an_image() -> None:
-    assert "empty" in rejection(b"")
-    for data in (
-        b"hello, this is text",
-        encode(quarters(), "PPM"),
-        encode(quarters(), "ICO"),
-        b"%!PS-Adobe-3.0 EPSF\n",
+def test_what_is_no_image_is_rejected_with_its_reason() -> None:
+    flipped = bytearray(encode(quarters(), "PNG"))
+    flipped[17] ^= 1  # in the header, which a checksum guards
+    for data, reason in (
+        (b"", "empty"),
+        (b"hello, this is text", "none of JPEG, PNG"),
+        (encode(quarters(), "PPM"), "none of JPEG, PNG"),
+        (encode(quarters(), "ICO"), "none of JPEG, PNG"),
+        (png((4, 4), 8, 2, b"\0" * 52).replace(b"IDAT", b"IDAX"), "PNG is damaged"),
+        (bytes(flipped), "PNG is damaged"),
+        (encode(Image.new("F", (2, 2), 0.5), "TIFF"), "floats of unknown range; save it with 8 or 16 bits"),
+        (encode(Image.new("I", (2, 2), -1), "TIFF"), "65535; save it with 8 or 16 bits"),
+        (encode(Image.new("I", (2, 2), 65536), "TIFF"), "65535; save it with 8 or 16 bits"),
     ):
-        assert "none of JPEG, PNG" in rejection(data, "photos/a.png")
-    assert "PNG is damaged" in rejection(png((4, 4), 8, 2, b"\0" * 52).replace(b"IDAT", b"IDAX"), "photos/a.png")
-
-
-def test_damaged_png_chunk() -> None:
-    data = bytearray(encode(quarters(), "PNG"))
-    data[17] ^= 1  # in the header, which a checksum guards
-    assert "the PNG is damaged" in rejection(bytes(data))
-
-
-def test_floats_are_rejected() -> None:
-    message = rejection(encode(Image.new("F", (2, 2), 0.5), "TIFF"))
-    assert "floats" in message
-    assert "save it with 8 or 16 bits" in message
+        assert reason in rejection(data)
 
 
 def test_names_with_odd_characters_stay_on_one_line() -> None:
     with pytest.raises(UnreadableImage, match=r"^été\\n\\x1b\[2J\\udcff\.jpg cannot be read") as caught:
         decode(b"", "été\n\x1b[2J\udcff.jpg")
-    assert isinstance(caught.value, UserError)
     copy = pickle.loads(pickle.dumps(caught.value))  # as a worker process sends it
-    assert type(copy) is UnreadableImage
-    assert str(copy) == str(caught.value)
+    assert (type(copy), str(copy)) == (UnreadableImage, str(caught.value))
 
 
 def test_size_is_checked_before_decoding() -> None:
@@ -330,40 +252,26 @@ def test_size_is_checked_before_decoding() -> None:
         started = time.process_time()
         for size in ((30_000, 30_000), (10_000, 10_000)):  # above Pillow's limits for an error and for a warning
             message = rejection(png(size, 8, 2, b""), "bomb.png")
-            assert f"{size[0]} × {size[1]}" in message
-            assert f"{MAX_PIXELS:,}" in message
-            assert "--max-pixels N raises the limit" in message
+            assert f"{size[0]} × {size[1]} pixels, above the limit of {MAX_PIXELS:,}; --max-pixels N" in message
+        canvas = struct.pack("<I", 30_000 - 1)[:3]
+        body = b"WEBPVP8X" + struct.pack("<I", 10) + b"\0\0\0\0" + canvas + canvas
+        message = rejection(b"RIFF" + struct.pack("<I", len(body)) + body)
+        assert f"above the limit of {MAX_PIXELS:,}; --max-pixels N" in message
         assert time.process_time() - started < 0.2
-
-
-def test_size_of_webp_beyond_pillows_limit() -> None:
-    canvas = struct.pack("<I", 30_000 - 1)[:3]
-    body = b"WEBPVP8X" + struct.pack("<I", 10) + b"\0\0\0\0" + canvas + canvas
-    message = rejection(b"RIFF" + struct.pack("<I", len(body)) + body)
-    assert f"{MAX_PIXELS:,}" in message
-    assert "--max-pixels" in message
 
 
 @pytest.mark.parametrize("kind", FORMATS)
 def test_limit_is_the_callers(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    data = encode(quarters((4, 4)), kind)
-    message = rejection(data, max_pixels=15)
-    assert "4 × 4" in message
-    assert "15;" in message
+    data, before = encode(quarters((4, 4)), kind), Image.MAX_IMAGE_PIXELS
+    assert "4 × 4 pixels, above the limit of 15;" in rejection(data, max_pixels=15)
     assert decode(data, "photo", max_pixels=16).size == (4, 4)
+    assert before == Image.MAX_IMAGE_PIXELS
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4)  # Pillow raises an error at twice this number
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert decode(data, "photo", max_pixels=16).size == (4, 4)
 
 
-def test_default_leaves_pillows_limit_alone() -> None:
-    before = Image.MAX_IMAGE_PIXELS
-    decode(encode(quarters(), "PNG"), "photo")
-    assert before == Image.MAX_IMAGE_PIXELS
-
-
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize(
     "exif",
     [
@@ -376,9 +284,9 @@ def test_default_leaves_pillows_limit_alone() -> None:
     ],
 )
 @pytest.mark.filterwarnings("ignore")
-def test_invalid_exif_is_ignored(kind: str, exif: bytes) -> None:
-    options = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True}}.get(kind, {})
-    assert_same(encode(quarters(), kind, exif=exif, **options), quarters(), within=4)
+def test_invalid_exif_is_ignored(exif: bytes) -> None:
+    for kind, options in (("JPEG", SHARP), ("PNG", {}), ("WEBP", {"lossless": True})):
+        assert_same(encode(quarters(), kind, exif=exif, **options), quarters(), within=4)
 
 
 @pytest.mark.parametrize("kind", [*FORMATS, "MPO", "LZW"])
@@ -390,23 +298,16 @@ def test_damaged_data_decodes_or_is_rejected_in_one_line(kind: str) -> None:
     options |= {} if kind in ("BMP", "GIF") else {"exif": exif}
     options |= {"compression": "tiff_lzw"} if kind == "LZW" else {}
     whole = encode(quarters((8, 8)), kind.replace("LZW", "TIFF"), **options)
-    rng = random.Random(kind)
-    outcomes = {True: 0, False: 0}
+    rng, outcomes = random.Random(kind), set()
     for _ in range(300):
         data = bytearray(whole)
         for _ in range(rng.randint(1, 4)):  # mostly at the front, where the headers are
             data[min(rng.randrange(len(data)), rng.randrange(len(data)))] = rng.randrange(256)
         if rng.random() < 0.2:
             del data[rng.randrange(len(data)) :]
-        message = None
         try:
-            image = decode(bytes(data), "fuzz", max_pixels=1_000_000)
+            outcomes.add(decode(bytes(data), "fuzz", max_pixels=1_000_000).mode)
         except UnreadableImage as error:
-            message = str(error)
-        outcomes[message is None] += 1
-        if message is None:
-            assert image.mode == "RGB"
-        else:
-            assert message.isprintable()
-            assert "object at" not in message
-    assert all(outcomes.values())  # some of the damage is harmless, and some is not
+            text = str(error)
+            outcomes.add("rejected" if text.isprintable() and "object at" not in text else text)
+    assert outcomes == {"RGB", "rejected"}  # some of the damage is harmless, and some is not

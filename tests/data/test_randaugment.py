@@ -23,7 +23,7 @@ BY_HAND = {
     "invert": (0, 0, 0),
     "rotate": (30, 45, 60),
     "posterize": (4, 6, 8),
-    "solarize": (256, 384, 512),
+    "solarize": (0, 128, 0),
     "color": (1.9, 2.8, 3.7),
     "contrast": (1.9, 2.8, 3.7),
     "brightness": (1.9, 2.8, 3.7),
@@ -35,7 +35,7 @@ BY_HAND = {
     "cutout": (40, 60, 80),
     "solarize_add": (110, 165, 220),
 }
-MOST = {"solarize": 256, "posterize": 8}  # where nothing changes, and nothing more does beyond
+MOST = {"posterize": 8}  # where nothing changes, and nothing more does beyond
 BOTH_WAYS = {"rotate", "shear_x", "shear_y", "translate_x", "translate_y"}
 
 
@@ -147,7 +147,7 @@ def expected(name: str, image: Array, magnitude: int, center: tuple[float, float
             kept = 2 ** (8 - min(magnitude * 4 // 10, 8))
             return Expected(image // kept * kept)
         case "solarize":
-            return Expected(np.where(image < magnitude * 256 // 10, image, 255 - image))
+            return Expected(np.where(image < magnitude * 256 // 10 % 256, image, 255 - image))
         case "solarize_add":
             return Expected(np.where(image < 128, np.minimum(image + magnitude * 110 // 10, 255), image))
         case "brightness":
@@ -252,12 +252,18 @@ def test_a_shear_moves_rows_by_hand() -> None:
     assert np.array_equal(applied("shear_y", image.swapaxes(0, 1).copy(), 0.45), found.swapaxes(0, 1))
 
 
-@pytest.mark.parametrize(("magnitude", "name"), [(20, "posterize"), (25, "posterize"), (10, "solarize")])
-def test_posterize_and_solarize_that_change_nothing(magnitude: float, name: str) -> None:
-    for _, image in pictures(32, 32):
-        assert np.array_equal(applied(name, image, STRENGTHS[name](magnitude)), image)
-    for stronger in (magnitude + 5, 100):
-        assert STRENGTHS[name](stronger) == STRENGTHS[name](magnitude)
+def test_posterize_changes_nothing_from_magnitude_20_on() -> None:
+    for magnitude in (20, 25, 100):
+        for _, image in pictures(32, 32):
+            assert np.array_equal(applied("posterize", image, STRENGTHS["posterize"](magnitude)), image)
+
+
+@pytest.mark.parametrize(("magnitude", "threshold"), [(5, 128), (10, 0), (15, 128), (18, 204), (20, 0), (25, 128)])
+def test_the_threshold_of_solarize_wraps(magnitude: float, threshold: int) -> None:
+    """By hand: 256 m / 10 modulo 256. At 10 and 20 every level is inverted."""
+    levels = np.repeat(np.arange(256, dtype=np.uint8).reshape(16, 16, 1), 3, axis=2)
+    expected = np.where(levels < threshold, levels, 255 - levels)
+    assert np.array_equal(applied("solarize", levels, STRENGTHS["solarize"](magnitude)), expected)
 
 
 def test_a_factor_of_one_changes_nothing() -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from ranks import call_with_context, rank_values, run_ranks
 
+from allmlp.device import choose_device
 from allmlp.distributed.context import SINGLE_PROCESS, DistributedContext, init_distributed
 from allmlp.errors import RunError, UserError
 
@@ -146,7 +147,7 @@ def test_reading_the_data_may_take_longer_than_the_timeout() -> None:
 
 
 def identity(context: DistributedContext) -> tuple[int, int, int, int, bool, str]:
-    device = str(context.local_device(torch.device("cpu")))
+    device = str(context.select_device("cpu"))
     return context.rank, context.world_size, context.local_rank, context.local_world_size, context.is_rank0, device
 
 
@@ -154,11 +155,26 @@ def test_each_process_has_its_rank() -> None:
     assert rank_values(identity, 3) == [(rank, 3, rank, 3, rank == 0, "cpu") for rank in range(3)]
 
 
-def test_each_of_several_processes_uses_another_gpu() -> None:
-    context = DistributedContext(rank=5, world_size=8, local_rank=1, local_world_size=4)
-    assert context.local_device(torch.device("cuda")) == torch.device("cuda", 1)
-    assert context.local_device(torch.device("cpu")) == torch.device("cpu")
-    assert SINGLE_PROCESS.local_device(torch.device("cuda", 3)) == torch.device("cuda", 3)
+def test_each_of_several_processes_uses_another_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [choose_device(name, 1, 8) for name in ("auto", "cuda", "cpu")] == [
+        *(torch.device("cuda", 1), torch.device("cuda", 1), torch.device("cpu"))
+    ]
+    assert choose_device("cuda:1") == torch.device("cuda", 1)
+    for name, rank, processes, remedy in (("cuda", 2, 3, "--processes 2"), ("cuda:1", 0, 2, "--device cuda or cpu")):
+        with pytest.raises(UserError, match=remedy):
+            choose_device(name, rank, processes)
+    with pytest.raises(UserError, match=r"cuda:2.*has 2"):
+        choose_device("cuda:2")
+
+
+def test_why_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+    with pytest.raises(UserError, match=r"CUDA_VISIBLE_DEVICES='7'.*--device auto"):
+        choose_device("cuda")
 
 
 def test_a_single_process_communicates_with_nobody() -> None:

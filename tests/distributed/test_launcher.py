@@ -1,5 +1,6 @@
 """The processes that ``--processes`` starts: the exit status and the messages when one of them fails or is stopped."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -23,9 +24,11 @@ def launch_code(monkeypatch: pytest.MonkeyPatch, codes: Sequence[str]) -> tuple[
     """Launches ranks that run this code: the exit status, the seconds until then, and the status of each rank."""
     children: list[subprocess.Popen[bytes]] = []
 
-    def start(config: LaunchConfig, rank: int, host: str, port: int, words: Sequence[str]) -> "subprocess.Popen[bytes]":
-        assert host == "127.0.0.1"
-        assert port > 0
+    def start(
+        config: LaunchConfig, rank: int, endpoint: tuple[str, int], pipe: int, words: Sequence[str]
+    ) -> "subprocess.Popen[bytes]":
+        assert endpoint[0] == "127.0.0.1"
+        assert endpoint[1] > 0
         children.append(start_python(codes[rank]))
         return children[-1]
 
@@ -125,6 +128,9 @@ def test_ranks_get_the_environment_of_torchrun(tmp_path: Path, monkeypatch: pyte
     program.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(program))
     config = LaunchConfig(nproc_per_node=4, nnodes=3, node_rank=2, rdzv_endpoint="node1:29500")
-    child = start_process(config, 1, "node1", 29500, ["train", "digits"])
+    reader, writer = os.pipe()
+    child = start_process(config, 1, ("node1", 29500), reader, ["train", "digits"])
+    os.close(reader)
+    os.close(writer)
     assert child.wait(10) == 0
     assert printed.read_text().split() == ["9", "1", "12", "4", "node1", "29500", "-m", "allmlp.cli", "train", "digits"]

@@ -317,7 +317,7 @@ def write_with_full_disk(context: DistributedContext, folder: Path) -> tuple[str
     original = module.file_digest
 
     def failing(path: Path) -> dict[str, Any]:
-        if context.rank == 1 and path.name.startswith("__"):
+        if context.rank == 1 and path.name.startswith("shard-"):
             raise OSError(28, "No space left on device", str(path))
         return original(path)
 

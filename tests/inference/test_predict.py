@@ -11,7 +11,9 @@ from PIL import Image
 import allmlp
 from allmlp.data.decode import UnreadableImage
 from allmlp.errors import UserError
-from allmlp.inference.predict import find_images, predict, predict_stream, read_ahead
+from allmlp.inference.batches import read_ahead
+from allmlp.inference.images import find_images
+from allmlp.inference.predict import predict, predict_stream
 
 SIZES = {"patch_size": 4, "num_blocks": 1, "hidden_dim": 4, "tokens_mlp_dim": 2, "channels_mlp_dim": 4}
 

@@ -1,4 +1,4 @@
-"""A run is resumed only with its own recipe and data, from a checkpoint of this user, and refusals change nothing."""
+"""A run is resumed only with its own recipe and data, from an intact checkpoint, and refusals change nothing."""
 
 import contextlib
 import dataclasses
@@ -22,7 +22,7 @@ from small_runs import (
     train,
 )
 
-from allmlp.checkpointing.checkpoint import STATE
+from allmlp.checkpointing.checkpoint import MANIFEST, STATE, with_digest
 from allmlp.checkpointing.manager import checkpoints_by_step
 from allmlp.config.limits import flag
 from allmlp.config.recipe import Recipe
@@ -37,6 +37,7 @@ from allmlp.runs.resume import (
     fingerprint,
     finished_summary,
 )
+from allmlp.training import run as run_module
 
 
 @pytest.fixture(autouse=True)
@@ -77,26 +78,21 @@ def test_a_run_is_finished_once_it_has_a_report(tmp_path: Path) -> None:
         finished_summary(recipe(seed=1), out)
 
 
-def test_a_new_run_refuses_an_existing_folder(tmp_path: Path) -> None:
-    (tmp_path / "run").mkdir()
+def test_a_folder_of_something_else_is_refused_and_not_changed(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    out.mkdir()
     with pytest.raises(UserError, match=r"run exists: resume it with --resume .*run, name another folder with --out"):
-        train(recipe(), tmp_path / "run", resume=False)
-
-
-@pytest.mark.parametrize("content", ["notes.txt", "transfer.json"])
-def test_a_folder_of_something_else_is_refused_and_not_changed(content: str, tmp_path: Path) -> None:
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / content).write_text("{}")
-    with pytest.raises(UserError, match="exists and holds no run that can be resumed: name another folder with --out"):
-        train(recipe(), tmp_path / "run")
-    assert {path.name for path in (tmp_path / "run").iterdir()} - {".lock"} == {content}
-
-
-def test_a_file_in_place_of_the_folder(tmp_path: Path) -> None:
-    (tmp_path / "run").write_text("a file")
-    with pytest.raises((UserError, RunError), match=r"run.* is a file: name a folder"):
-        train(recipe(), tmp_path / "run")
-    assert (tmp_path / "run").read_text() == "a file"
+        train(recipe(), out, resume=False)
+    for name in ("notes.txt", "transfer.json"):
+        (out / name).write_text("{}")
+        with pytest.raises(UserError, match="holds no run that can be resumed: name another folder with --out"):
+            train(recipe(), out)
+        assert {path.name for path in out.iterdir()} - {".lock"} == {name}
+        (out / name).unlink()
+    (tmp_path / "file").write_text("a file")
+    with pytest.raises((UserError, RunError), match=r"file.* is a file: name a folder"):
+        train(recipe(), tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "a file"
 
 
 def test_without_a_sound_checkpoint_nothing_is_changed(tmp_path: Path) -> None:
@@ -143,17 +139,17 @@ def with_another(original: Recipe, section: str, field: str) -> Recipe:
     raise AssertionError(f"no value for {section}.{field}")
 
 
-@pytest.mark.parametrize(("section", "field"), FIELDS)
-def test_fields_that_decide_the_result_must_not_change(section: str, field: str, tmp_path: Path) -> None:
-    original = recipe(**FROM_WEIGHTS) if field in ("weights", "frozen") else recipe()
-    (tmp_path / "recipe.json").write_text(json.dumps(to_json_object(original)))
-    check_same_recipe(dataclasses.replace(original, name="another"), tmp_path)
-    other = with_another(original, section, field)
-    if field in FREE_FIELDS.get(section, ()):
-        check_same_recipe(other, tmp_path)
-    else:
-        with pytest.raises(UserError, match=f"is a run with another {flag(field)}: repeat its options"):
+def test_fields_that_decide_the_result_must_not_change(tmp_path: Path) -> None:
+    for section, field in FIELDS:
+        original = recipe(**FROM_WEIGHTS) if field in ("weights", "frozen") else recipe()
+        (tmp_path / "recipe.json").write_text(json.dumps(to_json_object(original)))
+        check_same_recipe(dataclasses.replace(original, name="another"), tmp_path)
+        other = with_another(original, section, field)
+        if field in FREE_FIELDS.get(section, ()):
             check_same_recipe(other, tmp_path)
+        else:
+            with pytest.raises(UserError, match=f"is a run with another {flag(field)}: repeat its options"):
+                check_same_recipe(other, tmp_path)
 
 
 def test_another_recipe_is_refused_and_its_changed_fields_are_named(tmp_path: Path) -> None:
@@ -187,38 +183,23 @@ def changed_data(change: str) -> DatasetSplits:
     return dataclasses.replace(data, splits=data.splits | {"train": changed})
 
 
-@pytest.mark.parametrize("change", ["one less", "one more", "another name", "another order", "another label"])
-def test_changed_data_is_refused(change: str, tmp_path: Path, images: dict[str, DatasetSplits]) -> None:
+def test_changed_data_and_classes_are_refused_but_data_may_move(
+    tmp_path: Path, images: dict[str, DatasetSplits]
+) -> None:
     out = stopped_run(tmp_path / "run")
-    images["data"] = changed_data(change)
-    counts = f"24 training images then, {len(images['data'].splits['train'])} now"
-    assert_refused(
-        recipe(save_every_steps=1, data="moved"),
-        out,
-        rf"the data is not that of .*step-00000003 \({counts}, or different ones\)",
-    )
-    images["data"] = splits(train=24, val=6, test=6)
-    assert train(recipe(save_every_steps=1), out).summary["steps"] == 6
-
-
-def test_changed_classes_are_refused(tmp_path: Path, images: dict[str, DatasetSplits]) -> None:
-    out = stopped_run(tmp_path / "run")
+    settings = recipe(save_every_steps=1, data="moved")
+    for change in ("one less", "one more", "another name", "another order", "another label"):
+        images["data"] = changed_data(change)
+        counts = f"24 training images then, {len(images['data'].splits['train'])} now"
+        assert_refused(settings, out, rf"the data is not that of .*step-00000003 \({counts}, or different ones\)")
     datasets = splits(train=24, val=6, test=6).splits
     for classes in (("a", "b", "d"), ("a", "c", "b"), ("a", "b", "c", "d")):
         changed = {name: dataclasses.replace(split, classes=classes) for name, split in datasets.items()}
         images["data"] = DatasetSplits(splits=changed, classes=classes, description="made")
-        assert_refused(
-            recipe(save_every_steps=1),
-            out,
-            "was trained on the classes a, b, c, and the data has others: restore the data",
-        )
-
-
-def test_the_data_may_move(tmp_path: Path, images: dict[str, DatasetSplits]) -> None:
-    out = stopped_run(tmp_path / "run")
-    moved = splits(train=24, val=6, test=6)
-    images["data"] = dataclasses.replace(moved, description="elsewhere")
-    assert train(recipe(save_every_steps=1, data="elsewhere"), out).summary["data"] == "elsewhere"
+        assert_refused(settings, out, "was trained on the classes a, b, c, and the data has others: restore the data")
+    images["data"] = splits(train=24, val=6, test=6)
+    done = train(settings, out)
+    assert (done.summary["steps"], done.summary["data"]) == (6, "moved")
 
 
 def test_a_fingerprint_depends_on_names_labels_and_order() -> None:
@@ -243,16 +224,23 @@ def test_another_precision_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     assert "the run used bfloat16 so far and continues in float32 (--precision)" in caplog.messages
 
 
-# Runs of other users and other processes
+# Runs of earlier versions and of other processes
 
 
-def test_another_users_checkpoint_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as patch:
-        patch.setenv("XDG_STATE_HOME", str(tmp_path / "another user"))
-        out = stopped_run(tmp_path / "run")
-    assert_refused(
-        recipe(save_every_steps=1), out, "was not written by a run of yours on this machine.*--trust-checkpoint"
-    )
+def test_a_run_with_pickled_checkpoints_is_refused_before_any_data_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = stopped_run(tmp_path / "run")
+    for path in checkpoints_by_step(out / "checkpoints").values():
+        for file in path.glob("shard-*"):
+            file.rename(path / "__0_0.distcp")
+        (path / ".metadata").write_bytes(b"pickled")
+        (path / MANIFEST).write_text(with_digest({"format": 2, "files": {}, "signature": None}))
+    (out / "checkpoints" / ".step-00000004.partial").mkdir()  # it would be cleaned up in a run that is resumed
+    monkeypatch.setattr(run_module, "build_data", None)
+    message = r"step-00000003 has checkpoint format 2, and this version reads 3: .*start a new run from its weights"
+    assert_refused(recipe(save_every_steps=1), out, message)
+    assert (out / "checkpoints" / ".step-00000004.partial").is_dir()
 
 
 def test_a_run_that_another_process_trains_is_refused(tmp_path: Path) -> None:

@@ -26,14 +26,13 @@ from small_runs import (
     recipe,
     replace_data,
     same,
-    stopped_run,
     train,
 )
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from allmlp.checkpointing.checkpoint import STATE, read_tensors, verify_checkpoint
+from allmlp.checkpointing.checkpoint import STATE, read_tensors
 from allmlp.checkpointing.manager import checkpoint_name, checkpoints_by_step
 from allmlp.config.recipe import Recipe
 from allmlp.data.dataset import Dataset, DatasetSplits
@@ -41,7 +40,7 @@ from allmlp.data.decode import UnreadableImage
 from allmlp.data.loader import permutation
 from allmlp.data.stores import ArrayStore
 from allmlp.distributed.context import SINGLE_PROCESS
-from allmlp.errors import Stopped, UserError
+from allmlp.errors import Stopped
 from allmlp.model import Mixer
 from allmlp.runs.records import CONSUMED, METRICS
 from allmlp.training.build import build_initializer
@@ -113,7 +112,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Uninterrupted:
 
 def stored_tensors(checkpoint: Path) -> dict[str, Tensor]:
     """All tensors of a checkpoint."""
-    named = FileSystemReader(checkpoint).read_metadata().state_dict_metadata.items()
+    named = HuggingFaceStorageReader(str(checkpoint)).read_metadata().state_dict_metadata.items()
     found = {
         key: torch.empty(t.size, dtype=t.properties.dtype) for key, t in named if isinstance(t, TensorStorageMetadata)
     }
@@ -148,48 +147,50 @@ def assert_same(out: Path, reference: Path) -> None:
 
 
 SETTINGS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "epochs of 2 2/3 steps": {"global_batch_size": 9},
-    "noisy": {**NOISY, "mix_group_size": 4, "randaugment": 10.0, "color_jitter": 0.4},
-    "micro-batches": {"micro_batch_size": 4, "recompute": True, "dropout": 0.2},
-    "sgd without momentum": {"optimizer": "sgd", "learning_rate": 0.1, "momentum": 0.0},
-    "ema": {"ema_decay": 0.9},
+    "noisy micro-batches": {**NOISY, "mix_group_size": 2, "randaugment": 10.0, "color_jitter": 0.4}
+    | {"micro_batch_size": 4, "recompute": True},
+    "sgd without momentum, epochs of 2 2/3 steps": {"optimizer": "sgd", "momentum": 0.0, "global_batch_size": 9},
     "ema of sgd": {"ema_decay": 0.5, "optimizer": "sgd", "learning_rate": 0.1, "keep": "best"},
     "float16": {"precision": "float16", "learning_rate": 0.05},
     "one checkpoint": {"keep_checkpoints": 1, "keep": "best"},
     "cosine, sigmoid": {"decay": "cosine", "loss": "sigmoid", "head_bias": -2.0, "warmup_steps": 0},
+    "frozen": FROM_WEIGHTS | {"frozen": True, "ema_decay": 0.5},
 }
 
 
 @pytest.mark.parametrize("changes", SETTINGS.values(), ids=SETTINGS)
-def test_a_run_stopped_within_an_epoch(changes: dict[str, Any], tmp_path: Path, uninterrupted: Uninterrupted) -> None:
+def test_a_run_stopped_within_an_epoch(changes: dict[str, Any], tmp_path: Path) -> None:
+    if "weights" in changes:
+        changes = changes | {"weights": str(tmp_path / "weights.safetensors")}
+        save(build_initializer(recipe())(CLASSES), Path(changes["weights"]))
     settings = recipe(save_every_steps=1, **changes)
+    train(settings, tmp_path / "uninterrupted", resume=False)
     with pytest.raises(Interrupted):
         train(settings, tmp_path / "run", progress=InterruptAt(4))
     assert max(checkpoints_by_step(tmp_path / "run" / "checkpoints")) == 3
     train(settings, tmp_path / "run")
-    assert_same(tmp_path / "run", uninterrupted(settings))
+    assert_same(tmp_path / "run", tmp_path / "uninterrupted")
 
 
-def test_a_run_stopped_at_every_step(tmp_path: Path, uninterrupted: Uninterrupted) -> None:
-    settings = recipe(save_every_steps=1, ema_decay=0.5, **NOISY)
+def test_a_run_stopped_at_every_step_and_at_its_report(tmp_path: Path, uninterrupted: Uninterrupted) -> None:
+    settings = recipe(save_every_steps=1, ema_decay=0.5, keep="best", **NOISY)
     for at in range(2, 7):
         with pytest.raises(Interrupted):
             train(settings, tmp_path / "run", progress=InterruptAt(at))
         assert max(checkpoints_by_step(tmp_path / "run" / "checkpoints")) == at - 1
-    train(settings, tmp_path / "run")
-    assert_same(tmp_path / "run", uninterrupted(settings))
+    for _ in range(2):  # the second time, it lacks only its report
+        train(settings, tmp_path / "run")
+        assert_same(tmp_path / "run", uninterrupted(settings))
 
 
-def test_runs_with_different_seeds_differ(tmp_path: Path) -> None:
+def test_runs_with_different_seeds_differ(tmp_path: Path, uninterrupted: Uninterrupted) -> None:
     """Shows that the comparison can fail."""
-    for seed in (0, 1):
-        train(recipe(seed=seed), tmp_path / str(seed))
+    train(recipe(save_every_steps=1, seed=1), tmp_path / "run")
     with pytest.raises(AssertionError):
-        assert_same(tmp_path / "0", tmp_path / "1")
+        assert_same(tmp_path / "run", uninterrupted(recipe(save_every_steps=1)))
 
 
-MOMENTS = [(3, 1), (8, 1), *(("evaluating on val", n) for n in (2, 4, 7, 8)), ("evaluating on test", 2)]
+MOMENTS = [(3, 1), *(("evaluating on val", n) for n in (2, 8)), ("evaluating on test", 2)]
 
 
 @pytest.mark.parametrize(("moment", "n"), MOMENTS)
@@ -220,16 +221,6 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(tmp_path: Path, u
     assert_same(tmp_path / "run", uninterrupted(settings))
 
 
-@pytest.mark.parametrize("changes", [{}, {"keep": "best", "ema_decay": 0.5}])
-def test_a_run_that_lacks_only_its_report(
-    changes: dict[str, Any], tmp_path: Path, uninterrupted: Uninterrupted
-) -> None:
-    settings = recipe(**changes)
-    shutil.copytree(uninterrupted(settings), tmp_path / "run")
-    train(settings, tmp_path / "run")
-    assert_same(tmp_path / "run", uninterrupted(settings))
-
-
 # Damaged checkpoints
 
 
@@ -252,22 +243,6 @@ def test_an_older_checkpoint_is_used_if_the_newest_are_damaged(
     assert sorted(path.name for path in (out / "checkpoints").glob("damaged-*")) == [
         f"damaged-{checkpoint_name(s)}" for s in (4, 5)
     ]
-
-
-def test_another_users_checkpoint_is_used_if_trusted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uninterrupted: Uninterrupted
-) -> None:
-    settings = recipe(save_every_steps=1)
-    with monkeypatch.context() as patch:
-        patch.setenv("XDG_STATE_HOME", str(tmp_path / "another user"))
-        out = stopped_run(tmp_path / "run")
-    with pytest.raises(UserError, match=r"was not written by a run of yours on this machine.*--trust-checkpoint"):
-        train(settings, out)
-    train(settings, out, trust_checkpoint=True)
-    assert_same(out, uninterrupted(settings))
-    verify_checkpoint(
-        max(checkpoints_by_step(out / "checkpoints").items())[1]
-    )  # new checkpoints are signed by this user
 
 
 # Unreadable images
@@ -318,7 +293,6 @@ def send_signal(number: int) -> Callable[[], None]:
 @pytest.mark.parametrize(
     ("moment", "number"),
     [
-        (1, signal.SIGTERM),
         (3, signal.SIGINT),
         ("evaluating on val", signal.SIGINT),
         ("evaluating on test", signal.SIGTERM),
@@ -351,17 +325,15 @@ def test_stopped_again_before_the_next_step_the_message_names_the_resumed_step(t
 # The cadence of checkpoints
 
 
-@pytest.mark.parametrize(
-    ("changes", "steps"),
-    [
-        ({}, [6, 4, 2]),
-        ({"save_every_steps": 3}, [6, 4, 3, 2]),
-        ({"save_every_minutes": 1e-9}, [6, 5, 4, 3, 2, 1]),
-        ({"evaluate_every_steps": 5}, [6, 5]),
-        ({"save_every_minutes": 1e-9, "keep_checkpoints": 1}, [6, 2]),
-        ({"save_every_minutes": 1e-9, "keep_checkpoints": 2, "save_in_background": False}, [6, 5, 2]),
-    ],
-)
+CADENCES = [
+    ({"save_every_steps": 3}, [6, 4, 3, 2]),
+    ({"evaluate_every_steps": 5}, [6, 5]),
+    ({"save_every_minutes": 1e-9, "keep_checkpoints": 1}, [6, 2]),
+    ({"save_every_minutes": 1e-9, "keep_checkpoints": 2, "save_in_background": False}, [6, 5, 2]),
+]
+
+
+@pytest.mark.parametrize(("changes", "steps"), CADENCES)
 def test_which_checkpoints_are_written_and_kept(changes: dict[str, Any], steps: list[int], tmp_path: Path) -> None:
     train(recipe(**{"keep_checkpoints": 99} | changes), tmp_path / "run", ScriptedScores(0.9, 0.5, 0.5, 0.5))
     assert list(checkpoints_by_step(tmp_path / "run" / "checkpoints")) == steps
@@ -374,14 +346,3 @@ def test_a_diverged_run_diverges_again_at_the_same_step(tmp_path: Path) -> None:
     with pytest.raises(Diverged) as second:
         train(settings, tmp_path / "run")
     assert str(first.value) == str(second.value)
-
-
-def test_a_run_from_weights_with_a_frozen_body(tmp_path: Path, uninterrupted: Uninterrupted) -> None:
-    weights = tmp_path / "weights.safetensors"
-    save(build_initializer(recipe())(CLASSES), weights)
-    changes = FROM_WEIGHTS | {"weights": str(weights), "frozen": True, "ema_decay": 0.5}
-    settings = recipe(save_every_steps=1, **changes)
-    with pytest.raises(Interrupted):
-        train(settings, tmp_path / "run", progress=InterruptAt(4))
-    train(settings, tmp_path / "run")
-    assert_same(tmp_path / "run", uninterrupted(settings))

@@ -136,9 +136,9 @@ class NumpySGD:
 def numpy_rate(step: int, setting: Setting) -> float:
     peak = PEAK[setting.optimizer]
     if step < WARMUP:
-        return peak / WARMUP * (step + 1)
+        return peak / WARMUP * step
     left = (STEPS - step) / (STEPS - WARMUP)
-    return peak * left if setting.decay == "linear" else peak * math.sin(math.pi / 2 * left) ** 2
+    return peak * (1e-5 + 0.99999 * left) if setting.decay == "linear" else peak * math.sin(math.pi / 2 * left) ** 2
 
 
 def numpy_input(pixels: Array) -> Array:

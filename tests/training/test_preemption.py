@@ -13,12 +13,13 @@ import pytest
 
 from allmlp.checkpointing.manager import CheckpointManager
 from allmlp.distributed.context import SINGLE_PROCESS
-from allmlp.errors import Stopped
+from allmlp.errors import RunError, Stopped
 from allmlp.training import preemption as module
 from allmlp.training.preemption import Preemption, SignalState, deferred_signals
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="POSIX signals")
 BOTH = [signal.SIGTERM, signal.SIGINT]
+TERM, INT = BOTH
 
 
 def wait_until(condition: Callable[[], object], seconds: float = 10.0) -> None:
@@ -28,128 +29,76 @@ def wait_until(condition: Callable[[], object], seconds: float = 10.0) -> None:
         time.sleep(0.001)
 
 
-@pytest.mark.parametrize("number", BOTH)
-def test_the_first_signal_is_only_recorded(number: signal.Signals) -> None:
-    with deferred_signals() as signals:
-        assert signals.received == 0
-        os.kill(os.getpid(), number)
-        wait_until(lambda: signals.received)
-        assert signals.received == number
-
-
-def test_a_signal_is_recorded_while_the_main_thread_computes() -> None:
-    """A Python signal handler would wait until the main thread returns to the interpreter."""
-    with deferred_signals() as signals:
-        timer = threading.Timer(0.05, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        timer.start()
-        times = []
-        watcher = threading.Thread(
-            target=lambda: (wait_until(lambda: signals.received), times.append(time.monotonic()))
-        )
-        watcher.start()
-        b"x".join([b"y"] * 3)
-        sorted(range(2_000_000, 0, -1))
-        watcher.join(10)
-        timer.join()
-        assert times
-
-
-def test_a_sigterm_repeated_at_once_is_the_same_request() -> None:
-    with deferred_signals() as signals:
-        for _ in range(3):
-            os.kill(os.getpid(), signal.SIGTERM)
-            wait_until(lambda: signals.received)
-        time.sleep(0.05)
-        assert signals.received == signal.SIGTERM
-
-
-def test_handlers_threads_and_files_are_restored() -> None:
-    def mine(number: int, frame: object) -> None:
-        pass
-
-    before = [signal.signal(number, mine) for number in BOTH]
-    threads, files = threading.active_count(), open_files()
-    try:
-        for _ in range(3):
-            with deferred_signals():
-                os.kill(os.getpid(), signal.SIGTERM)
-        assert [signal.getsignal(number) for number in BOTH] == [mine, mine]
-        assert signal.set_wakeup_fd(-1) == -1
-        assert (threading.active_count(), open_files()) == (threads, files)
-    finally:
-        for number, handler in zip(BOTH, before, strict=True):
-            signal.signal(number, handler)
-
-
 def open_files() -> int:
     return sum(1 for _ in Path("/proc/self/fd").iterdir()) if sys.platform == "linux" else 0
 
 
-def test_nested_blocks() -> None:
-    with deferred_signals() as outer:
-        with deferred_signals() as inner:
-            os.kill(os.getpid(), signal.SIGINT)
-            wait_until(lambda: inner.received)
-        assert outer.received == 0
-        os.kill(os.getpid(), signal.SIGTERM)
-        wait_until(lambda: outer.received)
-        assert (inner.received, outer.received) == (signal.SIGINT, signal.SIGTERM)
+def test_the_first_signal_is_only_recorded_and_all_handlers_are_restored() -> None:
+    def mine(number: int, frame: object) -> None:
+        seen.append(number)
 
-
-def test_other_signals_are_left_alone() -> None:
-    seen = []
-    before = signal.signal(signal.SIGUSR1, lambda number, frame: seen.append(number))
+    seen: list[int] = []
+    numbers = [*BOTH, signal.SIGUSR1]
+    before = [signal.signal(number, mine) for number in numbers]
+    threads, files = threading.active_count(), open_files()
     try:
-        with deferred_signals() as signals:
-            os.kill(os.getpid(), signal.SIGUSR1)
-            wait_until(lambda: seen)
-            time.sleep(0.02)
-            assert signals.received == 0
+        for number in BOTH:
+            with deferred_signals() as outer:
+                with deferred_signals() as inner:
+                    os.kill(os.getpid(), signal.SIGUSR1)  # another signal is left alone
+                    os.kill(os.getpid(), number)
+                    wait_until(lambda: inner.received)
+                assert (outer.received, inner.received) == (0, number)
+                child = os.fork()  # as the processes that load images are: its signal is not the run's
+                if child == 0:
+                    os.kill(os.getpid(), number)
+                    os._exit(7)
+                assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+                time.sleep(0.05)
+                assert outer.received == 0
+        assert seen == [signal.SIGUSR1] * 2
+        assert [signal.getsignal(number) for number in numbers] == [mine] * 3
+        assert signal.set_wakeup_fd(-1) == -1
+        assert (threading.active_count(), open_files()) == (threads, files)
     finally:
-        signal.signal(signal.SIGUSR1, before)
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
+def test_a_signal_is_recorded_while_the_main_thread_computes() -> None:
+    """A Python signal handler would wait until the main thread returns to the interpreter."""
+    recorded = threading.Event()
+    with deferred_signals() as signals:
+        threading.Timer(0.05, lambda: os.kill(os.getpid(), TERM)).start()
+        threading.Thread(target=lambda: (wait_until(lambda: signals.received), recorded.set())).start()
+        sorted(range(3_000_000, 0, -1))
+        assert recorded.wait(10)
 
 
 def test_outside_the_main_thread_no_handler_is_changed() -> None:
-    seen = []
+    seen, before = [], [signal.getsignal(number) for number in BOTH]
 
     def work() -> None:
         with deferred_signals() as signals:
             seen.append((signals.received, [signal.getsignal(number) for number in BOTH]))
 
-    before = [signal.getsignal(number) for number in BOTH]
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
     assert seen == [(0, before)]
 
 
-@pytest.mark.parametrize("number", BOTH)
-def test_a_signal_to_a_forked_child_does_not_reach_the_run(number: signal.Signals) -> None:
-    """The processes that load images are forked from the run."""
-    with deferred_signals() as signals:
-        child = os.fork()
-        if child == 0:
-            os.kill(os.getpid(), number)
-            os._exit(7)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
-        time.sleep(0.05)
-        assert signals.received == 0
-
-
 @pytest.mark.parametrize(
     ("first", "second", "after", "ends"),
     [
-        (signal.SIGINT, signal.SIGINT, 0.0, 130),
-        (signal.SIGINT, signal.SIGTERM, 0.0, None),
-        (signal.SIGINT, signal.SIGTERM, 2.0, 143),
-        (signal.SIGTERM, signal.SIGTERM, 0.5, None),
-        (signal.SIGTERM, signal.SIGTERM, 1.5, 143),
-        (signal.SIGTERM, signal.SIGINT, 0.1, 130),
+        *((INT, INT, 0.0, 130), (INT, TERM, 0.0, None), (INT, TERM, 2.0, 143)),
+        *((TERM, TERM, 0.5, None), (TERM, TERM, 1.5, 143), (TERM, INT, 0.1, 130)),
     ],
 )
 def test_which_second_signal_ends_the_process(
     first: int, second: int, after: float, ends: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A scheduler and a launcher may both send SIGTERM, so that two within a second are the same request."""
     ended: list[int] = []
     clock = [100.0]
     monkeypatch.setattr(module.os, "_exit", ended.append)
@@ -180,45 +129,34 @@ def test_ctrl_c_twice_ends_the_process_at_once() -> None:
     assert process.stdout is not None
     for line in ("ready\n", "received\n"):
         assert process.stdout.readline() == line
-        process.send_signal(signal.SIGINT)
+        process.send_signal(INT)
     assert process.wait(20) == 130
 
 
 # Requests of a run
 
 
-def preemption_in(folder: Path, signals: SignalState, save_seconds: float = 1e9) -> Preemption:
+def preemption_in(folder: Path, signals: SignalState | None = None, save_seconds: float = 1e9) -> Preemption:
     checkpoints = CheckpointManager(folder, SINGLE_PROCESS, keep=2)
-    return Preemption(SINGLE_PROCESS, signals, checkpoints, save_seconds, "mixer train --resume it")
+    return Preemption(SINGLE_PROCESS, signals or SignalState(), checkpoints, save_seconds, "mixer train --resume it")
 
 
-def test_without_signals_there_are_no_requests(tmp_path: Path) -> None:
-    preemption = preemption_in(tmp_path, SignalState())
-    assert [*preemption.requests()] == [0, 0, 0, 0]
-    assert not preemption.wants_checkpoint([*preemption.requests()])
-    preemption.raise_if_requested([*preemption.requests()])
-    preemption.check()
-
-
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "status"), [(TERM, 143), (INT, 130)])
 def test_a_signal_saves_a_checkpoint_and_stops_the_run(number: signal.Signals, status: int, tmp_path: Path) -> None:
     signals = SignalState()
     preemption = preemption_in(tmp_path, signals)
+    assert [*preemption.requests()] == [0, 0, 0, 0]
+    preemption.check()
     signals.receive(number)
-    assert preemption.wants_checkpoint([*preemption.requests()])
+    requests = [*preemption.requests()]
+    assert preemption.wants_checkpoint(requests)
     preemption.save(5, {}, {"step": 5}, None)
-    with pytest.raises(
-        Stopped, match=f"^stopped by {number.name} after step 5: resume with mixer train --resume it$"
-    ) as caught:
-        preemption.raise_if_requested([*preemption.requests()])
+    with pytest.raises(Stopped, match=rf"{number.name} after step 5: .*mixer train --resume it") as caught:
+        preemption.raise_if_requested(requests)
     assert caught.value.status == status
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000005"]  # complete
-
-
-def test_sigterm_takes_precedence_over_sigint(tmp_path: Path) -> None:
-    """When two processes received different signals."""
-    with pytest.raises(Stopped, match="SIGTERM"):
-        preemption_in(tmp_path, SignalState()).raise_if_requested([1, 1, 0, 0])
+    with pytest.raises(Stopped, match="SIGTERM"):  # where two processes received different signals
+        preemption.raise_if_requested([1, 1, 0, 0])
 
 
 def test_a_checkpoint_is_due_after_save_seconds_and_restarts_the_clock(
@@ -226,7 +164,7 @@ def test_a_checkpoint_is_due_after_save_seconds_and_restarts_the_clock(
 ) -> None:
     clock = [1000.0]
     monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
-    preemption = preemption_in(tmp_path, SignalState(), save_seconds=60)
+    preemption = preemption_in(tmp_path, save_seconds=60)
     for elapsed, due in ((59, 0), (2, 1), (100, 1)):
         clock[0] += elapsed
         assert [*preemption.requests()] == [0, 0, due, 0]
@@ -238,10 +176,11 @@ def test_a_checkpoint_is_due_after_save_seconds_and_restarts_the_clock(
 
 def test_a_failed_checkpoint_ends_the_run(tmp_path: Path) -> None:
     (tmp_path / "c").write_text("a file where a folder should be")
-    preemption = preemption_in(tmp_path / "c", SignalState())
+    preemption = preemption_in(tmp_path / "c")
     preemption.save(1, {}, {"step": 1}, None)
     wait_until(lambda: preemption.checkpoints.failed)
-    assert [*preemption.requests()] == [0, 0, 0, 1]
-    assert not preemption.wants_checkpoint([*preemption.requests()])
-    with pytest.raises(RuntimeError, match="cannot be written"):
-        preemption.raise_if_requested([*preemption.requests()])
+    requests = [*preemption.requests()]
+    assert requests == [0, 0, 0, 1]
+    assert not preemption.wants_checkpoint(requests)
+    with pytest.raises(RunError, match="cannot be written"):
+        preemption.raise_if_requested(requests)

@@ -103,6 +103,7 @@ class Runs:
             (folder / "examples").mkdir(exist_ok=True)
             (folder / "examples" / "0-a.png").write_text(folder.name)
             (folder / "report.html").write_text(f"<html>{folder.name}</html>")
+        (folder / "checkpoints" / "last.safetensors").unlink()  # a complete run keeps none
         return summary
 
 

@@ -1,31 +1,26 @@
 """One checkpoint: a folder that exists complete or not at all, and whose every file can be verified.
 
-It holds the tensors, written by torch.distributed.checkpoint so that any number of ranks can read them;
-``state.json``, everything else that resuming needs; and ``manifest.json``, the length and SHA-256 of each file, signed
-(``signing.py``). It is written to a temporary folder, synced, and renamed.
+It holds the tensors (``tensors.py``); ``state.json``, everything else that resuming needs; and ``manifest.json``, the
+length and SHA-256 of each file. It is written to a temporary folder, synced, and renamed. No file in it holds code.
 """
 
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
-from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 
-from allmlp.checkpointing.signing import signature, written_by_this_user
+from allmlp.checkpointing.tensors import files_of_rank, load_tensors, save_tensors, unwritable
 from allmlp.distributed.context import DistributedContext
 from allmlp.errors import RunError, UserError
 from allmlp.files import sync_folder, to_json
 
-FORMAT = 2  # 1: written by the package when it was called mlp_mixer
+FORMAT = 3  # 1: by the package when it was called mlp_mixer; 1 and 2: with metadata that was pickled
 STATE, MANIFEST = "state.json", "manifest.json"
 
 
@@ -44,9 +39,8 @@ def write_checkpoint(
     temporary = folder.with_name(f".{folder.name}.partial")
     try:
         on_all_ranks(context, lambda: clear(temporary) if context.is_rank0 else None)
-        write_tensors(tensors, temporary, context)
-        mine = temporary.glob(f"__{context.rank}_*")
-        files = on_all_ranks(context, lambda: {path.name: file_digest(path) for path in mine})
+        save_tensors(tensors, temporary, context)
+        files = on_all_ranks(context, lambda: digests(files_of_rank(temporary, context.rank)))
         on_all_ranks(context, lambda: finish(folder, temporary, state, files) if context.is_rank0 else None)
     except BaseException:
         if context.is_rank0:
@@ -60,25 +54,11 @@ def clear(temporary: Path) -> None:
     temporary.mkdir()  # without parents: storage that was unmounted must not be recreated on another disk
 
 
-def write_tensors(tensors: dict[str, Tensor], temporary: Path, context: DistributedContext) -> None:
-    """Writes and syncs this rank's tensor files."""
-    try:
-        writer = FileSystemWriter(temporary, sync_files=True)
-        save_distributed(
-            tensors, storage_writer=writer, process_group=context.checkpoint_group, no_dist=context.world_size == 1
-        )
-    except CheckpointException as error:  # derives from BaseException
-        rank, (cause, _) = next(iter(error.failures.items()))
-        raise unwritable(temporary, f"rank {rank}: {cause}" if context.world_size > 1 else cause) from error
-    except (OSError, RuntimeError) as error:  # raised before PyTorch collects failures, and always in one process
-        raise unwritable(temporary, error) from error
-
-
 def finish(folder: Path, temporary: Path, state: dict[str, Any], files_by_rank: list[dict[str, Any]]) -> None:
     """Adds state and manifest, and renames the temporary folder to its final name."""
     write_synced(temporary / STATE, to_json(state, indent=1) + "\n")
     files = {name: digest for files in files_by_rank for name, digest in files.items()}
-    files |= {name: file_digest(temporary / name) for name in (STATE, ".metadata")}
+    files |= digests([temporary / STATE])
     write_synced(temporary / MANIFEST, manifest_text(files))
     sync_folder(temporary)
     replaced = folder.with_name(f".{folder.name}.replaced")
@@ -112,12 +92,8 @@ def on_all_ranks(context: DistributedContext, action: Callable[[], Any]) -> list
     return [value for value, _ in outcomes]
 
 
-def unwritable(path: Path, error: object) -> RunError:
-    reason = getattr(error, "strerror", None) or error
-    return RunError(
-        f"the checkpoint {path} cannot be written ({reason}): free some space or repair the storage; earlier "
-        "checkpoints are unchanged"
-    )
+def digests(paths: Iterable[Path]) -> dict[str, Any]:
+    return {path.name: file_digest(path) for path in paths}
 
 
 def file_digest(path: Path) -> dict[str, Any]:
@@ -133,49 +109,48 @@ def write_synced(path: Path, text: str) -> None:
 
 
 def manifest_text(files: dict[str, Any]) -> str:
-    """The manifest: the files, their signature, and a digest of both."""
-    body = {"format": FORMAT, "files": dict(sorted(files.items()))}
-    return with_digest(body | {"signature": signature(to_json(body))})
+    """The manifest: the files, and a digest of the manifest itself."""
+    return with_digest({"format": FORMAT, "files": dict(sorted(files.items()))})
 
 
-def with_digest(signed: dict[str, Any]) -> str:
-    digest = hashlib.sha256(to_json(signed).encode()).hexdigest()
-    return to_json({**signed, "sha256": digest}, indent=1) + "\n"
+def with_digest(body: dict[str, Any]) -> str:
+    return to_json({**body, "sha256": hashlib.sha256(to_json(body).encode()).hexdigest()}, indent=1) + "\n"
 
 
-def verify_checkpoint(folder: Path, trusted: bool = False) -> dict[str, Any]:
-    """Compares each file with the manifest and returns the state. Nothing in the folder is executed.
-
-    Args:
-        folder: the checkpoint.
-        trusted: accept a checkpoint that was not written by this user.
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Each file of a checkpoint by name, with its length and SHA-256.
 
     Raises:
-        DamagedCheckpoint: a file is missing, truncated or changed; the message names it.
-        UserError: the checkpoint is intact, but another user or an earlier version wrote it.
+        DamagedCheckpoint: the manifest is missing, truncated or changed.
+        UserError: another version wrote the checkpoint, in a format that is not read.
     """
     path = folder / MANIFEST
     try:
         text = path.read_bytes().decode()
         stored = json.loads(text)
-        body = {"format": stored["format"], "files": stored["files"]}
-        intact = text == with_digest(body | {"signature": stored["signature"]})
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        found, files = stored["format"], stored["files"]
+        intact = text == with_digest({key: value for key, value in stored.items() if key != "sha256"})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedCheckpoint(f"{path} cannot be read ({error})") from None
     if not intact:
         raise DamagedCheckpoint(f"{path} was changed since it was written")
-    if stored["format"] != FORMAT:
+    if found != FORMAT:
         raise UserError(
-            f"{folder} has checkpoint format {stored['format']}, and this version reads {FORMAT}: resume it with the "
-            "version that wrote it, or start from its weights"
+            f"{folder} has checkpoint format {found}, and this version reads {FORMAT}: resume it with the version that "
+            "wrote it, or start a new run from its weights (--weights)"
         )
-    for name, expected in stored["files"].items():
+    return files
+
+
+def verify_checkpoint(folder: Path) -> dict[str, Any]:
+    """Compares each file with the manifest and returns the state.
+
+    Raises:
+        DamagedCheckpoint: a file is missing, truncated or changed; the message names it.
+        UserError: another version wrote the checkpoint, in a format that is not read.
+    """
+    for name, expected in read_manifest(folder).items():
         check_file(folder / name, expected)
-    if not (trusted or written_by_this_user(to_json(body), stored["signature"])):
-        raise UserError(
-            f"{folder} was not written by a run of yours on this machine, and loading a checkpoint can execute code: "
-            "give --trust-checkpoint if you trust its author; to exchange weights, use .safetensors files"
-        )
     return json.loads((folder / STATE).read_text(encoding="utf-8"))
 
 
@@ -194,13 +169,6 @@ def read_tensors(folder: Path, tensors: dict[str, Tensor], context: DistributedC
     """Reads a verified checkpoint into the tensors, in place, however many ranks wrote it. Collective.
 
     Raises:
-        RunError: a tensor is missing or has another shape.
+        RunError: the checkpoint has other tensors, or one of another shape or dtype.
     """
-    try:
-        reader = FileSystemReader(folder)
-        load_distributed(
-            tensors, storage_reader=reader, process_group=context.checkpoint_group, no_dist=context.world_size == 1
-        )
-    except CheckpointException as error:
-        cause = next(iter(error.failures.values()))[0]
-        raise RunError(f"{folder} does not fit this run: {cause}") from error
+    load_tensors(folder, list(read_manifest(folder)), tensors, context)

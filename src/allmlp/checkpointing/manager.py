@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from allmlp.checkpointing.checkpoint import DamagedCheckpoint, verify_checkpoint, write_checkpoint
 from allmlp.distributed.context import DistributedContext
+from allmlp.distributed.parallelize import local_shard
 from allmlp.errors import RunError
 
 log = logging.getLogger(__name__)
@@ -32,14 +33,6 @@ class CheckpointManager:
 
     def __init__(self, folder: Path, context: DistributedContext, keep: int, background: bool = True) -> None:
         self.folder, self.context, self.keep, self.background = folder, context, keep, background
-        cuda = torch.cuda.is_available()
-        options = StagingOptions(
-            use_pinned_memory=cuda,
-            use_shared_memory=False,
-            use_async_staging=False,
-            use_non_blocking_copy=cuda,
-        )
-        self.stager = DefaultStager(options)
         self.thread: threading.Thread | None = None
         self.failure: BaseException | None = None
         self.last_step = 0  # of the newest checkpoint, which may still be being written
@@ -67,13 +60,29 @@ class CheckpointManager:
             RunError: the previous checkpoint could not be written; or this one, when not in the background.
         """
         self.wait()
-        copies: Any = self.stager.stage(tensors) if self.background else tensors
+        copies = self.copy_to_cpu(tensors) if self.background else tensors
         self.last_step = step
         self.thread = threading.Thread(target=self.write, args=(step, copies, state, best), name="checkpoint")
         self.thread.daemon = True
         self.thread.start()
         if not self.background:
             self.wait()
+
+    def copy_to_cpu(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Copies of the tensors. Waits for the tensors' own device."""
+        devices = {local_shard(tensor).device for tensor in tensors.values()}
+        gpu = next((device for device in devices if device.type == "cuda"), None)
+        options = StagingOptions(
+            use_pinned_memory=gpu is not None,
+            use_shared_memory=False,
+            use_async_staging=False,
+            use_non_blocking_copy=gpu is not None,
+        )
+        # A new stager each time: PyTorch 2.11's cannot be used twice. It pins memory for the current device and waits
+        # for that one, whichever the tensors are on
+        with torch.accelerator.device_index(None if gpu is None else gpu.index):
+            copies: Any = DefaultStager(options).stage(tensors)
+        return copies
 
     def write(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any], best: int | None) -> None:
         try:
@@ -145,17 +154,17 @@ def clean_up(folder: Path) -> None:
             replaced.rename(path)
 
 
-def newest_intact(folder: Path, trusted: bool = False) -> tuple[Path, dict[str, Any]] | None:
+def newest_intact(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     """The newest intact checkpoint and its state; None without checkpoints. Damaged ones are logged.
 
     Raises:
         RunError: there are checkpoints, but all are damaged.
-        UserError: the newest intact one was written by another user or an earlier version.
+        UserError: the newest intact one was written by another version, in a format that is not read.
     """
     damaged = []
     for step, path in checkpoints_by_step(folder).items():
         try:
-            state = verify_checkpoint(path, trusted)
+            state = verify_checkpoint(path)
             if state["step"] != step:
                 raise DamagedCheckpoint(f"{path} is a copy of step {state['step']}")
             return path, state

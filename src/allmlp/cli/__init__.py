@@ -82,9 +82,14 @@ def main(argv: list[str] | None = None) -> int:
         return fail(error, error.status, debug)
     except UserError as error:
         return fail(error, 2, debug)
-    except (RunError, OSError, MemoryError) as error:
+    except (RunError, OSError) as error:
         return fail(error, 1, debug)
-    except Exception as error:  # a bug here or in a library: still one line
+    except Exception as error:  # a device that failed, or a bug here or in a library: still one line
+        if "torch" in sys.modules:
+            from allmlp.device import describe_failure, is_device_failure, is_out_of_memory
+
+            if is_out_of_memory(error) or is_device_failure(error):
+                return fail(RunError(describe_failure(error)), 1, debug)
         return fail(error, 1, debug, unexpected=True)
 
 

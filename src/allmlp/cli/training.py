@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 class LaunchOptions:
     resume: str | None = None
     """The folder of a run to continue from its newest checkpoint; auto: the folder of --out, if it holds a run."""
-    trust_checkpoint: bool = False
-    """Accept checkpoints that were not written by your own runs on this machine; loading them can execute code."""
     processes: int = 1
     """Number of processes on this machine, one per GPU. Starting the run with torchrun works too."""
     nnodes: int = 1
@@ -69,6 +67,9 @@ def must_launch(recipe: Recipe, launch: LaunchOptions) -> bool:
     if launch.world_size == 1 or started is not None:
         return False
     check_world_size(recipe, launch.world_size)  # here, so that a single process reports a mistake
+    from allmlp.device import choose_device
+
+    choose_device(recipe.run.device, launch.processes - 1, launch.world_size)
     return True
 
 
@@ -140,6 +141,7 @@ def train_and_report(
     from allmlp.cli.display import progress_bar
     from allmlp.evaluation.classification import SplitEvaluator
     from allmlp.evaluation.run_report import write_run_report
+    from allmlp.runs.folder import remove_checkpoints
     from allmlp.runs.resume import finished_summary
     from allmlp.training.run import RunOptions, train
 
@@ -148,16 +150,17 @@ def train_and_report(
     if summary is not None:
         if context.is_rank0:
             print(f"{out} is complete: nothing is left to do", file=sys.stderr)
+            remove_checkpoints(out, summary)  # if it was killed before
         return summary
     options = RunOptions(
         command=command,
         resume=resumes,
-        trust_checkpoint=launch.trust_checkpoint,
         resume_command=resume_command or resume_with(out, launch, context),
     )
     with progress_bar(context.is_rank0) as bar:
         result = train(recipe, out, SplitEvaluator, bar, options=options, context=context)
     context.broadcast_from_rank0(lambda: write_run_report(result))
+    context.broadcast_from_rank0(lambda: remove_checkpoints(out, result.summary))
     return result.summary
 
 

@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from allmlp.data.decode import MAX_PIXELS
+from allmlp.data.names import concatenate, pack
 from allmlp.data.stores import Store
 from allmlp.errors import UserError
 
@@ -51,10 +52,13 @@ class ImageDataset:
     """A ``Dataset`` on a store: ``store.open(names[i])`` is an image of the class ``classes[labels[i]]``."""
 
     store: Store
-    names: tuple[str, ...]
+    names: Sequence[str]  # packed into ``Names``
     labels: np.ndarray  # (N,) int64
     classes: tuple[str, ...]
     max_pixels: int = MAX_PIXELS
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "names", pack(self.names))
 
     def __len__(self) -> int:
         return len(self.names)
@@ -67,7 +71,7 @@ class ImageDataset:
         return self.store.open(self.names[index], self.max_pixels, min_side)
 
     def subset(self, indices: np.ndarray) -> "ImageDataset":
-        return replace(self, names=tuple(self.names[i] for i in indices), labels=self.labels[indices])
+        return replace(self, names=pack(self.names).subset(indices), labels=self.labels[indices])
 
     def relabeled(self, classes: Sequence[str]) -> "ImageDataset":
         """The same images, with labels that index another list of classes (a model's). Classes are matched by name.
@@ -75,6 +79,8 @@ class ImageDataset:
         Raises:
             UserError: a class of this dataset is not in the list.
         """
+        if tuple(classes) == self.classes:
+            return self
         position = {name: i for i, name in enumerate(classes)}
         unknown = [name for name in self.classes if name not in position]
         if unknown:
@@ -102,7 +108,7 @@ class DatasetSplits:
             parts = self.splits.values()
             return replace(
                 next(iter(parts)),
-                names=tuple(image for part in parts for image in part.names),
+                names=concatenate([pack(part.names) for part in parts]),
                 labels=np.concatenate([part.labels for part in parts]),
             )
         if name not in self.splits:

@@ -5,17 +5,16 @@ with a file raises the same kind of error, with a message of one line.
 """
 
 import io
+import os
 import re
 import textwrap
 from contextlib import suppress
-from pathlib import PurePath
 
 import numpy as np
 from PIL import Image
 from PIL.BmpImagePlugin import BmpImageFile
 from PIL.ExifTags import Base
 from PIL.GifImagePlugin import GifImageFile
-from PIL.ImageFile import ImageFile
 from PIL.JpegImagePlugin import jpeg_factory
 from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
@@ -54,7 +53,7 @@ class UnreadableImage(UserError):
 
 def is_image_name(name: str) -> bool:
     """Whether the name has the extension of an image, in lower or upper case, and is not hidden."""
-    return PurePath(name).suffix.lower() in EXTENSIONS and not is_hidden(name)
+    return os.path.splitext(name)[1].lower() in EXTENSIONS and not is_hidden(name)  # noqa: PTH122 (called for each file)
 
 
 def is_hidden(name: str) -> bool:
@@ -95,7 +94,7 @@ def decode(data: bytes, name: str, max_pixels: int = MAX_PIXELS, min_side: int |
         image.load()
         if isinstance(image, PngImageFile):
             scale_transparent_color(image, stored_bits=data[24])
-        return apply_orientation(image, to_rgb(image, name))
+        return to_upright_rgb(image, name)
     except UnreadableImage:
         raise
     except Image.DecompressionBombError as error:  # the WebP parser raises it before the size can be read
@@ -121,7 +120,19 @@ def scale_transparent_color(image: PngImageFile, stored_bits: int) -> None:
         image.info["transparency"] = tuple(value >> 8 for value in key)
 
 
-def to_rgb(image: ImageFile, name: str) -> Image.Image:
+def to_upright_rgb(image: Image.Image, name: str) -> Image.Image:
+    """An image that is open as upright 8-bit RGB, by the rules of ``decode``.
+
+    Raises:
+        UnreadableImage: its pixels cannot be loaded, or are floats.
+    """
+    try:
+        return apply_orientation(image, to_rgb(image, name))
+    except (OSError, ValueError, SyntaxError) as error:  # opened by the caller, and damaged
+        raise unreadable_image(name, str(error)) from error
+
+
+def to_rgb(image: Image.Image, name: str) -> Image.Image:
     """The pixels of a loaded image as 8-bit RGB, composited over white where transparent."""
     if image.mode == "F":
         raise unreadable_image(name, "its pixels are floats of unknown range", "save it with 8 or 16 bits")
@@ -139,7 +150,7 @@ def composite_over_white(image: Image.Image) -> Image.Image:
     return canvas
 
 
-def scale_16_bit_gray(image: ImageFile, name: str) -> Image.Image:
+def scale_16_bit_gray(image: Image.Image, name: str) -> Image.Image:
     """Scales to 8 bits and rounds. Pillow's own conversion clips at 255 instead."""
     white, inverted = 65535, False
     if isinstance(image, TiffImageFile):  # Pillow returns the stored values unchanged
@@ -155,7 +166,7 @@ def scale_16_bit_gray(image: ImageFile, name: str) -> Image.Image:
     return Image.fromarray(gray).convert("RGB")
 
 
-def apply_orientation(image: ImageFile, pixels: Image.Image) -> Image.Image:
+def apply_orientation(image: Image.Image, pixels: Image.Image) -> Image.Image:
     """Applies the orientation in the EXIF or XMP metadata of ``image``, if valid. Pillow has done so for TIFF."""
     transpose = None
     if EXIF_KEYS & image.info.keys():

@@ -18,6 +18,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from allmlp.data.dataset import Dataset
 from allmlp.data.decode import UnreadableImage
+from allmlp.data.shared import Shared
 from allmlp.data.transforms import EvaluationTransform, TrainingTransform
 from allmlp.errors import UserError
 from allmlp.rng import rng_stream
@@ -42,7 +43,11 @@ class TransformedDataset(TorchDataset):
     """Maps (epoch, index) to one transformed sample of a dataset. Runs in the DataLoader's workers."""
 
     def __init__(self, dataset: Dataset, transform: EvaluationTransform | TrainingTransform, seed: int) -> None:
-        self.dataset, self.transform, self.seed = dataset, transform, seed
+        self.shared, self.transform, self.seed = Shared(dataset), transform, seed
+
+    @property
+    def dataset(self) -> Dataset:
+        return self.shared.value
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, int, str | None]:
         epoch, index = key
@@ -129,6 +134,22 @@ class TrainingOrder:
             yield keys
 
 
+class EvaluationOrder:
+    """A batch sampler: yields the (0, index) of the images of each batch of a rank (see ``evaluation_batches``)."""
+
+    def __init__(self, images: int, batch_size: int, rank: int, world_size: int) -> None:
+        self.images, self.rank, self.world_size = images, rank, world_size
+        self.batch_size = min(batch_size, images) or 1  # without images there are no batches
+
+    def __len__(self) -> int:
+        return -(-self.images // (self.batch_size * self.world_size))
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for i in range(len(self)):
+            start = (i * self.world_size + self.rank) * self.batch_size
+            yield [(0, k if k < self.images else PADDING) for k in range(start, start + self.batch_size)]
+
+
 def training_batches(
     dataset: Dataset,
     transform: TrainingTransform,
@@ -168,17 +189,12 @@ def evaluation_batches(
     """
     if batch_size < 1:
         raise UserError(f"batch size {batch_size}: use at least 1 image")
-    size = min(batch_size, len(dataset)) or 1  # an empty dataset gives no batches
-    rounds = -(-len(dataset) // (size * world_size))
-    starts = [(i * world_size + rank) * size for i in range(rounds)]
-    order = [[(0, i if i < len(dataset) else PADDING) for i in range(start, start + size)] for start in starts]
+    order = EvaluationOrder(len(dataset), batch_size, rank, world_size)
     workers = default_workers(dataset) if workers is None else workers
     return make_loader(TransformedDataset(dataset, transform, 0), order, workers)
 
 
-def make_loader(
-    dataset: TransformedDataset, order: TrainingOrder | list[list[tuple[int, int]]], workers: int
-) -> DataLoader:
+def make_loader(dataset: TransformedDataset, order: TrainingOrder | EvaluationOrder, workers: int) -> DataLoader:
     if workers < 0:
         raise UserError(f"{workers} workers: use 0 to load images in this process, or 1 or more worker processes")
     return DataLoader(

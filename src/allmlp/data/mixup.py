@@ -60,7 +60,7 @@ class Mixing:
 
     def mix(self, images: Tensor, valid: Tensor, parameters: MixParameters) -> MixedBatch:
         """Mixes images (B, channels, H, W) with their partners, except where one of the two is not ``valid``, (B,)."""
-        partners = partner_positions(len(images), self.group).to(images.device)
+        partners = partner_positions(len(images), self.group).to(images.device, non_blocking=True)
         mixes = valid & valid[partners]
         lam = torch.where(mixes, parameters.lam, 1.0).to(images.dtype)
         if parameters.box is None:

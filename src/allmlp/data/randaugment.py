@@ -30,7 +30,7 @@ STRENGTHS: dict[str, Callable[[float], float]] = {
     "invert": lambda m: 0,
     "rotate": lambda m: m / 10 * 30,  # degrees
     "posterize": lambda m: min(int(m / 10 * 4), 8),  # bits that are kept: weaker with m, without effect from 20 on
-    "solarize": lambda m: min(int(m / 10 * 256), 256),  # inverts from this level up; none from m = 10 on
+    "solarize": lambda m: int(m / 10 * 256) % 256,  # inverts from this level up; the reference's is a uint8 and wraps
     "color": lambda m: m / 10 * 1.8 + 0.1,  # 0: gray, 1: unchanged, above 1: more color; the next three alike
     "contrast": lambda m: m / 10 * 1.8 + 0.1,
     "brightness": lambda m: m / 10 * 1.8 + 0.1,

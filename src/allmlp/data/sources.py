@@ -4,7 +4,10 @@ A source without split folders is split here by a seeded, stratified rule (``dat
 come from the training images, never from the test images.
 """
 
+import contextlib
 import difflib
+from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +18,29 @@ from allmlp.data.folders import read_tree
 from allmlp.data.split import stratified_split
 from allmlp.data.stores import FolderStore, ZipStore
 from allmlp.errors import UserError
+
+Found = tuple[dict[str, ImageDataset], dict[str, int]]  # what ``read_tree`` returns
+_walks: ContextVar[dict[Path, Found] | None] = ContextVar("walks", default=None)
+
+
+@contextlib.contextmanager
+def walk_once() -> Iterator[None]:
+    """Within this context, a folder or zip is walked once, however often it is loaded: by each run of a search."""
+    walks = _walks.get()
+    token = _walks.set({} if walks is None else walks)
+    try:
+        yield
+    finally:
+        _walks.reset(token)
+
+
+def walk_source(store: FolderStore | ZipStore, path: Path, source: str) -> Found:
+    walks = _walks.get()
+    if walks is None:
+        return read_tree(store, source)
+    if path not in walks:
+        walks[path] = read_tree(store, source)
+    return walks[path]
 
 
 def load_source(
@@ -51,12 +77,12 @@ def load_source(
             )
         datasets, description, left_out = DOWNLOADED[copies[0]](path), f"{copies[0]} in {source}", {}
     elif path.is_dir():
-        datasets, left_out = read_tree(FolderStore(path), source)
+        datasets, left_out = walk_source(FolderStore(path), path, source)
         description = f"the folder {source}"
     elif path.is_file():
         if path.suffix.lower() != ".zip":
             raise UserError(f"{source} is not a .zip file: give a folder of images, a .zip of one, or a name")
-        datasets, left_out = read_tree(ZipStore(path), source)
+        datasets, left_out = walk_source(ZipStore(path), path, source)
         description = f"the zip {source}"
     else:
         near = difflib.get_close_matches(source, BUILT_IN, 2)

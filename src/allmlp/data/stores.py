@@ -3,12 +3,13 @@
 A store can be pickled and sent to a worker process, which opens a zip again.
 """
 
+import logging
 import lzma
 import os
 import stat
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -18,7 +19,10 @@ from PIL import Image
 from allmlp.data.decode import UnreadableImage, decode
 from allmlp.errors import UserError, printable
 
+log = logging.getLogger(__name__)
+
 MAX_BYTES = 1 << 30  # larger image files are rejected before they are read
+MANY_ENTRIES, BYTES_PER_ENTRY = 1_000_000, 700  # of a zip; ``zipfile`` keeps all of them, as objects
 
 
 class Store(Protocol):
@@ -53,26 +57,22 @@ class FolderStore:
 
     def names(self) -> Iterator[str]:
         """Every file below the root, as a relative path with forward slashes, in the same order on every machine."""
-        for folder, _, files in self.walk():
-            for file in sorted(files):
-                yield (Path(folder) / file).relative_to(self.root).as_posix()
+        for folder, files in self.walk():
+            for file in files:
+                yield folder + file
 
-    def folders(self) -> list[str]:
-        """Path of every folder below the root, empty ones included."""
-        return [
-            (Path(parent) / name).relative_to(self.root).as_posix()
-            for parent, names, _ in self.walk()
-            for name in names
-        ]
+    def walk(self) -> Iterator[tuple[str, list[str]]]:
+        """Every folder, parents first and empty ones included, with its files in order.
 
-    def walk(self) -> Iterator[tuple[str, list[str], list[str]]]:
-        """``os.walk``, sorted. Follows links to folders, but visits no folder twice."""
+        A folder is "" (the root) or "some/folder/". Links to folders are followed, but no folder is visited twice.
+        """
         visited = {self.root.resolve()}
         for folder, folders, files in os.walk(self.root, followlinks=True):
             new = {name: (Path(folder) / name).resolve() for name in sorted(folders)}
             folders[:] = [name for name, target in new.items() if target not in visited]
             visited |= set(new.values())
-            yield folder, folders, files
+            relative = Path(folder).relative_to(self.root).as_posix()
+            yield "" if relative == "." else f"{relative}/", sorted(files)
 
     def subfolder(self, folder: str) -> "FolderStore":
         """The store of a folder below the root, with names relative to that folder."""
@@ -107,15 +107,29 @@ class ZipStore:
     def names(self) -> Iterator[str]:
         yield from (name for name in self.entries() if not name.endswith("/"))
 
-    def folders(self) -> list[str]:
-        found = set()
+    def walk(self) -> Iterator[tuple[str, list[str]]]:
+        """As the walk of a ``FolderStore``."""
+        files: dict[str, list[str]] = {"": []}
         for name in self.entries():
-            pieces = name.split("/")[:-1]
-            found |= {"/".join(pieces[: i + 1]) for i in range(len(pieces))}
-        return sorted(found)
+            pieces = name.split("/")
+            for depth in range(1, len(pieces)):
+                files.setdefault("/".join(pieces[:depth]) + "/", [])
+            if pieces[-1]:
+                files[name[: len(name) - len(pieces[-1])]].append(pieces[-1])
+        for folder in sorted(files, key=lambda folder: folder.split("/")):
+            yield folder, files[folder]
 
     def entries(self) -> list[str]:
-        entries = (name.removeprefix(self.prefix) for name in self.archive().namelist() if name.startswith(self.prefix))
+        found = self.archive().namelist()
+        if len(found) > MANY_ENTRIES:
+            log.warning(
+                "%s has %s entries: each process that reads it keeps about %.1f GB of them in memory; unpack it to "
+                "a folder to save that",
+                self.path,
+                f"{len(found):,}",
+                len(found) * BYTES_PER_ENTRY / 1e9,
+            )
+        entries = (name.removeprefix(self.prefix) for name in found if name.startswith(self.prefix))
         return sorted({name for name in entries if name})  # a zip may hold a name twice: the last entry is read
 
     def subfolder(self, folder: str) -> "ZipStore":
@@ -131,7 +145,7 @@ class ArrayStore:
 
     in_memory = True
 
-    def __init__(self, pixels: np.ndarray, names: tuple[str, ...]) -> None:
+    def __init__(self, pixels: np.ndarray, names: Sequence[str]) -> None:
         self.pixels = pixels
         self.index = {name: i for i, name in enumerate(names)}
 

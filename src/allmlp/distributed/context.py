@@ -5,6 +5,7 @@ A single process uses the same code, but its context does not communicate.
 
 import contextlib
 import os
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -14,7 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from allmlp.distributed.watchdog import CONNECT_TIMEOUT, SLOW_TIMEOUT, Watchdog, connect_store
+from allmlp.device import select_device
+from allmlp.distributed.launcher import end_with_launcher
+from allmlp.distributed.watchdog import CONNECT_TIMEOUT, SLOW_TIMEOUT, Watchdog, connect_store, connection_errors
 from allmlp.errors import RunError, UserError
 
 T = TypeVar("T")
@@ -106,9 +109,9 @@ class DistributedContext:
             raise failures[0]
         return done[0] if done else action()
 
-    def local_device(self, device: torch.device) -> torch.device:
-        """The device of this process: with several processes on GPUs, the one with its local rank."""
-        return torch.device("cuda", self.local_rank) if self.world_size > 1 and device.type == "cuda" else device
+    def select_device(self, name: str) -> torch.device:
+        """The device of this process for a name; see ``device.select_device``."""
+        return select_device(name, self.local_rank, self.world_size)
 
 
 SINGLE_PROCESS = DistributedContext()
@@ -123,7 +126,9 @@ def init_distributed(timeout_seconds: float, device: str = "auto") -> Iterator[D
         device: the recipe's device. Unless it is the CPU, each process uses its own GPU.
 
     Raises:
-        UserError: environment variables that identify the process are missing or not numbers.
+        UserError: environment variables that identify the process are missing or not numbers; a device that this
+            process cannot have.
+        RunError: the device does not work, or the processes cannot be connected.
     """
     world_size = environment_number("WORLD_SIZE", 1)
     if world_size == 1:
@@ -133,12 +138,18 @@ def init_distributed(timeout_seconds: float, device: str = "auto") -> Iterator[D
     if not os.environ.get("MASTER_ADDR"):
         raise UserError("MASTER_ADDR is not set: start the run with --processes or torchrun, or unset WORLD_SIZE")
     environment_number("MASTER_PORT")
-    on_gpus = torch.cuda.is_available() and not device.startswith("cpu")
+    end_with_launcher()
+    own_device = select_device(device, local_rank, world_size)
+    on_gpus = own_device.type == "cuda"
     if on_gpus:
-        torch.cuda.set_device(local_rank)
+        if not dist.is_nccl_available():
+            raise UserError(f"PyTorch has no NCCL on {sys.platform}: train in one process, or with --device cpu")
+        torch.cuda.set_device(own_device)  # NCCL, DDP and FSDP use the current device
     timeout = timedelta(seconds=max(timeout_seconds, SLOW_TIMEOUT)) + WATCHDOG_MARGIN
     backend, store = "cpu:gloo,cuda:nccl" if on_gpus else "gloo", connect_store(timeout, is_server=rank == 0)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    with connection_errors():
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+        groups = [dist.new_group(backend="gloo", timeout=timeout) for _ in range(2)]
     watchdog = Watchdog(connect_store(CONNECT_TIMEOUT), rank, world_size, timeout_seconds)
     context = DistributedContext(
         rank=rank,
@@ -146,8 +157,8 @@ def init_distributed(timeout_seconds: float, device: str = "auto") -> Iterator[D
         local_rank=local_rank,
         local_world_size=environment_number("LOCAL_WORLD_SIZE", world_size),
         watchdog=watchdog,
-        checkpoint_group=dist.new_group(backend="gloo", timeout=timeout),
-        control_group=dist.new_group(backend="gloo", timeout=timeout),
+        checkpoint_group=groups[0],
+        control_group=groups[1],
     )
     with watchdog:
         yield context

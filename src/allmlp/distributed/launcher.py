@@ -4,12 +4,12 @@ They get the same environment variables as from torchrun. Unlike with torchrun, 
 or 130 after a signal, which tells a scheduler that the run can be resumed.
 """
 
-import ctypes
-import functools
+import contextlib
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,8 +17,10 @@ from datetime import timedelta
 
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-LINUX = sys.platform == "linux"
-PR_SET_PDEATHSIG = 1  # from Linux's sys/prctl.h: the signal that a process receives when its parent dies
+from allmlp.device import first_line
+from allmlp.errors import UserError
+
+PIPE = "ALLMLP_LAUNCHER_PIPE"  # environment variable: a file descriptor that is at its end once the launcher has ended
 GRACE = 15.0  # seconds for the other processes to exit after one has failed
 LAST_SAVE = 3600.0  # seconds for the others to exit after a signal stopped one: they save a checkpoint first
 RENDEZVOUS_TIMEOUT = timedelta(minutes=10)  # how long machines wait for one another
@@ -40,11 +42,17 @@ class LaunchConfig:
 
 
 def launch(config: LaunchConfig, words: Sequence[str]) -> int:
-    """Runs ``mixer WORDS`` in each process; returns the exit status of the first that failed, or 0."""
+    """Runs ``mixer WORDS`` in each process; returns the exit status of the first that failed, or 0.
+
+    Raises:
+        UserError: the port of ``rdzv_endpoint`` cannot be used; Windows.
+    """
+    if sys.platform == "win32":
+        raise UserError("several processes (--processes, --nnodes) need Linux or macOS: train in one process")
     host, _, port = (config.rdzv_endpoint or "127.0.0.1:0").rpartition(":")
     store = None
     if config.node_rank == 0:  # outside the ranks, so that the store outlives them
-        store = TCPStore(host, int(port), is_master=True, wait_for_workers=False, timeout=RENDEZVOUS_TIMEOUT)
+        store = start_store(host, int(port))
         port = store.port
     children: list[subprocess.Popen[bytes]] = []
 
@@ -54,9 +62,10 @@ def launch(config: LaunchConfig, words: Sequence[str]) -> int:
                 child.send_signal(number)
 
     before = {number: signal.signal(number, forward) for number in SIGNALS}
+    reader, writer = os.pipe()  # the children inherit the reader; the writer is closed when this process ends
     try:
         for local_rank in range(config.nproc_per_node):
-            children.append(start_process(config, local_rank, host, int(port), words))
+            children.append(start_process(config, local_rank, (host, int(port)), reader, words))
         return wait_for(children, config.node_rank * config.nproc_per_node)
     finally:
         for child in children:
@@ -64,28 +73,53 @@ def launch(config: LaunchConfig, words: Sequence[str]) -> int:
                 child.kill()
         for number, handler in before.items():
             signal.signal(number, handler)
+        os.close(reader)
+        os.close(writer)
         del store
 
 
+def start_store(host: str, port: int) -> TCPStore:
+    """The key-value store of the run, which listens on this machine."""
+    try:
+        return TCPStore(host, port, is_master=True, wait_for_workers=False, timeout=RENDEZVOUS_TIMEOUT)
+    except RuntimeError as error:
+        raise UserError(
+            f"the processes cannot meet at {host}:{port} ({first_line(error)}): give an address of this machine and a "
+            "free port with --rdzv-endpoint"
+        ) from error
+
+
 def start_process(
-    config: LaunchConfig, local_rank: int, host: str, port: int, words: Sequence[str]
+    config: LaunchConfig, local_rank: int, endpoint: tuple[str, int], pipe: int, words: Sequence[str]
 ) -> subprocess.Popen[bytes]:
     variables = {
         "RANK": config.node_rank * config.nproc_per_node + local_rank,
         "LOCAL_RANK": local_rank,
         "WORLD_SIZE": config.nnodes * config.nproc_per_node,
         "LOCAL_WORLD_SIZE": config.nproc_per_node,
-        "MASTER_ADDR": host,
-        "MASTER_PORT": port,
+        "MASTER_ADDR": endpoint[0],
+        "MASTER_PORT": endpoint[1],
+        PIPE: pipe,
         "TORCHELASTIC_USE_AGENT_STORE": True,  # the store exists: no rank creates one
     }
     threads = {"OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // config.nproc_per_node, 1))}
     environment = threads | os.environ | {key: str(value) for key, value in variables.items()}
     command = [sys.executable, "-m", "allmlp.cli", *words]
-    die_with_parent = functools.partial(ctypes.CDLL(None).prctl, PR_SET_PDEATHSIG, signal.SIGTERM) if LINUX else None
-    return subprocess.Popen(  # in a separate session, so that Ctrl-C in a terminal reaches only this process
-        command, env=environment, start_new_session=True, preexec_fn=die_with_parent
-    )
+    # in a separate session, so that Ctrl-C in a terminal reaches only this process
+    return subprocess.Popen(command, env=environment, start_new_session=True, pass_fds=(pipe,))
+
+
+def end_with_launcher() -> None:
+    """Sends this process SIGTERM once the launcher that started it has ended, however that was."""
+    if (pipe := os.environ.pop(PIPE, None)) is None:  # popped: processes that this one starts do not have the pipe
+        return
+
+    def wait() -> None:
+        with contextlib.suppress(OSError):
+            os.read(int(pipe), 1)  # nothing is ever written
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=wait, name="launcher", daemon=True).start()
 
 
 def wait_for(children: Sequence[subprocess.Popen[bytes]], first_rank: int = 0) -> int:

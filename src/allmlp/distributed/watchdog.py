@@ -1,10 +1,12 @@
 """Ends a run of several processes when one of them is dead, stuck or failed, and names that rank."""
 
+import contextlib
 import json
 import os
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -12,7 +14,8 @@ from typing import Any
 
 from torch.distributed import PrefixStore, Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-from allmlp.errors import Stopped
+from allmlp.device import first_line
+from allmlp.errors import RunError, Stopped
 
 PERIOD = 0.5  # seconds between two heartbeats
 GRACE = 5.0  # seconds for the main thread to end by itself after another rank failed
@@ -30,8 +33,22 @@ def connect_store(timeout: timedelta, is_server: bool = False) -> Store:
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     launcher_has_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     is_master = is_server and not launcher_has_store
-    store = TCPStore(host, port, is_master=is_master, wait_for_workers=False, timeout=timeout)
+    with connection_errors():
+        store = TCPStore(host, port, is_master=is_master, wait_for_workers=False, timeout=timeout)
     return PrefixStore(f"mixer/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+@contextlib.contextmanager
+def connection_errors() -> Iterator[None]:
+    """Turns PyTorch's errors about connecting the processes into a RunError that names where they were to meet."""
+    try:
+        yield
+    except RuntimeError as error:
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise RunError(
+            f"cannot join the other processes at {place} ({first_line(error)}): check the address (--rdzv-endpoint), "
+            "the firewall, and that all processes have started"
+        ) from error
 
 
 class Watchdog:

@@ -13,7 +13,7 @@ from allmlp.classifier import Classifier, evaluation_mode
 from allmlp.data.dataset import Dataset
 from allmlp.data.loader import default_workers, evaluation_batches
 from allmlp.data.transforms import EvaluationTransform, normalize
-from allmlp.device import autocast
+from allmlp.device import autocast, current_device, device_errors
 from allmlp.distributed.context import SINGLE_PROCESS, DistributedContext
 from allmlp.errors import UserError
 
@@ -108,7 +108,8 @@ def classify(
         world_size=context.world_size,
     )
     results, done = [], 0  # of each batch: its columns, and its unreadable images
-    with evaluation_mode(model, device), torch.inference_mode():
+    too_large = device_errors(f"{batch_size} images at a time", "use a smaller batch size, or another device")
+    with current_device(device), too_large, evaluation_mode(model, device), torch.inference_mode():
         for batch in batches:
             with autocast(device, precision):
                 logits = model(normalize(batch.images.to(device), model.metadata.preprocessing)).float()

@@ -1,13 +1,19 @@
 """The folder of a run: created, locked, and removed again when a failed run leaves nothing of use in it."""
 
 import contextlib
+import logging
 import os
 import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+from allmlp.checkpointing.manager import clean_up, remove
 from allmlp.errors import RunError, Stopped, UserError
+from allmlp.files import sync_folder
+
+log = logging.getLogger(__name__)
 
 LOCK = ".lock"
 LOCKED_HERE: set[Path] = set()  # folders that this process has locked
@@ -54,6 +60,28 @@ def run_folder(out: Path, owner: bool = True, worth_keeping: str = "checkpoints/
 def disk_error(out: Path, error: OSError) -> RunError:
     reason = error.strerror or error
     return RunError(f"{out} cannot be written ({reason}): free some space, or name another folder with --out")
+
+
+def remove_checkpoints(out: Path, summary: dict[str, Any]) -> None:
+    """Removes what a complete run no longer needs: called when all the rest is written, or when it is resumed.
+
+    These are the checkpoints to resume from, and last.safetensors and best.safetensors where they hold the weights of
+    model.safetensors. A failure is only logged: the run is complete.
+    """
+    folder = out / "checkpoints"
+    steps = {"last.safetensors": summary["steps"], "best.safetensors": summary["best_step"]}
+    try:
+        sync_folder(out)  # a power failure must not leave the removal alone
+        clean_up(folder)
+        for path in (*folder.glob("step-*"), *folder.glob("damaged-step-*")):
+            remove(path)
+        for name, step in steps.items():
+            if step == summary["kept_step"]:
+                (folder / name).unlink(missing_ok=True)
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+    except OSError as error:
+        log.warning("%s, which is no longer needed, cannot be removed (%s)", folder, error.strerror or error)
 
 
 @contextlib.contextmanager

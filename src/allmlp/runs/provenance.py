@@ -23,7 +23,9 @@ def current_commit() -> str | None:
 
 def git(*words: str) -> str | None:
     try:
-        done = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            ["git", *words], cwd=Path(__file__).parent, capture_output=True, encoding="utf-8", check=False
+        )
     except OSError:
         return None
     return done.stdout.strip() or None if done.returncode == 0 else None

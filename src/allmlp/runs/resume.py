@@ -1,5 +1,7 @@
 """Resuming a run: with the same recipe and the same data, from the newest intact checkpoint."""
 
+import contextlib
+import datetime
 import hashlib
 import json
 import logging
@@ -9,11 +11,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from allmlp.checkpointing.manager import clean_up, newest_intact, set_aside_damaged
+from allmlp.checkpointing.checkpoint import DamagedCheckpoint, read_manifest
+from allmlp.checkpointing.manager import checkpoints_by_step, clean_up, newest_intact, set_aside_damaged
 from allmlp.config.limits import flag
 from allmlp.config.recipe import Recipe
 from allmlp.config.serialize import from_json, to_json_object
 from allmlp.data.dataset import DatasetSplits
+from allmlp.data.names import joined
 from allmlp.errors import UserError
 from allmlp.files import to_json, write_text
 
@@ -44,16 +48,16 @@ class Checkpoint(NamedTuple):
     state: dict[str, Any]
 
 
-def find_checkpoint(recipe: Recipe, out: Path, trusted: bool) -> Checkpoint | None:
+def find_checkpoint(recipe: Recipe, out: Path) -> Checkpoint | None:
     """The checkpoint to resume from; None: the run starts at the beginning. Only leftovers of a killed run are removed.
 
     Raises:
-        UserError: the folder holds something else, or the checkpoint was not written by this user.
+        UserError: the folder holds something else, or the checkpoint has a format that is not read.
         RunError: all checkpoints are damaged.
     """
     check_same_recipe(recipe, out)
     clean_up(out / "checkpoints")
-    found = newest_intact(out / "checkpoints", trusted)
+    found = newest_intact(out / "checkpoints")
     return None if found is None else Checkpoint(*found)
 
 
@@ -63,6 +67,15 @@ def prepare_folder(recipe: Recipe, out: Path, start: Checkpoint | None) -> None:
     (out / "checkpoints").mkdir(exist_ok=True)
     if start is not None:
         set_aside_damaged(out / "checkpoints", start.state["step"])
+
+
+def record_start(out: Path, command: str, resumed: bool) -> list[dict[str, str]]:
+    """Adds this start to the folder's list of them, and returns all whose work is in the run, the first one first."""
+    path = out / "starts.json"
+    starts = json.loads(path.read_text(encoding="utf-8")) if resumed and path.is_file() else []
+    starts.append({"command": command, "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")})
+    write_text(path, to_json(starts, indent=1) + "\n")
+    return starts
 
 
 def finished_summary(recipe: Recipe, out: Path) -> dict[str, Any] | None:
@@ -75,6 +88,14 @@ def finished_summary(recipe: Recipe, out: Path) -> dict[str, Any] | None:
         return None
     check_same_recipe(recipe, out)
     return json.loads((out / "summary.json").read_text(encoding="utf-8"))
+
+
+def check_resumable(recipe: Recipe, out: Path) -> None:
+    """Raises a UserError for a folder that holds something else than a run of this recipe and version. Only reads."""
+    check_same_recipe(recipe, out)
+    for path in checkpoints_by_step(out / "checkpoints").values():
+        with contextlib.suppress(DamagedCheckpoint):
+            read_manifest(path)
 
 
 def check_same_recipe(recipe: Recipe, out: Path) -> None:
@@ -111,8 +132,10 @@ def fingerprint(data: DatasetSplits) -> dict[str, Any]:
     found = {}
     for name in ("train", "val"):
         if (dataset := data.splits.get(name)) is not None:
-            digest = hashlib.sha256("\0".join(dataset.names).encode(errors="surrogateescape"))
-            digest.update(np.ascontiguousarray(dataset.labels, dtype="<i8").tobytes())
+            digest = hashlib.sha256()
+            for text in joined(dataset.names):
+                digest.update(text)
+            digest.update(np.ascontiguousarray(dataset.labels, dtype="<i8").data)
             found[name] = {"count": len(dataset), "sha256": digest.hexdigest()}
     return found
 

@@ -36,26 +36,26 @@ def run_status(out: Path, verify: bool = False) -> dict[str, Any]:
     checkpoints = checkpoints_by_step(out / "checkpoints")
     records = [record for _, record in read_lines(out / METRICS)]
     last = {key: value for record in records for key, value in record.items()}
-    saved = saved_state(checkpoints)
+    saved, summary = saved_state(checkpoints), read_object(out / "summary.json")
     finished = (out / "summary.json").is_file()
     status = {
         "run": str(out),
         "recipe": recipe.name,
         "state": "finished" if finished else "running" if is_locked(out) else "stopped",
         "step": last.get("step", saved.get("step", 0)),
-        "steps": saved.get("steps"),
+        "steps": saved.get("steps", summary.get("steps")),
         **{key: last.get(key) for key in ("epoch", "loss", "val_top1", "images_per_second", "data_wait")},
         "best": best(records),
         "checkpoints": list(checkpoints),
         "saved_seconds_ago": seconds_since(next(iter(checkpoints.values()), None)),
-        "seconds": saved.get("seconds"),
+        "seconds": saved.get("seconds", summary.get("train_seconds")),
         "left_seconds": None,
     }
     if not finished and status["steps"] and status["images_per_second"]:
         left = (status["steps"] - status["step"]) * recipe.optimization.global_batch_size
         status["left_seconds"] = left / status["images_per_second"]
     if verify:
-        found = newest_intact(out / "checkpoints", trusted=True)
+        found = newest_intact(out / "checkpoints")
         status["sound"] = None if found is None else found[1]["step"]
     return status
 
@@ -68,11 +68,15 @@ def best(records: list[dict[str, Any]]) -> tuple[int, float] | None:
 
 def saved_state(checkpoints: dict[int, Path]) -> dict[str, Any]:
     """The state of the newest checkpoint that can be read."""
-    for path in checkpoints.values():
-        with contextlib.suppress(OSError, ValueError, RecursionError):
-            state = json.loads((path / STATE).read_text(encoding="utf-8"))
-            if isinstance(state, dict):
-                return state
+    return next((state for path in checkpoints.values() if (state := read_object(path / STATE))), {})
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; empty if there is none."""
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(found, dict):
+            return found
     return {}
 
 

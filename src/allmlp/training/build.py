@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch.utils.data import DataLoader
@@ -20,6 +20,7 @@ from allmlp.data.dataset import Dataset, DatasetSplits
 from allmlp.data.loader import UnreadableImages, default_workers, training_batches
 from allmlp.data.mixup import Mixing
 from allmlp.data.randaugment import RandAugment
+from allmlp.data.shared import Published, publish
 from allmlp.data.sources import hold_out, load_source
 from allmlp.data.transforms import TrainingTransform
 from allmlp.distributed.context import SINGLE_PROCESS, DistributedContext
@@ -145,7 +146,7 @@ def build(
 
 def run_lengths(settings: OptimizationRecipe, images: int) -> tuple[int, int]:
     """Steps of the run, and of its warm-up, which is limited to a fifth of them."""
-    steps = settings.steps or max(int(settings.epochs * images / settings.global_batch_size), 1)
+    steps = settings.steps or max(round(settings.epochs * images / settings.global_batch_size), 1)
     warmup_steps = min(settings.warmup_steps, steps // 5)
     if warmup_steps < settings.warmup_steps:
         log.info(
@@ -283,12 +284,27 @@ def build_preprocessing(data: DataRecipe, default: Preprocessing = Preprocessing
     return replace(default, **{key: value for key, value in fields.items() if value is not None})
 
 
-def build_data(recipe: Recipe) -> DatasetSplits:
-    """Loads the recipe's images, logs a description, and checks that they can be trained on.
+def build_data(recipe: Recipe, context: DistributedContext = SINGLE_PROCESS) -> DatasetSplits:
+    """The recipe's images. One process of each machine reads the data; the others map what it found. Collective.
 
     Raises:
         UserError: data that cannot be read or that no classifier can be trained on.
     """
+    published = context.local_rank0_first(lambda: None if context.local_rank else publish(check_data(recipe)))
+    ours, memory = published or (None, None)
+    found = context.all_gather(ours)[context.rank - context.local_rank]
+    try:
+        return cast(Published, found).open()
+    except FileNotFoundError as error:
+        raise UserError(f"rank {context.rank} does not find {error.filename}: set one TMPDIR for all ranks") from None
+    finally:
+        context.all_gather(None)  # all have opened it
+        if memory is not None:
+            memory.unlink()
+
+
+def check_data(recipe: Recipe) -> DatasetSplits:
+    """Loads the recipe's images, logs a description, and checks that they can be trained on."""
     data = load_data(recipe)
     if recipe.data.holdout:
         data = hold_out(data, recipe.data.holdout, recipe.data.split_seed)

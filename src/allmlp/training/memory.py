@@ -1,16 +1,15 @@
 """Memory of a training run: recomputed activations, the allocator's settings, peak usage, out-of-memory errors."""
 
-import contextlib
 import ctypes
 import functools
 import platform
 import sys
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from allmlp.errors import RunError
+from allmlp.device import device_errors
 from allmlp.model import Mixer
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
@@ -38,26 +37,25 @@ def keep_freed_memory() -> None:
         library.mallopt(M_TRIM_THRESHOLD, -1)  # never
 
 
-def peak_memory(device: torch.device) -> int:
-    """The most memory used so far, in bytes: by the device's allocator on a GPU, by the whole process on a CPU."""
+def peak_memory(device: torch.device) -> int | None:
+    """The most memory used so far, in bytes: by the device's allocator on a GPU, by the whole process on a CPU.
+
+    None for the process on Windows, where Python's standard library does not tell.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    import resource  # only on POSIX
+    if sys.platform == "win32":
+        return None
+    import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-@contextlib.contextmanager
-def memory_errors(micro_batch_size: int) -> Iterator[None]:
+def memory_errors(micro_batch_size: int) -> AbstractContextManager[None]:
     """Turns running out of memory into a RunError that says what to do."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-        if not out_of_memory:
-            raise
-        raise RunError(
-            f"{micro_batch_size} images at a time do not fit into memory: give --micro-batch-size "
-            f"{max(micro_batch_size // 2, 1)} or less (gradients are accumulated to the same result), or --recompute"
-        ) from error
+    return device_errors(
+        f"{micro_batch_size} images at a time",
+        f"give --micro-batch-size {max(micro_batch_size // 2, 1)} or less (gradients are accumulated to the same "
+        "result), or --recompute",
+    )

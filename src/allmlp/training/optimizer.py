@@ -1,9 +1,12 @@
 """The paper's optimizers: AdamW with weight decay on kernels only, times the learning rate; SGD for fine-tuning."""
 
+from typing import Any
+
 import torch
 from torch import nn
+from torch.optim.sgd import sgd as update_sgd
 
-from allmlp.distributed.parallelize import is_sharded
+from allmlp.distributed.parallelize import is_sharded, local_shard
 
 
 def adamw(model: nn.Module, *, weight_decay: float, beta1: float, beta2: float) -> torch.optim.AdamW:
@@ -22,17 +25,34 @@ def adamw(model: nn.Module, *, weight_decay: float, beta1: float, beta2: float) 
 
 
 def sgd(model: nn.Module, *, momentum: float) -> torch.optim.SGD:
-    """SGD with momentum, without weight decay, as the paper fine-tunes (Section 3). Each step sets the learning rate.
+    """SGD with momentum, without weight decay, as the paper fine-tunes (Section 3).
 
-    PyTorch's fused kernel does not support sharded parameters: those are updated by separate operations.
+    Each step sets the learning rate.
     """
     parameters = trainable(model)
-    optimizer = torch.optim.SGD(
-        parameters, lr=0.0, momentum=momentum, fused=fusible(parameters[0].device) and not is_sharded(model)
-    )
+    kind = ShardedSGD if is_sharded(model) else torch.optim.SGD
+    optimizer = kind(parameters, lr=0.0, momentum=momentum, fused=fusible(parameters[0].device))
     for p in parameters if momentum else []:  # PyTorch would leave them uninitialized if the first step is skipped
         optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
     return optimizer
+
+
+class ShardedSGD(torch.optim.SGD):
+    """SGD on sharded parameters: PyTorch's fused kernel, which does not accept them, on the shards of this process."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            update_sgd(
+                [local_shard(p) for p in parameters],
+                [local_shard(p.grad) for p in parameters],
+                [local_shard(self.state[p]["momentum_buffer"]) for p in parameters] if group["momentum"] else [],
+                fused=True,
+                grad_scale=getattr(self, "grad_scale", None),  # set by GradScaler, as for PyTorch's fused optimizers
+                found_inf=getattr(self, "found_inf", None),
+                **{key: group[key] for key in ("lr", "momentum", "weight_decay", "dampening", "nesterov", "maximize")},
+            )
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:

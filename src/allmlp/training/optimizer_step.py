@@ -85,7 +85,7 @@ class OptimizerStep:
             self.optimizer.found_inf = (self.failure[0] > 0).float()  # pyright: ignore[reportAttributeAccessIssue]
             self.optimizer.step()
             del self.optimizer.found_inf  # pyright: ignore[reportAttributeAccessIssue]
-        elif not self.failure[0]:
+        elif not self.failure[0]:  # waits for the device: only on Apple's GPUs, where no optimizer is fused
             self.optimizer.step()
 
 

@@ -8,6 +8,7 @@ import functools
 import multiprocessing
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -41,7 +42,7 @@ class SignalState:
 
 @functools.cache
 def detach_children() -> None:
-    """Keeps forked processes from writing their signals to this process's pipe, which they inherit."""
+    """Keeps forked processes from writing their signals to this process's socket, which they inherit."""
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
 
@@ -56,11 +57,11 @@ def deferred_signals() -> Iterator[SignalState]:
     if threading.current_thread() is not threading.main_thread():
         yield state
         return
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
+    reader, writer = socket.socketpair()  # not a pipe: on Windows it cannot be made non-blocking
+    writer.setblocking(False)
 
     def listen() -> None:
-        while (data := os.read(reader, 1)) not in (b"", b"\0"):
+        while (data := reader.recv(1)) not in (b"", b"\0"):
             if data[0] in SIGNALS:
                 state.receive(data[0])
 
@@ -68,17 +69,17 @@ def deferred_signals() -> Iterator[SignalState]:
     thread.start()
     detach_children()
     before = [signal.signal(number, lambda number, frame: None) for number in SIGNALS]
-    wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     try:
         yield state
     finally:
         signal.set_wakeup_fd(wakeup)
         for number, handler in zip(SIGNALS, before, strict=True):
             signal.signal(number, handler)
-        os.write(writer, b"\0")
+        writer.send(b"\0")
         thread.join()
-        os.close(reader)
-        os.close(writer)
+        reader.close()
+        writer.close()
 
 
 class Requests(NamedTuple):

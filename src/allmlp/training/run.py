@@ -1,6 +1,5 @@
 """A whole training run: from a recipe to the folder with its weights, metrics and summary."""
 
-import datetime
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ import torch
 from allmlp.config.batch_size import check_world_size
 from allmlp.config.recipe import Recipe
 from allmlp.data.dataset import DatasetSplits
-from allmlp.device import select_device, select_precision
+from allmlp.device import current_device, device_errors, select_precision
 from allmlp.distributed.context import SINGLE_PROCESS, DistributedContext
 from allmlp.distributed.parallelize import shard
 from allmlp.errors import UserError
@@ -21,7 +20,14 @@ from allmlp.model import Mixer
 from allmlp.runs.folder import locked, run_folder
 from allmlp.runs.provenance import current_commit, describe_device, versions
 from allmlp.runs.result import RunResult
-from allmlp.runs.resume import Checkpoint, check_same_data, check_same_recipe, find_checkpoint, prepare_folder
+from allmlp.runs.resume import (
+    Checkpoint,
+    check_resumable,
+    check_same_data,
+    find_checkpoint,
+    prepare_folder,
+    record_start,
+)
 from allmlp.training.build import Built, build, build_data, build_initializer, build_preemption
 from allmlp.training.compilation import restore_eager
 from allmlp.training.memory import keep_freed_memory, peak_memory
@@ -41,7 +47,6 @@ class RunOptions:
 
     command: str = ""  # for the summary
     resume: bool = False  # continue the run in the folder from its newest intact checkpoint, if there is one
-    trust_checkpoint: bool = False  # accept checkpoints that this user has not written
     resume_command: str = "the same command and --resume auto"  # for the message when a signal stops the run
 
 
@@ -70,17 +75,26 @@ def train(
     """
     check_world_size(recipe, context.world_size)
     check_folder(recipe, out, options, context)
-    device = context.local_device(select_device(recipe.run.device))
+    device = context.select_device(recipe.run.device)
     precision = select_precision(recipe.run.precision, device)
     initializer = build_initializer(recipe)  # reports mistakes in the sizes before any data is read
     if device.type == "cpu":
         keep_freed_memory()
     context.heartbeat("reading the data", slow=True)
-    data = context.local_rank0_first(lambda: build_data(recipe))
-    origin = describe_origin(recipe, options)
-    with deferred_signals() as signals, run_folder(out, context.is_rank0), locked(out, context.is_rank0):
+    data = build_data(recipe, context)
+    too_large = device_errors("the model and its optimizer", "train a smaller model, or --shard it over more processes")
+    with (
+        deferred_signals() as signals,
+        run_folder(out, context.is_rank0),
+        locked(out, context.is_rank0),
+        current_device(device),
+        too_large,
+    ):
         preemption = build_preemption(recipe, out, signals, options.resume_command, context)
-        checkpoint = find_start(recipe, out, data, precision, options, preemption)
+        checkpoint = find_start(recipe, out, data, precision, preemption)
+        resumed = checkpoint is not None
+        starts = context.broadcast_from_rank0(lambda: record_start(out, options.command, resumed))
+        origin = describe_origin(recipe, starts)
         model = initializer.build_meta(data.classes)
         if recipe.run.shard and context.world_size > 1:
             shard(model, context, device)
@@ -128,17 +142,18 @@ def check_folder(recipe: Recipe, out: Path, options: RunOptions, context: Distri
         raise UserError(f"{out} exists: resume it with --resume {out}, name another folder with --out, or remove it")
     if context.broadcast_from_rank0(lambda: out.exists() and not out.is_dir()):
         raise UserError(f"{out} is a file: name a folder with --out")
-    context.broadcast_from_rank0(lambda: check_same_recipe(recipe, out) if out.exists() else None)
+    context.broadcast_from_rank0(lambda: check_resumable(recipe, out) if out.exists() else None)
 
 
-def describe_origin(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
+def describe_origin(recipe: Recipe, starts: list[dict[str, str]]) -> dict[str, Any]:
     """Where the weights of the run come from, for their metadata and the summary."""
     return {
         "seed": recipe.run.seed,
-        "command": options.command,
+        "command": starts[0]["command"],
+        "resumed_with": [start["command"] for start in starts[1:]],
         "commit": current_commit(),
         "versions": versions(),
-        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "started": starts[0]["started"],
     }
 
 
@@ -147,17 +162,15 @@ def find_start(
     out: Path,
     data: DatasetSplits,
     precision: torch.dtype,
-    options: RunOptions,
     preemption: Preemption,
 ) -> Checkpoint | None:
     """The checkpoint that the run resumes from, None for a new run; then the folder is this run's. Collective."""
     context = preemption.context
-    checkpoint = context.broadcast_from_rank0(lambda: find_checkpoint(recipe, out, options.trust_checkpoint))
+    checkpoint = context.broadcast_from_rank0(lambda: find_checkpoint(recipe, out))
     if checkpoint is not None:
         preemption.checkpoints.last_step = checkpoint.state["step"]
         check_same_data(checkpoint, data, str(precision).removeprefix("torch."))
-        author = "trusted as requested" if options.trust_checkpoint else "trusted: written by you"
-        log.info("resuming after step %d, from %s (%s)", checkpoint.state["step"], checkpoint.folder, author)
+        log.info("resuming after step %d, from %s", checkpoint.state["step"], checkpoint.folder)
     context.broadcast_from_rank0(lambda: prepare_folder(recipe, out, checkpoint))
     return checkpoint
 
@@ -180,6 +193,7 @@ def summarize(
         "left_out": data.left_out,
         "steps": steps,
         "kept_step": kept_step,
+        "best_step": None if trainer.best is None else trainer.best[0],
         "warmup_steps": built.warmup_steps,
         "epochs": images / len(data.splits["train"]),
         "images_per_second": images / step_seconds,

@@ -4,10 +4,20 @@ import math
 
 from allmlp.config.recipe import Decay
 
+LINEAR_END = 1e-5  # of the peak, where the linear decay ends
+
 
 def learning_rate(step: int, *, peak: float, warmup_steps: int, steps: int, decay: Decay) -> float:
-    """The learning rate of step 0, 1, …: linear warm-up to ``peak``, then decay to 0 after the last step."""
+    """The learning rate of step 0, 1, …, as in the authors' code.
+
+    Linear warm-up from 0 to ``peak``, which step ``warmup_steps`` has; then linear decay to 1e-5 of the peak, or cosine
+    decay to 0, which step ``steps`` would have, the first one after the run.
+
+    Source: big_vision, utils.py, create_learning_rate_schedule.
+    """
     if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps
+        return peak * step / warmup_steps
     progress = (step - warmup_steps) / max(steps - warmup_steps, 1)
-    return peak * (1 - progress if decay == "linear" else (1 + math.cos(math.pi * progress)) / 2)
+    if decay == "linear":
+        return peak * (LINEAR_END + (1 - LINEAR_END) * (1 - progress))
+    return peak * (1 + math.cos(math.pi * progress)) / 2

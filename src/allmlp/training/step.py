@@ -9,7 +9,7 @@ from torch import Tensor
 from allmlp.data.loader import Batch
 from allmlp.data.mixup import Mixing
 from allmlp.data.transforms import normalize
-from allmlp.device import autocast
+from allmlp.device import autocast, exact_float32
 from allmlp.distributed.context import SINGLE_PROCESS, DistributedContext
 from allmlp.distributed.parallelize import grad_sync
 from allmlp.metadata import Preprocessing
@@ -136,7 +136,7 @@ class TrainingStep:
 
     def forward_backward(self, inputs: Inputs, last: bool) -> Tensor:
         """The micro-batch's part of the step's loss, after its backward pass."""
-        with grad_sync(self.forward, last):
+        with grad_sync(self.forward, last), exact_float32():  # of the backward pass too
             with autocast(self.inputs.device, self.precision):
                 logits = self.forward(inputs.images, inputs.keys)
             logits = logits.float() if logits.dtype.itemsize < 4 else logits

@@ -12,6 +12,7 @@ from typing import Any
 
 from allmlp.config.recipe import FinetuneRecipe, Recipe
 from allmlp.config.serialize import check_version
+from allmlp.data.sources import walk_once
 from allmlp.distributed.context import SINGLE_PROCESS, DistributedContext
 from allmlp.errors import RunError, UserError
 from allmlp.files import to_json, write_text
@@ -48,7 +49,7 @@ def sweep(
     """
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file: name a folder with --out")
-    with run_folder(out, context.is_rank0, worth_keeping="**/checkpoints/*"):
+    with walk_once(), run_folder(out, context.is_rank0, worth_keeping="**/*.safetensors"):
         context.broadcast_from_rank0(lambda: write_or_check_plan(plan, out))
         tried, rate = choose_rate(plan, out, train_one, context)
         recipe = replace(plan.recipe, optimization=replace(plan.recipe.optimization, learning_rate=rate))

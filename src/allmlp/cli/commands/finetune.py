@@ -103,6 +103,7 @@ def search_and_train(
     resume_command: str,
 ) -> dict[str, Any]:
     """Tries the learning rates and trains once per seed; runs that are complete are not repeated."""
+    from allmlp.data.sources import walk_once
     from allmlp.training.build import check_validation
     from allmlp.training.sweep import sweep
 
@@ -111,8 +112,9 @@ def search_and_train(
     def run_one(recipe: Recipe, folder: Path) -> dict[str, Any]:
         return train_and_report(recipe, folder, command, launch, context, resume_command)
 
-    context.local_rank0_first(lambda: check_validation(plan.recipe))  # before hours of searching
-    return sweep(plan, out, run_one, context)
+    with walk_once():
+        context.broadcast_from_rank0(lambda: check_validation(plan.recipe))  # before hours of searching
+        return sweep(plan, out, run_one, context)
 
 
 def parse_arguments(args: Sequence[str]) -> tuple[Arguments, Overrides]:

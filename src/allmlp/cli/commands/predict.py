@@ -49,7 +49,8 @@ def run(args: Sequence[str]) -> None:
     if not arguments.images:
         raise UserError("no images: name files, folders or zips, as in mixer predict WEIGHTS a.jpg photos/ more.zip")
     from allmlp.cli.display import describe_unreadable, progress_bar
-    from allmlp.inference.predict import find_images, predict_stream
+    from allmlp.inference.images import find_images
+    from allmlp.inference.predict import predict_stream
     from allmlp.weights.load import load
 
     for path in arguments.images:  # so that a mistake is reported before the first row is printed

@@ -60,7 +60,7 @@ def status_lines(status: dict[str, Any]) -> list[tuple[str, str]]:
     if status["checkpoints"]:
         steps = ", ".join(f"{step:,}" for step in status["checkpoints"])
         shown.append(("checkpoints", f"steps {steps}; the newest {format_duration(status['saved_seconds_ago'])} ago"))
-    else:
+    elif status["state"] != "finished":
         shown.append(("checkpoints", "none yet"))
     if "sound" in status:
         verified = "nothing to verify" if status["sound"] is None else f"step {status['sound']:,} is intact"
