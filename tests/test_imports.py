@@ -1,8 +1,8 @@
 """Imports run one way through the package (docs/architecture.md); this reads the sources and checks it.
 
 foundation ← model, variants ← factory ← weights, data, config ← distributed ← checkpointing ← runs ← training. Beside
-training stands evaluation, beside both inference; recipes are made of config alone; cli imports all. Imports inside
-functions and under TYPE_CHECKING count. A module may import any other of its own package.
+training stands evaluation, beside both inference; recipes are made of config alone; api imports these, cli
+all. Imports inside functions and under TYPE_CHECKING count. A module may import any other of its own package.
 """
 
 import ast
@@ -38,7 +38,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "evaluation": RUNS,
     "inference": (*MODELS, "weights", "data"),
     "recipes": (*FOUNDATION, "config"),
-    "cli": (*RUNS, "training", "evaluation", "inference", "recipes"),
+    "api": (*RUNS, "training", "evaluation", "inference", "recipes"),
+    "cli": (*RUNS, "training", "evaluation", "inference", "recipes", "api"),
 }
 
 

@@ -7,6 +7,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from allmlp.api.evaluate import evaluate
+    from allmlp.api.finetune import finetune
+    from allmlp.api.train import train
     from allmlp.factory import create
     from allmlp.inference.features import features, transform
     from allmlp.inference.predict import predict
@@ -16,18 +19,35 @@ if TYPE_CHECKING:
     from allmlp.weights.push_to_hub import push_to_hub
     from allmlp.weights.resize import resize
 
-__all__ = ["Mixer", "MixerBlock", "create", "features", "load", "predict", "push_to_hub", "resize", "save", "transform"]
+__all__ = [
+    "Mixer",
+    "MixerBlock",
+    "create",
+    "evaluate",
+    "features",
+    "finetune",
+    "load",
+    "predict",
+    "push_to_hub",
+    "resize",
+    "save",
+    "train",
+    "transform",
+]
 
 MODULES = {
     "Mixer": "allmlp.model",
     "MixerBlock": "allmlp.model",
     "create": "allmlp.factory",
+    "evaluate": "allmlp.api.evaluate",
     "features": "allmlp.inference.features",
+    "finetune": "allmlp.api.finetune",
     "load": "allmlp.weights.load",
     "predict": "allmlp.inference.predict",
     "push_to_hub": "allmlp.weights.push_to_hub",
     "resize": "allmlp.weights.resize",
     "save": "allmlp.weights.native",
+    "train": "allmlp.api.train",
     "transform": "allmlp.inference.features",
 }
 

@@ -5,7 +5,7 @@ A Mixer satisfies it, and so can an optimized engine or an ONNX session.
 
 import contextlib
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from allmlp.metadata import Metadata
 
 
+@runtime_checkable
 class Classifier(Protocol):
     """Images to logits. Inputs are float32, normalized as ``metadata.preprocessing`` says."""
 

@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 import threading
+import typing
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -105,8 +106,10 @@ def select_precision(name: Precision, device: torch.device) -> torch.dtype:
     """The dtype for a name; "auto" is bfloat16 where the hardware computes in it (AVX512-BF16, AMX, recent GPUs).
 
     Raises:
-        UserError: bfloat16 on a GPU that does not compute in it.
+        UserError: an unknown name, or bfloat16 on a GPU that does not compute in it.
     """
+    if name not in typing.get_args(Precision):
+        raise UserError(f"precision {name!r}: use one of {', '.join(typing.get_args(Precision))}")
     if name == "auto":
         return torch.bfloat16 if has_bfloat16_hardware(device) else torch.float32
     if name == "bfloat16" and device.type != "cpu" and not computes_bfloat16(device):

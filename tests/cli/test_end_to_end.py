@@ -38,7 +38,9 @@ def test_a_run_writes_its_folder(digits_run) -> None:
     out, answer = digits_run.out, digits_run.answer
     assert answer.status == 0, answer.err
     summary = one_object(answer.out)
-    assert summary == {"out": str(out)} | json.loads((out / "summary.json").read_text())
+    files = {"out": out, "weights": out / "model.safetensors", "report": out / "report.html"}
+    stored = json.loads((out / "summary.json").read_text())
+    assert summary == {name: str(path) for name, path in files.items()} | stored
     assert summary.keys() >= SUMMARY_KEYS
     assert {path.name for path in out.iterdir()} == {
         *("recipe.json", "metrics.jsonl", "tensorboard", "starts.json", "model.safetensors"),
@@ -316,7 +318,7 @@ def test_the_library_in_four_lines(digits_run, tmp_path) -> None:
 
 def test_an_unknown_name_says_what_there_is() -> None:
     with pytest.raises(
-        AttributeError, match=r"no attribute 'lod'.*create, features, load, predict, push_to_hub, resize, save"
+        AttributeError, match=r"no attribute 'lod'.*create, evaluate, features, finetune, load.*transform"
     ):
         allmlp.lod  # noqa: B018
     assert {"create", "load", "predict", "push_to_hub", "resize", "save"} <= set(dir(allmlp))

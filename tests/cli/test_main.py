@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from allmlp import cli
-from allmlp.cli.commands.train import base_recipe, parse_arguments
+from allmlp.cli.commands.train import choose_recipe, parse_arguments
 
 
 def test_an_error_of_ours_is_one_line(monkeypatch, capsys) -> None:
@@ -57,7 +57,7 @@ def test_sigterm_ends_a_run_with_143_and_leaves_nothing_half_written(tmp_path: P
 def test_a_recipe_file_however_it_is_spelled(words: list[str], tmp_path: Path) -> None:
     path = tmp_path / "a_b.json"
     path.write_text('{"name": "mine"}')
-    assert base_recipe(*parse_arguments([word.format(path) for word in words])).name == "mine"
+    assert choose_recipe(*parse_arguments([word.format(path) for word in words])).name == "mine"
 
 
 def test_the_recipe_of_the_data() -> None:
@@ -68,4 +68,4 @@ def test_the_recipe_of_the_data() -> None:
         (["digits", "--data", "some/folder"], "digits"),
         (["--data", "some/folder", "digits"], "digits"),
     ):
-        assert base_recipe(*parse_arguments(words)).name == name
+        assert choose_recipe(*parse_arguments(words)).name == name

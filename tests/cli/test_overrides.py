@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
+from allmlp.api.recipe import override, override_finetune, override_model
 from allmlp.cli.arguments import option_names
 from allmlp.cli.commands import finetune, train
-from allmlp.cli.overrides import override, override_model, recipe_groups
+from allmlp.cli.overrides import recipe_groups
 from allmlp.config.recipe import ModelRecipe, Recipe
 from allmlp.errors import UserError
 from allmlp.recipes import get_finetune_recipe, get_recipe
@@ -19,14 +20,14 @@ SECTIONS = ("model", "data", "optimization", "run")
 def trained(*words: str) -> Recipe:
     """The recipe of ``mixer train WORDS``."""
     arguments, given = train.parse_arguments(words)
-    recipe = train.base_recipe(arguments, given)
+    recipe = train.choose_recipe(arguments, given)
     return override(recipe, override_model(recipe.model, given["model"]), given)
 
 
 def transferred(*words: str) -> Any:
     """The recipe of ``mixer finetune w.npz WORDS``."""
     arguments, given = finetune.parse_arguments(["w.npz", *words])
-    return finetune.override_finetune(get_finetune_recipe(arguments.recipe), arguments.weights, given)
+    return override_finetune(get_finetune_recipe(arguments.recipe), arguments.weights, given)
 
 
 def given(*words: str) -> dict[str, dict[str, Any]]:

@@ -332,7 +332,9 @@ def test_the_same_command_prints_the_same_and_trains_no_more(mixer, searched) ->
     assert "resuming the fine-tuning" in answer.err
     assert "warm-up" not in answer.err  # of any run
     summary = json.loads(answer.out)
-    assert summary == {"out": str(out)} | json.loads((out / "summary.json").read_text())
+    files = {"out": out, "weights": out / "model.safetensors", "report": out / "report.html"}
+    stored = json.loads((out / "summary.json").read_text())
+    assert summary == {name: str(path) for name, path in files.items()} | stored
     assert mixer(*words).out == first.out
     rates = [0.003, 0.01, 0.03, 0.06]
     assert list(summary["search"]) == [str(rate) for rate in rates]

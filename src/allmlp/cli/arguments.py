@@ -87,10 +87,3 @@ def one_line(box: str) -> str:
                 break
             words += text.split()
     return " ".join(words) or " ".join(box.split())
-
-
-def height_and_width(size: tuple[int, ...]) -> tuple[int, int]:
-    """The value of ``--image-size``, one number or two, as (height, width)."""
-    if len(size) not in (1, 2):
-        raise UserError(f"--image-size {' '.join(map(str, size))}: give one number of pixels, or two, height and width")
-    return size[0], size[-1]

@@ -1,48 +1,11 @@
-"""What the terminal shows: a progress bar while a command works, and tables of its results."""
+"""What the terminal shows: tables of results, and which images could not be read."""
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from allmlp.errors import printable
-
-
-class Bar:
-    """A progress bar on standard error; does nothing without a terminal."""
-
-    def __init__(self, progress: Progress | None) -> None:
-        self.progress = progress
-        self.task: TaskID | None = None
-
-    def update(self, done: int, total: int | None, text: str) -> None:
-        """Shows ``done`` of ``total`` (None: unknown) under the text."""
-        if self.progress is None:
-            return
-        if self.task is None:
-            self.task = self.progress.add_task(text, total=total)
-        self.progress.update(self.task, completed=done, total=total, description=text)
-
-
-@contextmanager
-def progress_bar(wanted: bool = True) -> Iterator[Bar]:
-    """A bar to update within the block; without a terminal, or if not wanted, it shows nothing."""
-    console = Console(stderr=True)
-    if not (wanted and console.is_terminal):
-        yield Bar(None)
-        return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:3.0f} %"),
-        TimeRemainingColumn(),
-    )
-    # standard output holds the result and may be a file: rich must not redirect it above the bar
-    with Progress(*columns, console=console, transient=True, redirect_stdout=False) as progress:
-        yield Bar(progress)
 
 
 def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:

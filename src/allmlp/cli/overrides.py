@@ -1,16 +1,12 @@
-"""Command-line options for the fields of a recipe. The options that are given override the recipe's values."""
+"""Command-line options for the fields of a recipe. Those that are given override its values (see api/recipe.py)."""
 
-import dataclasses
 import typing
 from typing import Annotated, Any, NamedTuple
 
 import tyro
 
 from allmlp.cli.docstrings import field_docstrings
-from allmlp.config.recipe import ModelRecipe, Recipe, SearchRecipe
-from allmlp.errors import UserError
-
-Overrides = dict[str, dict[str, Any]]  # section → field → value, of the options given
+from allmlp.config.recipe import Recipe
 
 
 class Option(NamedTuple):
@@ -53,46 +49,3 @@ def show_default(value: Any) -> str:
     if value in ("", ()):
         return "(required)" if value == "" else "(default: none)"
     return f"(default: {' '.join(map(str, value)) if isinstance(value, tuple) else value})"
-
-
-def override(recipe: Recipe, model: ModelRecipe, given: Overrides) -> Recipe:
-    """The recipe with another model section, and with the fields given for its other sections.
-
-    ``--epochs`` alone replaces the recipe's own ``steps``, and ``--evaluate-every-epochs`` alone its
-    ``evaluate_every_steps``.
-    """
-    optimization, run = given["optimization"], given["run"]
-    if "epochs" in optimization:
-        optimization = {"steps": None} | optimization
-    if "evaluate_every_epochs" in run:
-        run = {"evaluate_every_steps": None} | run
-    return dataclasses.replace(
-        recipe,
-        model=model,
-        data=dataclasses.replace(recipe.data, **given["data"]),
-        optimization=dataclasses.replace(recipe.optimization, **optimization),
-        run=dataclasses.replace(recipe.run, **run),
-    )
-
-
-def override_model(model: ModelRecipe, given: dict[str, Any]) -> ModelRecipe:
-    """The model section with the fields given.
-
-    A variant replaces the recipe's own sizes. Weights replace the whole section.
-    """
-    if given.get("model"):
-        sizes = dict.fromkeys(("patch_size", "num_blocks", "hidden_dim", "tokens_mlp_dim", "channels_mlp_dim"))
-        return dataclasses.replace(model, **({"image_size": 224} | sizes | given))
-    if given.get("weights"):
-        return dataclasses.replace(ModelRecipe(image_size=None), **given)
-    return dataclasses.replace(model, **given)
-
-
-def override_search(search: SearchRecipe, given: Overrides) -> SearchRecipe:
-    """The search with the fields given. One ``--learning-rate`` replaces the search."""
-    fields = given["search"]
-    if "learning_rate" in given["optimization"]:
-        if "learning_rates" in fields:
-            raise UserError("both --learning-rate and --learning-rates: give one rate, or several to choose from")
-        fields = fields | {"learning_rates": ()}
-    return dataclasses.replace(search, **fields)

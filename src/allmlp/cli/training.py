@@ -1,7 +1,6 @@
-"""What train and finetune share: launching processes, training with a report, and printing the summary."""
+"""What train and finetune share: launching processes, and printing the summary."""
 
 import contextlib
-import datetime
 import logging
 import os
 import shlex
@@ -113,57 +112,6 @@ def distributed_run(recipe: Recipe) -> Iterator["DistributedContext"]:
         yield context
 
 
-def default_folder(recipe: Recipe) -> Path:
-    """The folder of a new run, named by recipe and time."""
-    return Path("runs") / f"{recipe.name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
-
-
-def train_and_report(
-    recipe: Recipe,
-    out: Path,
-    command: str,
-    launch: LaunchOptions,
-    context: "DistributedContext",
-    resume_command: str | None = None,
-) -> dict[str, Any]:
-    """Trains with a progress bar, writes the run's folder with its report, and returns the summary.
-
-    A run to resume that is already complete is left as it is.
-
-    Args:
-        recipe: what to train, and how.
-        out: the run's folder.
-        command: the command line, stored in the summary.
-        launch: whether to resume, and how the processes were started.
-        context: the processes that train together; each calls this.
-        resume_command: resumes the run, for the message when a signal ends it; by default ``mixer train --resume OUT``.
-    """
-    from allmlp.cli.display import progress_bar
-    from allmlp.evaluation.classification import SplitEvaluator
-    from allmlp.evaluation.run_report import write_run_report
-    from allmlp.runs.folder import remove_checkpoints
-    from allmlp.runs.resume import finished_summary
-    from allmlp.training.run import RunOptions, train
-
-    resumes = launch.resume is not None
-    summary = context.broadcast_from_rank0(lambda: finished_summary(recipe, out)) if resumes else None
-    if summary is not None:
-        if context.is_rank0:
-            print(f"{out} is complete: nothing is left to do", file=sys.stderr)
-            remove_checkpoints(out, summary)  # if it was killed before
-        return summary
-    options = RunOptions(
-        command=command,
-        resume=resumes,
-        resume_command=resume_command or resume_with(out, launch, context),
-    )
-    with progress_bar(context.is_rank0) as bar:
-        result = train(recipe, out, SplitEvaluator, bar, options=options, context=context)
-    context.broadcast_from_rank0(lambda: write_run_report(result))
-    context.broadcast_from_rank0(lambda: remove_checkpoints(out, result.summary))
-    return result.summary
-
-
 def resume_with(out: Path, launch: LaunchOptions, context: "DistributedContext") -> str:
     """The command that resumes a run with as many processes."""
     command = f"mixer train --resume {shlex.quote(str(out))}"
@@ -179,7 +127,8 @@ def print_summary(summary: dict[str, Any], out: Path, as_json: bool) -> None:
     from allmlp.cli.display import describe_unreadable
 
     if as_json:
-        print(to_json({"out": str(out), **summary}))
+        files = {"out": out, "weights": out / "model.safetensors", "report": out / "report.html"}
+        print(to_json({**{name: str(path) for name, path in files.items()}, **summary}))
     else:
         scores = {"validation": summary["val_top1"], "test": summary["test_top1"]}
         shown = ", ".join(f"{name} top-1 {score:.4f}" for name, score in scores.items() if score is not None)

@@ -265,3 +265,8 @@ class FinetuneRecipe:
         seed, seeds = self.recipe.run.seed, self.search.seeds
         if seed + seeds > 2**31:
             raise UserError(f"--seeds {seeds}: added to --seed {seed}, must be at most {2**31}")
+
+    @property
+    def searches(self) -> bool:
+        """Whether there are several runs."""
+        return bool(self.search.learning_rates) or self.search.seeds > 1

@@ -33,7 +33,7 @@ def from_json(path: Path) -> Recipe:
     if isinstance(stored, dict):
         check_version(stored, path)
         stored = {key: value for key, value in stored.items() if key != "version"}
-    return _build(Recipe, stored, str(path))
+    return build(Recipe, stored, str(path))
 
 
 def check_version(stored: dict[str, Any], path: Path) -> None:
@@ -54,7 +54,7 @@ def check_version(stored: dict[str, Any], path: Path) -> None:
         raise UserError(f"{path} has version {stored['version']!r}: this allmlp reads version {VERSION}, so update it")
 
 
-def _build(kind: type, stored: Any, where: str) -> Any:
+def build(kind: type, stored: Any, where: str) -> Any:
     """A dataclass from parsed JSON; each field's type is checked."""
     if not isinstance(stored, dict):
         names = ", ".join(field.name for field in dataclasses.fields(kind))
@@ -64,13 +64,13 @@ def _build(kind: type, stored: Any, where: str) -> Any:
         if key not in hints:
             near = difflib.get_close_matches(key, hints, 3) or list(hints)
             raise UserError(f"{where}: unknown field {key!r}; the nearest: {', '.join(near)}")
-    return kind(**{key: _convert(hints[key], value, f"{where}: {key}") for key, value in stored.items()})
+    return kind(**{key: convert(hints[key], value, f"{where}: {key}") for key, value in stored.items()})
 
 
-def _convert(hint: Any, value: Any, where: str) -> Any:
+def convert(hint: Any, value: Any, where: str) -> Any:
     """The value as its type hint says: a section, one of the choices, or a number, text or None."""
     if dataclasses.is_dataclass(hint):
-        return _build(typing.cast(type, hint), value, where)
+        return build(typing.cast(type, hint), value, where)
     kinds = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
     choices = [choice for kind in kinds if typing.get_origin(kind) is Literal for choice in typing.get_args(kind)]
     if choices:

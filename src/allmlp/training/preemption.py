@@ -1,6 +1,7 @@
 """SIGTERM and SIGINT during training, and how all ranks save, stop or give up at the same step.
 
-A signal is only recorded; the run then finishes its step, saves and stops. A second signal ends the process at once.
+A signal is only recorded; the run then finishes its step, saves and stops. A second signal ends the process at once,
+or, where the process belongs to the caller, raises KeyboardInterrupt in the main thread.
 """
 
 import contextlib
@@ -25,19 +26,31 @@ SAME_REQUEST = 1.0  # seconds: a scheduler and a launcher may both send SIGTERM
 
 
 class SignalState:
-    """``received`` is the first signal that arrived, 0 before."""
+    """``received`` is the first signal that arrived, 0 before. ``may_exit``: a second one ends the process."""
 
-    def __init__(self) -> None:
+    def __init__(self, may_exit: bool = True) -> None:
+        self.may_exit = may_exit
         self.received = 0
         self.received_at = 0.0
+        self.handled = 0
 
     def receive(self, number: int) -> None:
         if not self.received:
             self.received, self.received_at = number, time.monotonic()
-        elif number != signal.SIGTERM or time.monotonic() - self.received_at > SAME_REQUEST:
+        elif self.may_exit and self.is_second(number):
             for child in multiprocessing.active_children():
                 child.kill()
             os._exit(128 + number)
+
+    def is_second(self, number: int) -> bool:
+        """Whether a signal repeats the first one's request."""
+        return number != signal.SIGTERM or time.monotonic() - self.received_at > SAME_REQUEST
+
+    def handle(self, number: int, frame: object) -> None:
+        """The handler, which Python calls in the main thread, after the thread that records signals or before it."""
+        self.handled += 1
+        if not self.may_exit and self.handled > 1 and self.is_second(number):
+            raise KeyboardInterrupt
 
 
 @functools.cache
@@ -48,12 +61,12 @@ def detach_children() -> None:
 
 
 @contextlib.contextmanager
-def deferred_signals() -> Iterator[SignalState]:
+def deferred_signals(may_exit: bool = True) -> Iterator[SignalState]:
     """Within the block, a thread records signals, even while the main thread is inside a long computation.
 
     Outside the main thread, where Python cannot set handlers, nothing changes.
     """
-    state = SignalState()
+    state = SignalState(may_exit)
     if threading.current_thread() is not threading.main_thread():
         yield state
         return
@@ -68,7 +81,7 @@ def deferred_signals() -> Iterator[SignalState]:
     thread = threading.Thread(target=listen, name="signals", daemon=True)
     thread.start()
     detach_children()
-    before = [signal.signal(number, lambda number, frame: None) for number in SIGNALS]
+    before = [signal.signal(number, state.handle) for number in SIGNALS]
     wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     try:
         yield state

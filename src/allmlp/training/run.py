@@ -48,6 +48,7 @@ class RunOptions:
     command: str = ""  # for the summary
     resume: bool = False  # continue the run in the folder from its newest intact checkpoint, if there is one
     resume_command: str = "the same command and --resume auto"  # for the message when a signal stops the run
+    may_exit: bool = True  # a second signal ends the process; else it raises KeyboardInterrupt
 
 
 def train(
@@ -84,7 +85,7 @@ def train(
     data = build_data(recipe, context)
     too_large = device_errors("the model and its optimizer", "train a smaller model, or --shard it over more processes")
     with (
-        deferred_signals() as signals,
+        deferred_signals(options.may_exit) as signals,
         run_folder(out, context.is_rank0),
         locked(out, context.is_rank0),
         current_device(device),

@@ -8,7 +8,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from allmlp.cli.arguments import Weights, height_and_width, parse
+from allmlp.api.recipe import height_and_width
+from allmlp.cli.arguments import Weights, parse
 from allmlp.cli.docstrings import help_from_docstrings
 from allmlp.errors import UserError
 from allmlp.files import to_json

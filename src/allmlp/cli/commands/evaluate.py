@@ -1,21 +1,19 @@
 """mixer evaluate"""
 
-import dataclasses
 import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-from allmlp.cli.arguments import Weights, height_and_width, parse
+from allmlp.api.recipe import height_and_width
+from allmlp.cli.arguments import Weights, parse
 from allmlp.cli.docstrings import help_from_docstrings
-from allmlp.errors import UserError
 from allmlp.files import to_json
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from allmlp.data.dataset import ImageDataset
     from allmlp.evaluation.classification import Classification
     from allmlp.model import Mixer
 
@@ -55,29 +53,15 @@ class Arguments:
 
 def run(args: Sequence[str]) -> None:
     arguments = parse(Arguments, args, command="evaluate", description=DESCRIPTION)
-    from allmlp.cli.display import describe_unreadable, progress_bar
-    from allmlp.data.sources import load_source
-    from allmlp.device import select_device, select_precision
-    from allmlp.evaluation.classification import classify
-    from allmlp.inference.predict import check_classifier
+    from allmlp.api.evaluate import check_evaluation, evaluate_source, load_as_trained, training_data
+    from allmlp.cli.display import describe_unreadable
 
     model = load_resized(arguments.weights, arguments.image_size)
-    device = select_device(arguments.device)
-    check_classifier(model)
-    trained_on = training_data(model)
-    split = {key: trained_on[key] for key in ("val_fraction", "test_fraction", "split_seed") if key in trained_on}
-    source = load_source(arguments.data, max_pixels=arguments.max_pixels, **split)
-    dataset = match_classes(source.split(arguments.part), model, source.classes)
-    with progress_bar() as bar:
-        result = classify(
-            model,
-            dataset,
-            device=device,
-            precision=select_precision(arguments.precision, device),
-            batch_size=arguments.batch_size,
-            workers=arguments.workers,
-            on_progress=lambda done, total: bar.update(done, total, f"{done:,} of {total:,} images"),
-        )
+    device = check_evaluation(model, arguments.device, arguments.batch_size, arguments.workers)
+    source = load_as_trained(model, arguments.data, arguments.max_pixels)
+    result = evaluate_source(
+        model, source, arguments.part, device, arguments.precision, arguments.batch_size, arguments.workers
+    )
     if arguments.json:
         print(
             to_json(
@@ -92,7 +76,7 @@ def run(args: Sequence[str]) -> None:
         )
     else:
         print_result(result, f"{arguments.part} split of {source.description}")
-        if arguments.part != "all" and trained_on.get("data") != arguments.data:
+        if arguments.part != "all" and training_data(model).get("data") != arguments.data:
             print("(these weights were trained on other data: --part all evaluates on every image of this source)")
     if result.unreadable:
         print(describe_unreadable(list(result.unreadable)), file=sys.stderr)
@@ -105,35 +89,6 @@ def load_resized(weights: str, image_size: tuple[int, ...]) -> "Mixer":
 
     model = load(weights)
     return resize(model, height_and_width(image_size)) if image_size else model
-
-
-def training_data(model: "Mixer") -> dict[str, Any]:
-    """The data section of the recipe that the weights were trained with, if they record one."""
-    recipe = model.metadata.provenance.get("recipe")
-    data = recipe.get("data") if isinstance(recipe, dict) else None
-    return data if isinstance(data, dict) else {}
-
-
-def match_classes(dataset: "ImageDataset", model: "Mixer", classes: tuple[str, ...]) -> "ImageDataset":
-    """The images with labels that are positions in the model's classes.
-
-    Folders named by ImageNet's synsets, such as n01440764, match those classes' names. Weights without class names are
-    matched by position with ``classes``, those of the source.
-    """
-    from allmlp.weights.published import synset_names
-
-    names, count = model.metadata.classes, model.config["num_classes"]
-    synsets = synset_names(count)
-    if names == tuple(synsets.values()) and set(dataset.classes) <= synsets.keys():
-        dataset = dataclasses.replace(dataset, classes=tuple(synsets[name] for name in dataset.classes))
-    if names is None:
-        if len(classes) != count:
-            raise UserError(
-                f"these weights do not name their {count} classes, and the data has {len(classes)}: save them with "
-                "allmlp.save(model, path, classes=[…])"
-            )
-        print("these weights do not name their classes: matched by position with those of the data", file=sys.stderr)
-    return dataset.relabeled(classes if names is None else names)
 
 
 def describe(result: "Classification") -> dict:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 
-from allmlp.cli.arguments import height_and_width, parse
+from allmlp.api.recipe import height_and_width
+from allmlp.cli.arguments import parse
 from allmlp.cli.costs import compare_costs, print_comparison
 from allmlp.cli.docstrings import help_from_docstrings
 from allmlp.errors import UserError, printable

@@ -48,7 +48,8 @@ def run(args: Sequence[str]) -> None:
     arguments = parse(Arguments, args, command="predict", description=DESCRIPTION)
     if not arguments.images:
         raise UserError("no images: name files, folders or zips, as in mixer predict WEIGHTS a.jpg photos/ more.zip")
-    from allmlp.cli.display import describe_unreadable, progress_bar
+    from allmlp.api.progress import progress_bar
+    from allmlp.cli.display import describe_unreadable
     from allmlp.inference.images import find_images
     from allmlp.inference.predict import predict_stream
     from allmlp.weights.load import load
@@ -80,7 +81,9 @@ def run(args: Sequence[str]) -> None:
 
     formats = {"table": print_table, "jsonl": print_json_lines, "csv": print_csv}
     write = print_json if arguments.json else formats[arguments.format]
-    with progress_bar(wanted=not sys.stdout.isatty()) as bar:  # on a terminal, the rows themselves show the progress
+    with progress_bar(
+        False if sys.stdout.isatty() else None
+    ) as bar:  # on a terminal, the rows themselves show the progress
         write(rows())
     if problems and not count:
         raise UserError(next(iter(problems.values())) if len(problems) == 1 else describe_unreadable(list(problems)))

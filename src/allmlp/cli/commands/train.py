@@ -8,18 +8,18 @@ from typing import Annotated
 
 import tyro
 
+from allmlp.api.recipe import Overrides, base_recipe, override, override_model
 from allmlp.cli.arguments import parse_with_overrides
 from allmlp.cli.docstrings import help_from_docstrings
-from allmlp.cli.overrides import Overrides, override, override_model, recipe_groups
+from allmlp.cli.overrides import recipe_groups
 from allmlp.cli.training import (
     LaunchOptions,
-    default_folder,
     distributed_run,
     launch_processes,
     must_launch,
     print_summary,
     requested_folder,
-    train_and_report,
+    resume_with,
 )
 from allmlp.config.recipe import Recipe
 from allmlp.config.serialize import from_json
@@ -54,14 +54,22 @@ class Arguments:
 
 def run(args: Sequence[str]) -> int:
     arguments, given = parse_arguments(args)
-    recipe = base_recipe(arguments, given)
+    recipe = choose_recipe(arguments, given)
     recipe = override(recipe, override_model(recipe.model, given["model"]), given)
     launch, out = arguments.launch, requested_folder(arguments.out, arguments.launch)
     if must_launch(recipe, launch):
         return launch_processes(launch, ["train", *args])
+    from allmlp.api.train import default_folder, train_and_report
+    from allmlp.training.run import RunOptions
+
     with distributed_run(recipe) as context:
         folder = context.broadcast_from_rank0(lambda: out or default_folder(recipe))
-        summary = train_and_report(recipe, folder, shlex.join(["mixer", "train", *args]), launch, context)
+        options = RunOptions(
+            command=shlex.join(["mixer", "train", *args]),
+            resume=launch.resume is not None,
+            resume_command=resume_with(folder, launch, context),
+        )
+        summary = train_and_report(recipe, folder, options, context)
         if context.is_rank0:
             print_summary(summary, folder, arguments.json)
     return 0
@@ -74,22 +82,13 @@ def parse_arguments(args: Sequence[str]) -> tuple[Arguments, Overrides]:
     return parse_with_overrides(Arguments, recipe_groups(documented), args, command="train", description=description)
 
 
-def base_recipe(arguments: Arguments, given: Overrides) -> Recipe:
+def choose_recipe(arguments: Arguments, given: Overrides) -> Recipe:
     """The recipe of --resume, --recipe-file or RECIPE; without any of these, the one that suits --data."""
     name, file, resumed = arguments.recipe, arguments.recipe_file, arguments.launch.resume
-    if resumed not in (None, "auto"):
-        if name is not None or file is not None:
-            raise UserError(f"--resume {resumed} has its own recipe: leave out the other, or give --resume auto")
-        return recipe_of_run(Path(resumed))
+    if resumed not in (None, "auto") and (name is not None or file is not None):
+        raise UserError(f"--resume {resumed} has its own recipe: leave out the other, or give --resume auto")
     if name is not None and file is not None:
         raise UserError(f"both a recipe, {name!r}, and --recipe-file {file}: give one of them")
     if file is not None:
         return from_json(file)
-    data = given["data"].get("data", "digits")
-    return get_recipe(name or (data if data in RECIPES else "photos"))
-
-
-def recipe_of_run(folder: Path) -> Recipe:
-    if not (folder / "recipe.json").is_file():
-        raise UserError(f"--resume {folder}: there is no run, or it stopped before it began; name its folder, or auto")
-    return from_json(folder / "recipe.json")
+    return base_recipe(name, given["data"].get("data", "digits"), None if resumed in (None, "auto") else Path(resumed))

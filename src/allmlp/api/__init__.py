@@ -1,0 +1,1 @@
+"""Training, fine-tuning and evaluation as functions: the commands and Python call the same."""

@@ -1,0 +1,168 @@
+"""Training, fine-tuning and evaluation from Python: as the commands, but they raise and leave the process as it was."""
+
+import contextlib
+import io
+import json
+import logging
+import os
+import signal
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import allmlp
+from allmlp.api.progress import progress_bar
+from allmlp.api.recipe import base_recipe
+from allmlp.config.recipe import Recipe
+from allmlp.errors import Stopped, UserError
+
+SIZES: dict[str, Any] = {"num_blocks": 1, "hidden_dim": 16, "tokens_mlp_dim": 8, "channels_mlp_dim": 32}
+FAST: dict[str, Any] = {"compile": "off", "workers": 0, "device": "cpu", "precision": "float32"}
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Started by no launcher, in an empty folder."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    out = tmp_path_factory.mktemp("api") / "run"
+    return allmlp.train("digits", out=out, steps=np.int64(4), **SIZES, **FAST)
+
+
+def test_a_run_is_that_of_the_command(run: Any, mixer: Callable[..., Any], tiny: tuple[str, ...]) -> None:
+    assert (run.folder / "report.html").is_file()
+    assert not list(run.folder.glob("checkpoints/step-*"))
+    assert allmlp.train(out=run.folder, resume=True).summary == run.summary  # complete; by its own recipe
+    assert run.summary == json.loads((run.folder / "summary.json").read_text())
+    assert run.summary["command"].startswith("allmlp.train('digits', ")
+    assert "steps=4" in run.summary["command"]
+    options = ("--steps", 4, "--compile", "off", "--workers", 0, "--device", "cpu", "--precision", "float32")
+    answer = mixer("train", "digits", *options, *tiny, "--out", "command", "--json")
+    printed = json.loads(answer.out)
+    assert (printed["weights"], printed["report"]) == ("command/model.safetensors", "command/report.html")
+    assert Path(printed["report"]).is_file()
+    same = allmlp.load(printed["weights"]).state_dict()
+    assert all(torch.equal(value, same[name]) for name, value in run.model.state_dict().items())
+    scored = allmlp.evaluate(run.model, "digits", device="cpu", precision="float32", workers=0)
+    assert scored.top1 == run.summary["test_top1"] == printed["test_top1"]
+
+
+def test_in_a_thread_the_process_stays_as_it_was(run: Any) -> None:
+    logger = logging.getLogger("allmlp")
+    before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)], list(logger.handlers), logger.level
+    with ThreadPoolExecutor() as pool:
+        pool.submit(allmlp.train, run.folder / "recipe.json", out="again", steps=1).result()
+    after = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)], list(logger.handlers), logger.level
+    assert after == before
+
+
+def test_an_interrupted_run_is_resumed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from allmlp.training.step import TrainingStep
+
+    call, steps = TrainingStep.__call__, []
+
+    def interrupted(self: TrainingStep, *args: Any, **options: Any) -> Any:
+        steps.append(1)
+        if len(steps) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.2)
+        return call(self, *args, **options)
+
+    monkeypatch.setattr(TrainingStep, "__call__", interrupted)
+    with pytest.raises(Stopped, match=r"allmlp\.train\('digits'.*out='stopped', resume=True\)"):
+        allmlp.train("digits", out="stopped", steps=3, **SIZES, **FAST)
+    done = allmlp.train("digits", out="stopped", resume=True, steps=3, **SIZES, **FAST)
+    assert done.summary["steps"] == 3
+
+
+def test_a_second_interrupt_raises_where_the_process_is_the_callers() -> None:
+    from allmlp.training.preemption import deferred_signals
+
+    def interrupt() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.2)
+
+    with deferred_signals(may_exit=False) as signals:
+        interrupt()
+        assert signals.received == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            interrupt()
+
+
+@pytest.mark.parametrize("search", [{"learning_rate": 0.01}, {"learning_rates": [0.01, 0.03], "seeds": 2}])
+def test_finetuning_a_model_in_memory(run: Any, search: dict[str, Any]) -> None:
+    weights = {name: value.clone() for name, value in run.model.state_dict().items()}
+    options = {"out": "tuned", "epochs": 0.1, **search, **FAST}
+    tuned = allmlp.finetune(run.model, "digits", **options)
+    assert all(torch.equal(value, weights[name]) for name, value in run.model.state_dict().items())
+    assert tuned.summary["started_from"] == "tuned-start.safetensors"
+    assert len(tuned.summary.get("seeds", [0])) == search.get("seeds", 1)
+    assert allmlp.finetune(run.model, "digits", **options).summary == tuned.summary
+    with pytest.raises(UserError, match="another model"):
+        allmlp.finetune(tuned.model, "digits", **options)
+
+
+def test_the_recipe_suits_the_data() -> None:
+    assert [base_recipe(None, data).name for data in ("digits", "cifar10", "folder")] == ["digits", "cifar10", "photos"]
+    assert base_recipe(Recipe(name="mine"), "digits").name == "mine"
+
+
+BAD = [
+    (lambda model: allmlp.train(epoch=3), "'epoch'.*epochs"),
+    (lambda model: allmlp.train("digit"), "'digit'.*digits"),
+    (lambda model: allmlp.train(3), "3.*recipe.json"),
+    (lambda model: allmlp.train(learning_rate=-1.0), "learning-rate -1.0.*above 0"),
+    (lambda model: allmlp.train(decay="cubic"), "decay = 'cubic'.*'linear', 'cosine'"),
+    (lambda model: allmlp.train(steps="4"), "steps = '4'.*int"),
+    (lambda model: allmlp.train(data="digit"), "'digit'.*digits"),
+    (lambda model: allmlp.train(resume=True), "resume=True.*out"),
+    (lambda model: allmlp.train(device="gpu", **SIZES), "gpu"),
+    (lambda model: allmlp.finetune(model, "digits", hidden_dim=3), "hidden_dim.*nearest"),
+    (lambda model: allmlp.finetune(model, "digits", seed_count=3), "seed_count.*seed"),
+    (lambda model: allmlp.finetune(model, "digits", "pet"), "'pet'.*pets"),
+    (lambda model: allmlp.finetune(model), "data"),
+    (lambda model: allmlp.finetune(None, "digits"), "model None.*Mixer"),
+    (lambda model: allmlp.finetune(model, "digit", **FAST), "'digit'.*digits"),
+    (lambda model: allmlp.finetune(model, "digits", learning_rates=0.1), "learning_rates = 0.1.*list"),
+    (lambda model: allmlp.finetune(model, "digits", image_size=(1, 2, 3)), "1, 2, 3"),
+    (lambda model: allmlp.evaluate("model.safetensors", "digits"), r"model.safetensors.*allmlp\.load"),
+    (lambda model: allmlp.evaluate(model, "digits", part="tset"), "tset.*test"),
+    (lambda model: allmlp.evaluate(model, "digits", workers=-1), "workers -1.*at least 0"),
+    (lambda model: allmlp.evaluate(model, "digits", precision="half"), "half.*float32"),
+    (lambda model: allmlp.evaluate(model, "digits", max_pixels=0), "0.*at least 1"),
+    (lambda model: allmlp.evaluate(model, 3), "3.*folder"),
+]
+
+
+@pytest.mark.parametrize(("call", "message"), BAD)
+def test_bad_input_is_one_error_and_leaves_nothing(
+    run: Any, call: Callable[[Any], Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        call(run.model)
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_one_of_several_processes_cannot_train_from_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=r"WORLD_SIZE is 2.*--processes"):
+        allmlp.train()
+
+
+@pytest.mark.parametrize(("wanted", "shown"), [(None, False), (False, False), (True, True)])
+def test_progress_without_a_terminal(wanted: bool | None, shown: bool) -> None:
+    with contextlib.redirect_stderr(io.StringIO()) as err, progress_bar(wanted) as bar:
+        bar.update(1, 2, "working")
+    assert ("working" in err.getvalue()) == shown
