@@ -18,26 +18,22 @@ import torch
 
 import allmlp
 from allmlp.api.progress import progress_bar
-from allmlp.api.recipe import base_recipe
-from allmlp.config.recipe import Recipe
 from allmlp.errors import Stopped, UserError
+from allmlp.training.preemption import deferred_signals
+from allmlp.training.step import TrainingStep
 
 SIZES: dict[str, Any] = {"num_blocks": 1, "hidden_dim": 16, "tokens_mlp_dim": 8, "channels_mlp_dim": 32}
 FAST: dict[str, Any] = {"compile": "off", "workers": 0, "device": "cpu", "precision": "float32"}
 
 
 @pytest.fixture(autouse=True)
-def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Started by no launcher, in an empty folder."""
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
+def empty_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    out = tmp_path_factory.mktemp("api") / "run"
-    return allmlp.train("digits", out=out, steps=np.int64(4), **SIZES, **FAST)
+    return allmlp.train("digits", out=tmp_path_factory.mktemp("api") / "run", steps=np.int64(4), **SIZES, **FAST)
 
 
 def test_a_run_is_that_of_the_command(run: Any, mixer: Callable[..., Any], tiny: tuple[str, ...]) -> None:
@@ -45,8 +41,7 @@ def test_a_run_is_that_of_the_command(run: Any, mixer: Callable[..., Any], tiny:
     assert not list(run.folder.glob("checkpoints/step-*"))
     assert allmlp.train(out=run.folder, resume=True).summary == run.summary  # complete; by its own recipe
     assert run.summary == json.loads((run.folder / "summary.json").read_text())
-    assert run.summary["command"].startswith("allmlp.train('digits', ")
-    assert "steps=4" in run.summary["command"]
+    assert run.summary["command"].startswith("allmlp.train('digits', num_blocks=1, ")
     options = ("--steps", 4, "--compile", "off", "--workers", 0, "--device", "cpu", "--precision", "float32")
     answer = mixer("train", "digits", *options, *tiny, "--out", "command", "--json")
     printed = json.loads(answer.out)
@@ -59,17 +54,17 @@ def test_a_run_is_that_of_the_command(run: Any, mixer: Callable[..., Any], tiny:
 
 
 def test_in_a_thread_the_process_stays_as_it_was(run: Any) -> None:
-    logger = logging.getLogger("allmlp")
-    before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)], list(logger.handlers), logger.level
+    def state() -> tuple[Any, ...]:
+        logger = logging.getLogger("allmlp")
+        return signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM), [*logger.handlers], logger.level
+
+    before = state()
     with ThreadPoolExecutor() as pool:
         pool.submit(allmlp.train, run.folder / "recipe.json", out="again", steps=1).result()
-    after = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)], list(logger.handlers), logger.level
-    assert after == before
+    assert state() == before
 
 
 def test_an_interrupted_run_is_resumed(monkeypatch: pytest.MonkeyPatch) -> None:
-    from allmlp.training.step import TrainingStep
-
     call, steps = TrainingStep.__call__, []
 
     def interrupted(self: TrainingStep, *args: Any, **options: Any) -> Any:
@@ -87,8 +82,6 @@ def test_an_interrupted_run_is_resumed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_second_interrupt_raises_where_the_process_is_the_callers() -> None:
-    from allmlp.training.preemption import deferred_signals
-
     def interrupt() -> None:
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.2)
@@ -113,24 +106,14 @@ def test_finetuning_a_model_in_memory(run: Any, search: dict[str, Any]) -> None:
         allmlp.finetune(tuned.model, "digits", **options)
 
 
-def test_the_recipe_suits_the_data() -> None:
-    assert [base_recipe(None, data).name for data in ("digits", "cifar10", "folder")] == ["digits", "cifar10", "photos"]
-    assert base_recipe(Recipe(name="mine"), "digits").name == "mine"
-
-
 BAD = [
     (lambda model: allmlp.train(epoch=3), "'epoch'.*epochs"),
     (lambda model: allmlp.train("digit"), "'digit'.*digits"),
     (lambda model: allmlp.train(3), "3.*recipe.json"),
-    (lambda model: allmlp.train(learning_rate=-1.0), "learning-rate -1.0.*above 0"),
     (lambda model: allmlp.train(decay="cubic"), "decay = 'cubic'.*'linear', 'cosine'"),
-    (lambda model: allmlp.train(steps="4"), "steps = '4'.*int"),
-    (lambda model: allmlp.train(data="digit"), "'digit'.*digits"),
     (lambda model: allmlp.train(resume=True), "resume=True.*out"),
-    (lambda model: allmlp.train(device="gpu", **SIZES), "gpu"),
     (lambda model: allmlp.finetune(model, "digits", hidden_dim=3), "hidden_dim.*nearest"),
     (lambda model: allmlp.finetune(model, "digits", seed_count=3), "seed_count.*seed"),
-    (lambda model: allmlp.finetune(model, "digits", "pet"), "'pet'.*pets"),
     (lambda model: allmlp.finetune(model), "data"),
     (lambda model: allmlp.finetune(None, "digits"), "model None.*Mixer"),
     (lambda model: allmlp.finetune(model, "digit", **FAST), "'digit'.*digits"),
@@ -138,7 +121,6 @@ BAD = [
     (lambda model: allmlp.finetune(model, "digits", image_size=(1, 2, 3)), "1, 2, 3"),
     (lambda model: allmlp.evaluate("model.safetensors", "digits"), r"model.safetensors.*allmlp\.load"),
     (lambda model: allmlp.evaluate(model, "digits", part="tset"), "tset.*test"),
-    (lambda model: allmlp.evaluate(model, "digits", workers=-1), "workers -1.*at least 0"),
     (lambda model: allmlp.evaluate(model, "digits", precision="half"), "half.*float32"),
     (lambda model: allmlp.evaluate(model, "digits", max_pixels=0), "0.*at least 1"),
     (lambda model: allmlp.evaluate(model, 3), "3.*folder"),

@@ -77,12 +77,11 @@ def test_names_are_those_of_the_package() -> None:
 
 
 def test_pyright_sees_mistakes_and_only_mistakes(tmp_path: Path) -> None:
-    pyright = Path(sys.executable).parent / "pyright"
     (tmp_path / "good.py").write_text(GOOD)
     (tmp_path / "bad.py").write_text(BAD)
     settings = {"typeCheckingMode": "strict", "extraPaths": [str(SOURCES)], "pythonVersion": "3.11"}
     (tmp_path / "pyrightconfig.json").write_text(json.dumps(settings))
-    command = [pyright, "--outputjson", "--pythonpath", sys.executable, "-p", tmp_path]
+    command = [Path(sys.executable).parent / "pyright", "--outputjson", "--pythonpath", sys.executable, "-p", tmp_path]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     errors = [e for e in json.loads(done.stdout)["generalDiagnostics"] if e["severity"] == "error"]
     assert [e["message"] for e in errors if e["file"].endswith("good.py")] == []
