@@ -44,7 +44,7 @@ MUTATIONS = (
              'nn.GELU(approximate="tanh" if gelu == "tanh" else "none")', "nn.GELU()", "test_model* test_*"),
     Mutation("initial kernels have the variance 1 / fan_in although they are truncated", "initial_weights.py",
              " ** -0.5 / 0.87962566", " ** -0.5", "test_initial* test_*"),
-    Mutation("resized token mixing reads quadrants, not runs of tokens", "weights/resize.py",
+    Mutation("resized token mixing reads quadrants, not runs of tokens", "resolution.py",
              "(kron(r[0], c[0]), kron(r[1], c[1]))", "(kron(c[0], r[0]), kron(c[1], r[1]))",
              "weights/*resize* weights"),
     Mutation("the authors' stem is read as height, width, in, out", "weights/layouts.py",

@@ -17,7 +17,8 @@ ROOT = "allmlp"
 SOURCES = Path(__file__).resolve().parents[1] / "src" / ROOT
 
 FOUNDATION = (
-    "errors", "metadata", "classifier", "device", "files", "rng", "flops", "sizes", "dropout", "initial_weights",
+    "errors", "metadata", "classifier", "device", "files", "rng", "flops", "sizes", "resolution", "dropout",
+    "initial_weights", "timm_methods",
 )  # fmt: skip
 MODELS = (*FOUNDATION, "model", "variants", "factory")
 FILES = (*MODELS, "weights", "data", "config")

@@ -10,6 +10,7 @@ from allmlp.dropout import Dropout, DropPath
 from allmlp.initial_weights import init_weights
 from allmlp.metadata import Metadata
 from allmlp.sizes import Gelu, Size, check_any_present, check_block, check_config, check_images, check_mask
+from allmlp.timm_methods import TimmMethods
 
 
 class MlpBlock(nn.Module):
@@ -99,7 +100,7 @@ def mean_pool(x: Tensor, mask: Tensor | None = None) -> Tensor:
     return (x.mean(1) * scale).to(x.dtype)
 
 
-class Mixer(nn.Module):
+class Mixer(TimmMethods):
     """(B, in_channels, H, W) → (B, num_classes); with ``num_classes=0``, the pre-logits features (B, C).
 
     Args:
@@ -171,14 +172,18 @@ class Mixer(nn.Module):
             self.to_empty(device=device)
             init_weights(self, int(torch.randint(2**62, (), device="cpu")) if seed is None else seed)
 
+    def embed(self, images: Tensor) -> Tensor:
+        """(B, in_channels, H, W) → (B, S, C): the patches' linear embeddings, in row-major order."""
+        check_images(images, self.in_channels, self.image_size)
+        return self.stem(images.to(self.stem.weight.dtype)).flatten(2).mT
+
     def tokens(self, images: Tensor, keys: Tensor | None = None) -> Tensor:
-        """(B, in_channels, H, W) → (B, S, C): the tokens after the last block, in row-major order.
+        """(B, in_channels, H, W) → (B, S, C): the tokens after the last block.
 
         ``keys``, (B,) int64, select each image's masks of dropout and stochastic depth in training (see
         ``rng.sample_keys``); without them torch's generator draws the masks.
         """
-        check_images(images, self.in_channels, self.image_size)
-        x = self.stem(images.to(self.stem.weight.dtype)).flatten(2).mT
+        x = self.embed(images)
         for block in self.blocks:
             x = block(x, keys)
         return x

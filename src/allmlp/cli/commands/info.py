@@ -39,7 +39,7 @@ def run(args: Sequence[str]) -> None:
     arguments = parse(Arguments, args, command="info", description=DESCRIPTION)
     from allmlp.factory import build_meta
     from allmlp.flops import cost
-    from allmlp.weights.resize import resized_config
+    from allmlp.resolution import resized_config
 
     model = load_weights(arguments.model)
     before = dict(model.config) if model else variant_config(arguments.model)
