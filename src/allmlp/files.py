@@ -1,4 +1,4 @@
-"""Atomic file writes, and JSON without NaN."""
+"""Atomic file writes, locks, and JSON without NaN."""
 
 import contextlib
 import json
@@ -8,7 +8,7 @@ import secrets
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from allmlp.errors import UserError
 
@@ -65,6 +65,26 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def try_lock(file: IO[str], shared: bool = False) -> bool:
+    """Locks an open file for this process; returns whether it could, or another process has it.
+
+    Closing the file, or the end of the process, releases the lock. ``shared``: for a file opened to read.
+    """
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+            fcntl.lockf(file, kind | fcntl.LOCK_NB)  # unlike flock, not inherited by forked workers
+    except (BlockingIOError, PermissionError):
+        return False
+    return True
 
 
 def to_json(value: Any, indent: int | None = None) -> str:

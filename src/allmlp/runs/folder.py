@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -11,7 +10,7 @@ from typing import Any
 
 from allmlp.checkpointing.manager import clean_up, remove
 from allmlp.errors import RunError, Stopped, UserError
-from allmlp.files import sync_folder
+from allmlp.files import sync_folder, try_lock
 
 log = logging.getLogger(__name__)
 
@@ -91,20 +90,16 @@ def locked(out: Path, owner: bool = True) -> Iterator[None]:
     Raises:
         RunInUse: another process has the lock.
     """
-    if not owner or os.name != "posix":
+    if not owner:
         yield
         return
-    import fcntl
-
     with (out / LOCK).open("a") as file:
         for delay in (0.1, 0.4, None):  # `mixer status` takes the lock for a moment
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not inherited by forked workers
+            if try_lock(file):
                 break
-            except (BlockingIOError, PermissionError):
-                if delay is None:
-                    raise RunInUse(f"{out} is being trained by another process: wait for it, or end it") from None
-                time.sleep(delay)
+            if delay is None:
+                raise RunInUse(f"{out} is being trained by another process: wait for it, or end it")
+            time.sleep(delay)
         LOCKED_HERE.add(out.resolve())
         try:
             yield
@@ -116,13 +111,6 @@ def is_locked(out: Path) -> bool:
     """Whether a process is training this run. Nothing is written."""
     if out.resolve() in LOCKED_HERE:  # opening and closing the file again would release this process's lock
         return True
-    if os.name != "posix":
-        return False
-    import fcntl
-
     with contextlib.suppress(FileNotFoundError), (out / LOCK).open() as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            return True
+        return not try_lock(file, shared=True)
     return False
