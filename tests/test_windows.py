@@ -19,4 +19,4 @@ def test_train_status_evaluate_and_predict_on_windows(tmp_path: Path) -> None:
     assert ended.returncode == 0, ended.stderr
     assert json.loads((run / "summary.json").read_text())["steps"] == 4
     assert not (run / "checkpoints").exists(), "folders can be removed"
-    assert "9-9.png" in ended.stdout
+    assert "0-0.png" in ended.stdout
