@@ -72,51 +72,6 @@ def contents(folder: Path) -> dict[Path, tuple[bytes, int]]:
     return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()}
 
 
-# Mistakes
-
-TWO = "--nnodes 2 --rdzv-endpoint"
-MISTAKES = {  # options → what the message names
-    "--resume auto": ("--resume auto without --out",),
-    "--resume=auto": ("--resume auto without --out",),
-    "digits --resume auto": ("--resume auto without --out",),
-    "--resume gone": ("--resume gone: there is no run", "name its folder, or auto"),
-    "--resume .": ("--resume .: there is no run",),
-    "digits --resume gone": ("--resume gone has its own recipe: leave out the other",),
-    "--recipe-file r.json --resume gone": ("--resume gone has its own recipe",),
-    "--resume": ("--resume",),
-    "--resume --out run": ("--resume",),
-    "--processes 0": ("--processes 0 --nnodes 1: must be at least 1",),
-    "--processes -1": ("--processes -1",),
-    "--nnodes 0": ("--processes 1 --nnodes 0: must be at least 1",),
-    f"{TWO} a:1 --node-rank 2": ("--node-rank 2 of --nnodes 2: must be from 0 to 1",),
-    f"{TWO} a:1 --node-rank -1": ("--node-rank -1 of --nnodes 2",),
-    "--node-rank 1": ("--node-rank 1 of --nnodes 1: must be from 0 to 0",),
-    "--nnodes 2": ("--rdzv-endpoint None: give HOST:PORT of machine 0",),
-    f"{TWO} node1": ("--rdzv-endpoint node1: give HOST:PORT",),
-    f"{TWO} :29500": ("--rdzv-endpoint :29500: give HOST:PORT",),
-    f"{TWO} node1:port": ("--rdzv-endpoint node1:port: give HOST:PORT",),
-    f"{TWO} 127.0.0.1:99999 --global-batch-size 64": ("--rdzv-endpoint 127.0.0.1:99999",),
-    "--processes 2 --rdzv-endpoint nonsense --global-batch-size 64": ("--rdzv-endpoint nonsense",),
-    "--processes 3 --global-batch-size 64": ("--global-batch-size 64 on 3 processes", "such as 63"),
-    f"{TWO} a:1 --processes 2 --global-batch-size 2": ("--global-batch-size 2 on 4 processes", "such as 4"),
-    "--processes 2 --global-batch-size 64 --mixup 0.5 --mix-group-size 12": ("--mix-group-size 12", "divisor of 32"),
-    "--processes 2 --global-batch-size 48 --micro-batch-size 16": ("--micro-batch-size 16: must divide the 24 images",),
-    "--processes two": ("two",),
-    "--keep-checkpoints 0": ("--keep-checkpoints 0: must be above 0",),
-    "--save-every-steps 0": ("--save-every-steps 0: must be above 0",),
-    "--save-every-minutes -1": ("--save-every-minutes -1",),
-    "--timeout-seconds 0": ("--timeout-seconds 0",),
-    "--resum auto": ("did you mean --resume",),
-}
-
-
-def test_mistakes(mixer: Mixer, tmp_path: Path) -> None:
-    (tmp_path / "r.json").write_text("{}")
-    for words, said in MISTAKES.items():
-        assert_mistake(mixer("train", *words.split()), *said)
-    assert [path.name for path in tmp_path.iterdir()] == ["r.json"]
-
-
 def test_a_run_that_does_not_fit_is_refused_and_not_changed(mixer: Mixer, stopped: Path, tmp_path: Path) -> None:
     before = contents(stopped)
     answer = mixer("train", "--resume", stopped, "--out", tmp_path / "elsewhere")
@@ -125,9 +80,6 @@ def test_a_run_that_does_not_fit_is_refused_and_not_changed(mixer: Mixer, stoppe
     assert answer.status == 2
     assert f"{stopped} is a run with another --epochs, --steps, --seed: repeat its options" in answer.last
     assert contents(stopped) == before
-    for text in ("", "{", "[]", '{"optimisation": {}}'):
-        (stopped / "recipe.json").write_text(text)
-        assert_mistake(mixer("train", "--resume", stopped), str(stopped / "recipe.json"))
 
 
 # What is resumed, and what is left
@@ -244,11 +196,7 @@ def test_status(mixer: Mixer, done: Path, stopped: Path) -> None:
     assert f"resume       mixer train --resume '{stopped}'\n" in answer.out
 
 
-def test_status_mistakes(mixer: Mixer, stopped: Path, tmp_path: Path) -> None:
-    assert_mistake(mixer("status", "gone"), "gone is not the folder of a run: name one that mixer train has created")
-    assert_mistake(mixer("status", tmp_path), "is not the folder of a run")
-    assert_mistake(mixer("status"), "mixer status --help")
-    assert_mistake(mixer("status", stopped, "--jsn"), "did you mean --json")
+def test_status_of_a_run_without_an_intact_checkpoint(mixer: Mixer, stopped: Path) -> None:
     (stopped / "checkpoints" / "step-00000002" / "state.json").unlink()
     answer = mixer("status", stopped, "--verify")
     assert answer.status == 1
