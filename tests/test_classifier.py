@@ -145,13 +145,3 @@ def test_a_module_is_in_evaluation_mode_within_the_block_only(training: bool) ->
     with pytest.raises(RuntimeError, match="broken"), evaluation_mode(model, torch.device("meta")):
         raise RuntimeError("broken")
     assert model.training is training
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_prediction_restores_the_mode(training: bool, tmp_path: Path) -> None:
-    Image.fromarray(solid(1)).save(tmp_path / "a.png")
-    model = Recorder().train(training)
-    stream = predict_stream(model, find_images(tmp_path), device="cpu", precision="float32")
-    assert model.training is training
-    assert len(list(stream)) == 1
-    assert model.training is training

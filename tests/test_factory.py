@@ -50,13 +50,6 @@ def test_custom_sizes_need_no_variant() -> None:
     assert model(torch.zeros(2, 1, 8, 8)).shape == (2, 3)
 
 
-def test_seed_is_passed_on() -> None:
-    options = {"num_blocks": 1, "hidden_dim": 8, "tokens_mlp_dim": 6, "channels_mlp_dim": 12, "image_size": 32}
-    stems = [create("S/16", **options, seed=seed).stem.weight for seed in (1, 1, 2)]
-    assert torch.equal(stems[0], stems[1])
-    assert not torch.equal(stems[0], stems[2])
-
-
 def test_missing_sizes_are_named() -> None:
     with pytest.raises(UserError, match=r"no variant .* hidden_dim, channels_mlp_dim missing: .* 'B/16'"):
         create(num_blocks=2, patch_size=4, tokens_mlp_dim=6)
@@ -74,11 +67,6 @@ def test_an_unknown_variant_is_refused_with_the_nearest_and_all_names(name: str,
         create(name)
 
 
-def test_a_variant_unlike_all_others_is_refused_with_all_names() -> None:
-    with pytest.raises(UserError, match=r"'zzz'; valid names are S/32, S/16, B/32, B/16, L/32, L/16, H/14"):
-        create("zzz")
-
-
 @pytest.mark.parametrize(
     ("option", "nearest"), [("hiden_dim", "hidden_dim"), ("drop_out", "dropout"), ("blocks", "num_blocks")]
 )
@@ -87,16 +75,6 @@ def test_an_unknown_option_is_refused_with_the_nearest(option: str, nearest: str
         UserError, match=rf"unknown option '{option}' of a Mixer: the nearest are {nearest}(, \w+){{0,2}}$"
     ):
         create("S/32", **{option: 1})
-
-
-def test_an_option_unlike_all_others_is_refused_with_all_names() -> None:
-    with pytest.raises(UserError, match=r"unknown option 'zzz' .*channels_mlp_dim, .*stochastic_depth, tokens_mlp_dim"):
-        create("S/32", zzz=1)
-
-
-def test_image_size_that_does_not_fit_names_both_sizes() -> None:
-    with pytest.raises(UserError, match="image size 225×225 is not a multiple of the patch size 16×16: use 224×224"):
-        create("B/16", image_size=225)
 
 
 def test_build_meta_has_the_shapes_and_the_config_but_no_memory_and_draws_nothing() -> None:

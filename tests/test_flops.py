@@ -45,12 +45,6 @@ def test_macs_equal_the_formula(settings: dict) -> None:
     assert found.flops == 2 * found.macs
 
 
-def test_b16_takes_12_6_billion_multiplications() -> None:
-    found = cost_of(config("B/16"))
-    assert found.macs / 1e9 == pytest.approx(12.6, abs=0.05)
-    assert found.parameters == 59_880_472
-
-
 def test_parameters_equal_the_models() -> None:
     assert cost_of(TINY).parameters == sum(p.numel() for p in Mixer(**TINY, seed=0).parameters())
 
@@ -77,21 +71,8 @@ def test_activation_bytes_equal_those_of_a_real_forward_pass(options: dict) -> N
     assert cost_of(TINY | options).activation_bytes == saved_bytes(TINY | options)
 
 
-def test_activation_bytes_grow_by_the_same_for_every_block() -> None:
-    found = [cost_of(TINY | {"num_blocks": n}).activation_bytes for n in (1, 2, 3, 6)]
-    assert found[1] - found[0] == found[2] - found[1] == (found[3] - found[2]) / 3 > 0
-    tokens, channels = 6, 16
-    hidden = tokens * TINY["channels_mlp_dim"] + channels * TINY["tokens_mlp_dim"]
-    least = 4 * (2 * hidden + 2 * tokens * channels)  # before and after each GELU, and the input of each LayerNorm
-    assert least <= found[1] - found[0] <= 3 * least
-
-
 def test_nothing_is_computed_and_no_random_number_is_drawn_for_h14() -> None:
     found = cost_of(config("H/14"))
     assert found.parameters == 432_350_952
     assert found.macs == macs(config("H/14"))
     assert torch.empty(0).device.type == "cpu"
-
-
-def test_a_model_with_memory_costs_the_same() -> None:
-    assert cost(Mixer(**TINY, seed=0)) == cost_of(TINY)

@@ -64,18 +64,6 @@ def test_more_blocks_or_classes_do_not_change_the_other_initial_weights() -> Non
         assert torch.equal(weights[name], larger[name]), name
 
 
-def test_without_a_seed_initial_weights_depend_on_torchs_generator() -> None:
-    def stem(torch_seed: int | None = None) -> Tensor:
-        if torch_seed is not None:
-            torch.manual_seed(torch_seed)
-        return small(seed=None).stem.weight.detach()
-
-    first, following = stem(5), stem()
-    assert torch.equal(first, stem(5))
-    assert not torch.equal(first, following)
-    assert not torch.equal(first, stem(6))
-
-
 def test_without_a_seed_the_size_of_the_head_changes_no_other_weight() -> None:
     found = []
     for num_classes in (0, 5, 1000):

@@ -47,14 +47,6 @@ def test_keys_are_their_definition(seed: int) -> None:
     assert [key & WRAP for key in sample_keys(seed, torch.tensor(samples)).tolist()] == expected
 
 
-@pytest.mark.parametrize("stream", [0, 1, 2, 71, 6 * 32 + 5])
-def test_each_stream_has_different_numbers(stream: int) -> None:
-    key = keys_of(3)
-    first, other = drawn(key, stream), drawn(key, stream + 1)
-    assert not (first == other).all(axis=(1, 2)).any()
-    assert correlation(first, other) < 5
-
-
 def test_shape_type_and_range() -> None:
     found = uniform(keys_of(256), 3, torch.empty(256, 64, 16, dtype=torch.bfloat16).mT)
     assert (found.shape, found.dtype) == ((256, 16, 64), torch.float32)

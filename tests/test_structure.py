@@ -1,6 +1,8 @@
-"""The size and shape of the code: folders, files and signatures stay small, and the step is close to the command."""
+"""The shape of the code: imports run one way, files and signatures stay small, the step is close to the command."""
 
 import ast
+import re
+import subprocess
 import sys
 import traceback
 from collections.abc import Callable
@@ -9,9 +11,25 @@ from typing import Any
 
 import pytest
 
+import allmlp
+
 SOURCES = Path(__file__).resolve().parents[1] / "src" / "allmlp"
 FILES = sorted(SOURCES.rglob("*.py"))
 MAX_MODULES, MAX_LINES, MAX_PARAMETERS, MAX_FRAMES = 16, 400, 8, 6
+
+
+def test_imports_run_one_way() -> None:
+    """As the contracts in pyproject.toml say; a new module must be placed in one of their layers."""
+    linter = Path(sys.executable).with_name("lint-imports")
+    done = subprocess.run([linter, "--no-cache"], cwd=SOURCES.parents[1], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_only_commands_use_the_packages_lazy_names() -> None:
+    names = rf"\b({'|'.join(allmlp.__all__)})\b"
+    lazy = re.compile(rf"^ *(import allmlp( as .*)?|from allmlp import .*{names}.*)$", re.MULTILINE)
+    users = [file for file in FILES if lazy.search(file.read_text(encoding="utf-8"))]
+    assert [file for file in users if file.parent.name != "commands"] == []
 
 
 def test_folders_have_few_modules() -> None:

@@ -10,6 +10,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from allmlp.errors import UserError, brief
 from allmlp.metadata import Metadata
 
 
@@ -42,6 +43,14 @@ class Classifier(Protocol):
     def features(self, images: Tensor) -> Tensor:
         """(B, in_channels, H, W) → (B, C): the pre-logits."""
         ...
+
+
+def require_classifier(model: object) -> None:
+    """Raises a UserError for what is no model, or a model without memory."""
+    if not isinstance(model, Classifier):
+        raise UserError(f"model {brief(model)}: give a Mixer, such as allmlp.load('model.safetensors')")
+    if isinstance(model, nn.Module) and any(parameter.is_meta for parameter in model.parameters()):
+        raise UserError("the model is on the meta device, which holds no weights: load or create it on another device")
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-from allmlp.errors import RunError, UserError
+from allmlp.errors import RunError, UserError, brief
 
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -22,7 +22,7 @@ DEVICE_FAILURE = re.compile(
 )
 
 
-def select_device(name: str, local_rank: int = 0, processes: int = 1) -> torch.device:
+def select_device(name: str | torch.device, local_rank: int = 0, processes: int = 1) -> torch.device:
     """The device for a name, after a first computation on it: see ``choose_device``.
 
     Raises:
@@ -35,12 +35,12 @@ def select_device(name: str, local_rank: int = 0, processes: int = 1) -> torch.d
     try:
         torch.zeros(1, device=device).add_(1).tolist()
     except (RuntimeError, AssertionError) as error:
-        message = f"device {name!r} does not work ({first_line(error)}): use --device cpu, or repair or free it"
+        message = f"device {str(name)!r} does not work ({first_line(error)}): use --device cpu, or repair or free it"
         raise RunError(message) from error
     return device
 
 
-def choose_device(name: str, local_rank: int = 0, processes: int = 1) -> torch.device:
+def choose_device(name: str | torch.device, local_rank: int = 0, processes: int = 1) -> torch.device:
     """The device for a name such as "cpu", "cuda", "cuda:1" or "mps"; "auto" takes CUDA, else MPS, else the CPU.
 
     A GPU has its number, so that nothing depends on the current device. Several processes have one GPU each.
@@ -53,6 +53,9 @@ def choose_device(name: str, local_rank: int = 0, processes: int = 1) -> torch.d
     Raises:
         UserError: an unknown name, a device that this machine does not have, or too few GPUs for the processes.
     """
+    if not isinstance(name, str | torch.device):
+        raise UserError(f"unknown device {brief(name)}: use auto, cpu, cuda, cuda:1 or mps")
+    name = str(name)
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
         mps = processes == 1 and torch.backends.mps.is_available()
@@ -109,7 +112,7 @@ def select_precision(name: Precision, device: torch.device) -> torch.dtype:
         UserError: an unknown name, or bfloat16 on a GPU that does not compute in it.
     """
     if name not in typing.get_args(Precision):
-        raise UserError(f"precision {name!r}: use one of {', '.join(typing.get_args(Precision))}")
+        raise UserError(f"precision {brief(name)}: use one of {', '.join(typing.get_args(Precision))}")
     if name == "auto":
         return torch.bfloat16 if has_bfloat16_hardware(device) else torch.float32
     if name == "bfloat16" and device.type != "cpu" and not computes_bfloat16(device):

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from allmlp.errors import UserError
+from allmlp.classifier import require_classifier
+from allmlp.errors import UserError, brief
 from allmlp.model import Mixer
 from allmlp.sizes import Size
 from allmlp.variants import VARIANTS, resolve_variant
@@ -40,6 +41,20 @@ def create(variant: str | None = None, *, num_classes: int = 1000, image_size: S
     if missing:
         raise UserError(f"no variant is given and {', '.join(missing)} missing: add them, or a name such as 'B/16'")
     return Mixer(num_classes=num_classes, image_size=image_size, **settings)
+
+
+def as_mixer(model: object) -> Mixer:
+    """The Mixer itself, also of one that ``torch.compile`` or DDP has wrapped.
+
+    Raises:
+        UserError: it is none, or on the meta device, which holds no weights.
+    """
+    for wrapped in ("_orig_mod", "module"):
+        model = getattr(model, wrapped, model)
+    if not isinstance(model, Mixer):
+        raise UserError(f"model {brief(model)}: give a Mixer, such as allmlp.load('model.safetensors')")
+    require_classifier(model)
+    return model
 
 
 def build_meta(config: Mapping[str, Any]) -> Mixer:

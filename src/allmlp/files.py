@@ -1,4 +1,4 @@
-"""Atomic file writes, locks, and JSON without NaN."""
+"""Paths as given, atomic file writes, locks, and JSON without NaN."""
 
 import contextlib
 import json
@@ -10,7 +10,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from allmlp.errors import UserError
+from allmlp.errors import UserError, brief
+
+
+def as_path(name: str, value: object) -> Path:
+    """A path given as text or ``os.PathLike``; raises a UserError that names the argument for anything else."""
+    if not isinstance(value, str | os.PathLike) or not isinstance(text := os.fspath(value), str) or not text:
+        raise UserError(f"{name} = {brief(value)}: give a path")
+    return Path(text)
 
 
 @contextlib.contextmanager
@@ -97,4 +104,7 @@ def to_json(value: Any, indent: int | None = None) -> str:
             return [finite(item) for item in value]
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
-    return json.dumps(finite(value), indent=indent, allow_nan=False)
+    try:
+        return json.dumps(finite(value), indent=indent, allow_nan=False)
+    except TypeError as error:
+        raise UserError(f"{brief(value)} is not JSON ({error}): give numbers, strings, lists and dicts") from None

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from allmlp.rng import parameter_generator
+from allmlp.sizes import whole_number
 
 
 def copy_into(parameter: Tensor, value: Tensor) -> None:
@@ -25,6 +26,7 @@ def init_weights(model: nn.Module, seed: int, copy_: Callable[[Tensor, Tensor], 
         seed: seed of the weights.
         copy_: writes a full value into a parameter, which may hold only a shard of it.
     """
+    seed = whole_number("seed", seed, 0)
     for name, parameter in model.named_parameters():
         if name.endswith("bias") or name == "head.weight":
             nn.init.zeros_(parameter)

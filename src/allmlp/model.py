@@ -9,7 +9,16 @@ from torch import Tensor, nn
 from allmlp.dropout import Dropout, DropPath
 from allmlp.initial_weights import init_weights
 from allmlp.metadata import Metadata
-from allmlp.sizes import Gelu, Size, check_any_present, check_block, check_config, check_images, check_mask
+from allmlp.sizes import (
+    Gelu,
+    Size,
+    check_any_present,
+    check_block,
+    check_config,
+    check_images,
+    check_mask,
+    check_tokens,
+)
 from allmlp.timm_methods import TimmMethods
 
 
@@ -69,6 +78,7 @@ class MixerBlock(nn.Module):
         ``mask``, (B, S) bool, is true where a token is present. Absent tokens, even NaN, have no effect on present
         ones or on gradients, and their outputs are meaningless. ``keys``: see ``Mixer.tokens``.
         """
+        check_tokens(x, self.token_mixing.dense_0.in_features, self.channel_mixing.dense_0.in_features)
         x = zero_absent(x, mask)
         normed = zero_absent(self.norm1(x), mask)
         x = x + self.token_drop_path(self.token_mixing(normed.mT, keys).mT, keys)  # across patches, for each channel
@@ -174,7 +184,7 @@ class Mixer(TimmMethods):
 
     def embed(self, images: Tensor) -> Tensor:
         """(B, in_channels, H, W) → (B, S, C): the patches' linear embeddings, in row-major order."""
-        check_images(images, self.in_channels, self.image_size)
+        check_images(images, self.in_channels, self.image_size, self.stem.weight.device)
         return self.stem(images.to(self.stem.weight.dtype)).flatten(2).mT
 
     def tokens(self, images: Tensor, keys: Tensor | None = None) -> Tensor:

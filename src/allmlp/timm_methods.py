@@ -7,10 +7,11 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from allmlp.device import device_errors
 from allmlp.errors import UserError
 from allmlp.metadata import Metadata
 from allmlp.resolution import patch_grid, resized_config, resized_state
-from allmlp.sizes import Size, check_config
+from allmlp.sizes import Size, check_config, check_tokens
 
 SCORES = ("val_top1", "test_top1")  # in the provenance; they no longer hold when the weights change
 
@@ -45,6 +46,7 @@ class TimmMethods(nn.Module):
 
     def forward_head(self, tokens: Tensor, pre_logits: bool = False) -> Tensor:
         """The normalized tokens (B, S, C) → (B, num_classes), or (B, C) with ``pre_logits``."""
+        check_tokens(tokens, self.grid[0] * self.grid[1], self.num_features)
         features = tokens.mean(1)
         return features if pre_logits else self.head(features)
 
@@ -113,7 +115,9 @@ class TimmMethods(nn.Module):
             UserError: a size that is not a multiple of the patch size.
         """
         config = resized_config(self.config, img_size)
-        old_size, parameters = self.image_size, resized_state(self.config, self.state_dict(), img_size)
+        old_size = self.image_size
+        with device_errors(f"token mixing at {config['image_size']} px", "use a smaller image size"):
+            parameters = resized_state(self.config, self.state_dict(), img_size)
         for name, value in parameters.items():
             layer, kind = self.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
             trained = getattr(layer, kind).requires_grad

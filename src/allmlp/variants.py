@@ -2,7 +2,7 @@
 
 import difflib
 
-from allmlp.errors import UserError
+from allmlp.errors import UserError, brief
 
 # Tolstikhin et al. 2021, Table 1: layers, patch size, C, D_S, D_C
 VARIANTS: dict[str, dict[str, int]] = {
@@ -23,6 +23,8 @@ VARIANTS: dict[str, dict[str, int]] = {
 
 def resolve_variant(name: str) -> str:
     """The name as in Table 1, from any case and with or without "Mixer-"; a UserError for an unknown one."""
+    if not isinstance(name, str):
+        raise UserError(f"variant {brief(name)}: give one of {', '.join(VARIANTS)}")
     short = name.upper().removeprefix("MIXER").lstrip("-_ ").replace("_", "/")
     if short in VARIANTS:
         return short

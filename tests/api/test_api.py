@@ -106,37 +106,6 @@ def test_finetuning_a_model_in_memory(run: Any, search: dict[str, Any]) -> None:
         allmlp.finetune(tuned.model, "digits", **options)
 
 
-BAD = [
-    (lambda model: allmlp.train(epoch=3), "'epoch'.*epochs"),
-    (lambda model: allmlp.train("digit"), "'digit'.*digits"),
-    (lambda model: allmlp.train(3), "3.*recipe.json"),
-    (lambda model: allmlp.train(decay="cubic"), "decay = 'cubic'.*'linear', 'cosine'"),
-    (lambda model: allmlp.train(resume=True), "resume=True.*out"),
-    (lambda model: allmlp.finetune(model, "digits", hidden_dim=3), "hidden_dim.*nearest"),
-    (lambda model: allmlp.finetune(model, "digits", seed_count=3), "seed_count.*seed"),
-    (lambda model: allmlp.finetune(model), "data"),
-    (lambda model: allmlp.finetune(None, "digits"), "model None.*Mixer"),
-    (lambda model: allmlp.finetune(model, "digit", **FAST), "'digit'.*digits"),
-    (lambda model: allmlp.finetune(model, "digits", learning_rates=0.1), "learning_rates = 0.1.*list"),
-    (lambda model: allmlp.finetune(model, "digits", image_size=(1, 2, 3)), "1, 2, 3"),
-    (lambda model: allmlp.evaluate("model.safetensors", "digits"), r"model.safetensors.*allmlp\.load"),
-    (lambda model: allmlp.evaluate(model, "digits", part="tset"), "tset.*test"),
-    (lambda model: allmlp.evaluate(model, "digits", precision="half"), "half.*float32"),
-    (lambda model: allmlp.evaluate(model, "digits", max_pixels=0), "0.*at least 1"),
-    (lambda model: allmlp.evaluate(model, 3), "3.*folder"),
-]
-
-
-@pytest.mark.parametrize(("call", "message"), BAD)
-def test_bad_input_is_one_error_and_leaves_nothing(
-    run: Any, call: Callable[[Any], Any], message: str, tmp_path: Path
-) -> None:
-    with pytest.raises(UserError, match=message) as caught:
-        call(run.model)
-    assert "\n" not in str(caught.value)
-    assert not list(tmp_path.iterdir())
-
-
 def test_one_of_several_processes_cannot_train_from_python(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match=r"WORLD_SIZE is 2.*--processes"):

@@ -156,13 +156,6 @@ def test_evaluate_uses_the_split_of_the_training(mixer, tiny, tmp_path) -> None:
     assert found["top1"] == summary["test_top1"]
 
 
-def test_evaluate_shows_tables(mixer, digits_run) -> None:
-    answer = mixer("evaluate", digits_run.out / "model.safetensors", "--data", "digits")
-    assert answer.status == 0
-    for words in ("364 images", "top-1", "95 % interval", "top-5", "recall", "confusion"):
-        assert words in answer.out
-
-
 def test_a_missing_class_shifts_no_label(mixer, color_weights, pictures, tmp_path) -> None:
     data = pictures(tmp_path / "data", {"blue": 7, "green": 5, "red": 9})
 
@@ -274,17 +267,6 @@ def test_info_counts_parameters(mixer, words, parameters) -> None:
     assert f"{parameters:,}" in mixer("info", *words).out
 
 
-def test_info_counts_multiplications_of_b16(mixer) -> None:
-    """Supplement-style count by hand: stem, 12 blocks of token and channel mixing, head."""
-    for size, tokens in ((224, 196), (448, 784)):
-        stem = tokens * 16 * 16 * 3 * 768
-        block = 2 * 768 * tokens * 384 + 2 * tokens * 768 * 3072
-        found = one_object(mixer("info", "B/16", "--image-size", size, "--json").out)
-        assert found["macs"] == stem + 12 * block + 768 * 1000
-        assert found["image_size"] in (size, [size, size])
-        assert found["num_blocks"] == 12
-
-
 def test_info_of_a_weights_file(mixer, digits_run) -> None:
     weights = digits_run.out / "model.safetensors"
     found = one_object(mixer("info", weights, "--json").out)
@@ -302,18 +284,6 @@ def test_info_of_a_weights_file(mixer, digits_run) -> None:
 
 
 # as a library
-
-
-def test_the_library_in_four_lines(digits_run, tmp_path) -> None:
-    model = allmlp.load(digits_run.out / "model.safetensors")
-    image = digits_run.out / "examples" / "3-3.png"
-    (found,) = allmlp.predict(model, [str(image)], top=2)
-    assert found.image == str(image)
-    assert len(found.classes) == 2
-    allmlp.save(model, tmp_path / "named.safetensors", classes=[f"digit {i}" for i in range(10)])
-    (again,) = allmlp.predict(allmlp.load(tmp_path / "named.safetensors"), [image], top=2)
-    assert again.classes == tuple((f"digit {name}", probability) for name, probability in found.classes)
-    assert isinstance(model, allmlp.Mixer)
 
 
 def test_an_unknown_name_says_what_there_is() -> None:

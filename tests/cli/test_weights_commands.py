@@ -155,32 +155,6 @@ def test_imagenet_folders_named_by_synset_are_matched(mixer, pictures, tmp_path)
     assert json.loads(answer.out)["top1"] == 0.75
 
 
-def test_evaluate_and_info_take_height_and_width(mixer, color_weights, pictures, tmp_path) -> None:
-    data = pictures(tmp_path / "data", {"red": 4, "blue": 4, "green": 4})
-    words = ("--part", "all", "--image-size", 16, 32, "--json")
-    found = json.loads(mixer("evaluate", color_weights, "--data", data, *words).out)
-    assert (found["image_size"], found["top1"]) == ([16, 32], 1)
-    assert json.loads(mixer("info", color_weights, "--image-size", 16, 32, "--json").out)["image_size"] == [16, 32]
-
-
-def test_odd_provenance_is_no_stumbling_block(mixer, color_weights, pictures, tmp_path) -> None:
-    odd = tmp_path / "odd.safetensors"
-    allmlp.save(allmlp.load(color_weights), odd, source="my camera", recipe={"data": "mine"}, val_top1="high")
-    data = pictures(tmp_path / "data", {"red": 2, "blue": 2, "green": 2})
-    assert_done(mixer("info", odd))
-    assert_done(mixer("evaluate", odd, "--data", data, "--part", "all"))
-    assert_done(mixer("resize", odd, tmp_path / "big.safetensors", "--image-size", 32))
-
-
-def test_info_offers_no_published_file_for_weights_that_are_nobody_elses(mixer, tmp_path) -> None:
-    model = allmlp.create("S/32")
-    randomise(model, 0)
-    torch.save(model.state_dict(), tmp_path / "plain.pth")
-    answer = mixer("info", tmp_path / "plain.pth")
-    assert_done(answer)
-    assert "may be" not in answer.out
-
-
 # finetune
 
 
@@ -340,16 +314,6 @@ def test_frozen_leaves_all_but_the_head(mixer, color_weights, photographs, tmp_p
         changed = {name for name, tensor in tuned.items() if not torch.equal(tensor, start[name])}
         assert changed == {"head.weight", "head.bias"}
         assert not start["head.weight"].any()
-
-
-def test_frozen_goes_through_the_search_too(mixer, color_weights, photographs, tmp_path) -> None:
-    words = ("--data", photographs, "--frozen", "--learning-rates", 0.1, 0.2, "--steps", 2, *QUICK)
-    assert_done(mixer("finetune", color_weights, *words, "--global-batch-size", 8, "--out", tmp_path / "run"))
-    start = with_zero_head(allmlp.load(color_weights), 2).state_dict()
-    for run in ("", "search/rate-0.1", "search/rate-0.2", "seed-0"):
-        tuned = allmlp.load(tmp_path / "run" / run / "model.safetensors").state_dict()
-        changed = {name for name, tensor in tuned.items() if not torch.equal(tensor, start[name])}
-        assert changed == {"head.weight", "head.bias"}
 
 
 def test_classes_of_one_image_leave_none_to_choose_by(mixer, color_weights, pictures, tmp_path) -> None:

@@ -118,7 +118,7 @@ def test_agrees_with_the_model_itself() -> None:
         (lambda: small_model(0), {}, "no head"),
         (lambda: small_model(head=False), {}, "all zero"),
         (small_model, {"top": 0}, "top = 0"),
-        (small_model, {"batch_size": 0}, "batch size 0"),
+        (small_model, {"batch_size": 0}, "batch_size = 0"),
         (small_model, {"device": "cuda:77"}, "cuda:77"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import math
 import os
 from typing import Any, Literal
 
@@ -13,9 +14,10 @@ from allmlp.data.dataset import DatasetSplits, ImageDataset
 from allmlp.data.decode import MAX_PIXELS
 from allmlp.data.sources import load_source
 from allmlp.device import Precision, select_device, select_precision
-from allmlp.errors import UserError
+from allmlp.errors import UserError, brief, naming_keywords
 from allmlp.evaluation.classification import Classification, classify
-from allmlp.inference.predict import check_classifier
+from allmlp.inference.predict import check_classifier, not_finite
+from allmlp.sizes import whole_number
 from allmlp.weights.published import synset_names
 
 log = logging.getLogger(__name__)
@@ -23,6 +25,7 @@ log = logging.getLogger(__name__)
 Part = Literal["test", "val", "train", "all"]
 
 
+@naming_keywords
 def evaluate(
     model: Classifier,
     data: str | os.PathLike[str],
@@ -53,22 +56,18 @@ def evaluate(
         UserError: a model without a trained head, no such data, or classes that the model does not know.
     """
     chosen = check_evaluation(model, device, batch_size, workers)
-    if max_pixels < 1:
-        raise UserError(f"max_pixels {max_pixels}: use at least 1 pixel")
+    max_pixels = whole_number("max_pixels", max_pixels, 1)
     if not isinstance(data, str | os.PathLike):
-        raise UserError(f"data {data!r}: give a name, a folder of images, or a .zip of one")
+        raise UserError(f"data {brief(data)}: give a name, a folder of images, or a .zip of one")
     source = load_as_trained(model, os.fspath(data), max_pixels)
     return evaluate_source(model, source, part, chosen, precision, batch_size, workers, progress)
 
 
 def check_evaluation(model: Classifier, device: str, batch_size: int, workers: int | None) -> torch.device:
     """The device of this name, after the arguments of an evaluation are checked."""
-    if not isinstance(model, Classifier):
-        raise UserError(f"model {model!r}: give a model, such as allmlp.load('model.safetensors')")
-    if batch_size < 1:
-        raise UserError(f"batch size {batch_size}: use at least 1 image")
-    if workers is not None and workers < 0:
-        raise UserError(f"workers {workers}: use at least 0, or None")
+    whole_number("batch_size", batch_size, 1)
+    if workers is not None:
+        whole_number("workers", workers, 0)
     chosen = select_device(device)
     check_classifier(model)
     return chosen
@@ -87,7 +86,7 @@ def evaluate_source(
     """Classifies one split of a source, with a progress bar."""
     dataset = match_classes(source.split(part), model, source.classes)
     with progress_bar(progress) as bar:
-        return classify(
+        result = classify(
             model,
             dataset,
             device=device,
@@ -96,6 +95,9 @@ def evaluate_source(
             workers=workers,
             on_progress=lambda done, total: bar.update(done, total, f"{done:,} of {total:,} images"),
         )
+    if not math.isfinite(result.loss):
+        raise not_finite()
+    return result
 
 
 def load_as_trained(model: Classifier, data: str, max_pixels: int) -> DatasetSplits:

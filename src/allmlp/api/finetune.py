@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,9 @@ from allmlp.api.train import Run, check_single_process, default_folder, describe
 from allmlp.config.recipe import FinetuneRecipe, Recipe
 from allmlp.data.sources import walk_once
 from allmlp.distributed.context import SINGLE_PROCESS, DistributedContext
-from allmlp.errors import UserError
+from allmlp.errors import UserError, brief, naming_keywords
+from allmlp.factory import as_mixer
+from allmlp.files import as_path
 from allmlp.model import Mixer
 from allmlp.recipes import get_finetune_recipe
 from allmlp.sizes import Size, as_pair
@@ -33,6 +35,7 @@ from allmlp.weights.load import load
 from allmlp.weights.native import save
 
 
+@naming_keywords
 def finetune(
     model: Mixer | str | os.PathLike[str],
     data: str | os.PathLike[str] | None = None,
@@ -64,10 +67,14 @@ def finetune(
     """
     check_single_process()
     given = finetune_fields(fields if data is None else fields | {"data": data}, image_size)
+    if not isinstance(recipe, str):
+        raise UserError(f"recipe {brief(recipe)}: give a name, such as 'photos'")
+    if isinstance(rates := fields.get("learning_rates"), Sized) and not len(rates):
+        raise UserError(f"learning_rates = {rates!r}: give several to choose from, or one learning_rate")
     base = get_finetune_recipe(recipe)
-    folder = Path(out) if out is not None else default_folder(base.recipe)
-    if not isinstance(model, Mixer | str | os.PathLike):
-        raise UserError(f"model {model!r}: give a Mixer, the path of a file, or hf-hub:OWNER/NAME")
+    folder = as_path("out", out) if out is not None else default_folder(base.recipe)
+    if not isinstance(model, str | os.PathLike):
+        model = as_mixer(model)
     weights = f"{folder}-start.safetensors" if isinstance(model, Mixer) else os.fspath(model)
     plan = override_finetune(base, weights, given)
     check_data(plan.recipe)

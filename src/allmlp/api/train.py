@@ -12,9 +12,10 @@ from allmlp.api.recipe import SECTIONS, base_recipe, by_section, override, overr
 from allmlp.config.recipe import Recipe
 from allmlp.config.serialize import from_json
 from allmlp.distributed.context import SINGLE_PROCESS, DistributedContext
-from allmlp.errors import UserError
+from allmlp.errors import UserError, brief, naming_keywords
 from allmlp.evaluation.classification import SplitEvaluator
 from allmlp.evaluation.run_report import write_run_report
+from allmlp.files import as_path
 from allmlp.model import Mixer
 from allmlp.runs.resume import finished_summary
 from allmlp.training import run as training
@@ -33,6 +34,7 @@ class Run:
     model: Mixer
 
 
+@naming_keywords
 def train(
     recipe: str | os.PathLike[str] | Recipe | None = None,
     *,
@@ -61,7 +63,7 @@ def train(
     given = by_section(fields, SECTIONS)
     if resume and out is None:
         raise UserError("resume=True without out: name the run's folder")
-    folder = None if out is None else Path(out)
+    folder = None if out is None else as_path("out", out)
     resumed = folder if resume and folder is not None and (folder / "recipe.json").is_file() else None
     base = base_recipe(read_if_path(recipe), given["data"].get("data", "digits"), resumed)
     config = override(base, override_model(base.model, given["model"]), given)
@@ -81,7 +83,7 @@ def read_if_path(recipe: str | os.PathLike[str] | Recipe | None) -> str | Recipe
     if isinstance(recipe, os.PathLike) or (isinstance(recipe, str) and recipe.endswith(".json")):
         return from_json(Path(recipe))
     if recipe is not None and not isinstance(recipe, str | Recipe):
-        raise UserError(f"recipe {recipe!r}: give a name, a Recipe, or the path of a recipe.json")
+        raise UserError(f"recipe {brief(recipe)}: give a name, a Recipe, or the path of a recipe.json")
     return recipe
 
 

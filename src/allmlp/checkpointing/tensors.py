@@ -4,6 +4,7 @@ torch.distributed.checkpoint writes and reads them. It does not check what it is
 an entry that is no tensor would be written into a file that cannot be read, and values of another dtype would be cast.
 """
 
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ def save_tensors(tensors: dict[str, Tensor], folder: Path, context: DistributedC
     packed = {name: tensor.contiguous() for name, tensor in tensors.items()}
     writer = HuggingFaceStorageWriter(str(folder), file_numbers(packed), save_distributed=True)
     writer.per_thread_copy_ahead = 0  # copying ahead would use the current device, which in a thread is the first GPU
+    if context.world_size == 1:
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as it should be in one process
     try:
         save_distributed(
             packed, storage_writer=writer, process_group=context.checkpoint_group, no_dist=context.world_size == 1

@@ -150,4 +150,3 @@ def set_up_logging() -> None:
     logger.setLevel(logging.INFO)
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns if there is no CUDA
     warnings.filterwarnings("ignore", module=r"PIL\.")  # about files that it can read nevertheless
-    warnings.filterwarnings("ignore", "torch.distributed is disabled")  # expected in one process

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from allmlp.config.recipe import Recipe
-from allmlp.errors import UserError
+from allmlp.errors import UserError, brief
 
 VERSION = 1  # of the format; the first package, mlp-mixer, wrote none
 
@@ -76,10 +76,10 @@ def convert(hint: Any, value: Any, where: str) -> Any:
     if choices:
         choices += [None] * (type(None) in kinds)
         if value not in choices:
-            raise UserError(f"{where} = {value!r}: use one of {', '.join(map(repr, choices))}")
+            raise UserError(f"{where} = {brief(value)}: use one of {', '.join(map(repr, choices))}")
         return value
     if float in kinds and type(value) is int and abs(value) < 10**300:
         return float(value)
     if type(value) not in kinds:
-        raise UserError(f"{where} = {value!r}: should be {' or '.join(kind.__name__ for kind in kinds)}")
+        raise UserError(f"{where} = {brief(value)}: should be {' or '.join(kind.__name__ for kind in kinds)}")
     return value

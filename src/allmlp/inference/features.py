@@ -6,17 +6,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from allmlp.classifier import Classifier
+from allmlp.classifier import Classifier, require_classifier
 from allmlp.data.decode import MAX_PIXELS
 from allmlp.data.transforms import EvaluationTransform, normalize
 from allmlp.device import Precision, select_device, select_precision
-from allmlp.errors import UserError
+from allmlp.errors import UserError, naming_keywords
 from allmlp.inference.batches import read_batches
 from allmlp.inference.images import ImageLike, list_images
 from allmlp.inference.predict import compute
 from allmlp.metadata import Preprocessing
+from allmlp.sizes import whole_number
 
 
+@naming_keywords
 def features(
     model: Classifier,
     images: ImageLike | Iterable[ImageLike],
@@ -31,8 +33,8 @@ def features(
     Raises:
         UserError: an image that cannot be read; no images; ``batch_size`` is below 1.
     """
-    if batch_size < 1:
-        raise UserError(f"batch size {batch_size}: use at least 1 image")
+    require_classifier(model)
+    batch_size, max_pixels = whole_number("batch_size", batch_size, 1), whole_number("max_pixels", max_pixels, 1)
     chosen = select_device(device)
     dtype = select_precision(precision, chosen)
     rows = []
@@ -65,4 +67,5 @@ class Transform:
 
 def transform(model: Classifier) -> Transform:
     """The preprocessing of a model, for a dataset of your own. It can be pickled for worker processes."""
+    require_classifier(model)
     return Transform(model.image_size, model.metadata.preprocessing)

@@ -12,6 +12,7 @@ from torch import Tensor
 from allmlp.data.decode import decode, is_image_name, to_upright_rgb
 from allmlp.data.stores import FolderStore, Store, ZipStore
 from allmlp.errors import UserError
+from allmlp.files import as_path
 
 
 @runtime_checkable
@@ -58,7 +59,7 @@ def list_images(images: ImageLike | Iterable[ImageLike]) -> Iterator[tuple[Store
     count = 0
     for item in given:
         if isinstance(item, str | Path):
-            for place in find_images(Path(item)):
+            for place in find_images(as_path("image", item)):
                 count += 1
                 yield place
         else:
@@ -76,6 +77,8 @@ def pictures(item: object) -> Iterator[Picture]:
             yield Picture(item)
         case Tensor():
             check_pixels(item.shape, str(item.dtype), item.ndim in (3, 4) and item.shape[-3] == 3)
+            if item.is_meta:
+                raise UserError("pixels on the meta device, which holds no values: give a tensor of another device")
             yield from pictures(item.detach().cpu().movedim(-3, -1).contiguous().numpy())
         case np.ndarray():
             gray = item.ndim == 2

@@ -1,20 +1,21 @@
 """Predicts classes and probabilities for any number of images, in constant memory."""
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from allmlp.classifier import Classifier, evaluation_mode
+from allmlp.classifier import Classifier, evaluation_mode, require_classifier
 from allmlp.data.decode import MAX_PIXELS
 from allmlp.data.stores import Store
 from allmlp.data.transforms import normalize
 from allmlp.device import Precision, autocast, current_device, device_errors, select_device, select_precision
-from allmlp.errors import UserError
+from allmlp.errors import UserError, naming_keywords, with_keywords
 from allmlp.inference.batches import read_batches
 from allmlp.inference.images import ImageLike, list_images
 from allmlp.model import Mixer
+from allmlp.sizes import whole_number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +27,7 @@ class Prediction:
     problem: str | None = None
 
 
+@naming_keywords
 def predict(
     model: Classifier,
     images: ImageLike | Iterable[ImageLike],
@@ -45,12 +47,9 @@ def predict(
     Of the images themselves only a few batches are in memory. See ``predict_stream`` for the other arguments and for
     predictions one by one.
     """
-    found = list_images(images)
-    return list(
-        predict_stream(
-            model, found, top, batch_size=batch_size, device=device, precision=precision, max_pixels=max_pixels
-        )
-    )
+    options = {"batch_size": batch_size, "device": device, "precision": precision, "max_pixels": max_pixels}
+    found = predict_stream(model, list_images(images), top, **options)
+    return [replace(row, problem=with_keywords(row.problem)) if row.problem else row for row in found]
 
 
 def predict_stream(
@@ -77,10 +76,8 @@ def predict_stream(
     Raises:
         UserError: the model has no head, or one that is all zero; ``top`` or ``batch_size`` is below 1.
     """
-    if top < 1:
-        raise UserError(f"top = {top}: show at least 1 class")
-    if batch_size < 1:
-        raise UserError(f"batch size {batch_size}: use at least 1 image")
+    top, batch_size = whole_number("top", top, 1), whole_number("batch_size", batch_size, 1)
+    max_pixels = whole_number("max_pixels", max_pixels, 1)
     chosen_device = select_device(device)
     dtype = select_precision(precision, chosen_device)
     check_classifier(model)
@@ -137,15 +134,20 @@ def compute(
         with autocast(device, precision):
             result = function(images).float()
         if not result.isfinite().all():
-            raise UserError(
-                "the model's outputs are NaN or infinite: its weights are damaged or have diverged, or --precision "
-                "float32 is needed"
-            )
+            raise not_finite()
     return result
+
+
+def not_finite() -> UserError:
+    return UserError(
+        "the model's outputs are NaN or infinite: its weights are damaged or have diverged, or --precision float32 is "
+        "needed"
+    )
 
 
 def check_classifier(model: Classifier) -> None:
     """Raises a UserError for a model that cannot classify: it has no head, or one that was never trained."""
+    require_classifier(model)
     if not model.num_classes:
         raise UserError("these weights have no head, only features: train one first (mixer finetune)")
     if isinstance(model, Mixer) and not torch.count_nonzero(model.get_parameter("head.weight")):

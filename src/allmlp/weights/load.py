@@ -11,6 +11,7 @@ from torch import Tensor
 
 from allmlp.errors import UserError, printable
 from allmlp.factory import build_meta
+from allmlp.files import as_path
 from allmlp.model import Mixer
 from allmlp.sizes import Size, as_pair
 from allmlp.weights import layouts, native
@@ -39,7 +40,8 @@ def load(path: str | Path, *, image_size: Size | None = None, in_channels: int |
             of another shape or not finite (the message names them and the likely cause); a size must be given.
         RunError: the hub cannot be reached and the file is not in its cache.
     """
-    file = download(str(path)) if str(path).startswith(HUB_PREFIX) else WeightsFile(path=Path(path))
+    given = as_path("path", path)
+    file = download(str(path)) if str(path).startswith(HUB_PREFIX) else WeightsFile(path=given)
     with open_container(file.path) as container:
         if native.is_native(container.metadata):
             model = native.read(container)

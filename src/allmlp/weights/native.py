@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from allmlp.errors import RunError, UserError, printable
-from allmlp.factory import build_meta
-from allmlp.files import atomic_write
+from allmlp.errors import RunError, UserError, brief, printable
+from allmlp.factory import as_mixer, build_meta
+from allmlp.files import as_path, atomic_write, to_json
 from allmlp.metadata import Metadata, Preprocessing
 from allmlp.model import Mixer
 from allmlp.sizes import as_pair
@@ -43,19 +43,23 @@ def save(model: Mixer, path: str | Path, classes: Sequence[str] | None = None, *
         provenance: JSON values on where the weights come from, added to the metadata's.
 
     Raises:
-        UserError: a wrong number of classes, another file ending, or a folder that does not exist.
+        UserError: a wrong number of classes, weights that are not finite, provenance that is not JSON, another file
+            ending, or a folder that does not exist.
         RunError: the disk is full.
     """
-    path = Path(path)
+    model, path = as_mixer(model), as_path("path", path)
     if path.suffix != ".safetensors":
         raise UserError(f"{path}: weights are saved as .safetensors: give a file name with that ending")
     if not path.parent.is_dir():
         raise UserError(f"{path.parent} is not a folder: create it first")
-    names = tuple(classes) if classes is not None else model.metadata.classes
-    if names is not None and (isinstance(classes, str) or not all(isinstance(name, str) for name in names)):
-        raise UserError(f"classes {names[:5]}: give a list of strings, one name for each logit")
+    listed = classes is None or (isinstance(classes, Iterable) and not isinstance(classes, str))
+    names = model.metadata.classes if classes is None else tuple(classes) if listed else ()
+    if not listed or not all(isinstance(name, str) for name in names or ()):
+        raise UserError(f"classes = {brief(classes)}: give a list of strings, one name for each logit")
     if names is not None and len(names) != model.num_classes:
         raise UserError(f"{len(names)} class names for a head of {model.num_classes}: give one for each")
+    for name, tensor in model.state_dict().items():
+        check_finite(tensor, name, "the model")
     metadata = dataclasses.replace(model.metadata, classes=names, provenance=model.metadata.provenance | provenance)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     write(path, tensors, make_header(model.config, metadata, tensors))
@@ -67,7 +71,7 @@ def make_header(config: dict[str, Any], metadata: Metadata, tensors: Mapping[str
         "format": FORMAT,
         "version": VERSION,
         "config": json.dumps(config),
-        "metadata": json.dumps(dataclasses.asdict(metadata)),
+        "metadata": to_json(dataclasses.asdict(metadata)),
     }
     return header | {"sha256": digest(tensors, header)}
 

@@ -5,8 +5,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from allmlp.errors import RunError, UserError, printable
-from allmlp.factory import build_meta
+from allmlp.errors import RunError, UserError, brief, printable
+from allmlp.factory import as_mixer, build_meta
 from allmlp.flops import cost
 from allmlp.model import Mixer
 from allmlp.weights.hub import first_line, import_huggingface_hub
@@ -39,6 +39,9 @@ def push_to_hub(
         UserError: an unknown owner, or no permission to write to the repository.
         RunError: the hub cannot be reached.
     """
+    model = as_mixer(model)
+    if not isinstance(repo, str):
+        raise UserError(f"repo = {brief(repo)}: give OWNER/NAME")
     hub = import_huggingface_hub()
     with tempfile.TemporaryDirectory() as folder:
         save(model, Path(folder) / "model.safetensors")

@@ -2,7 +2,7 @@
 
 import copy
 
-from allmlp.factory import build_meta
+from allmlp.factory import as_mixer, build_meta
 from allmlp.model import Mixer
 from allmlp.resolution import resized_config
 from allmlp.sizes import Size
@@ -22,6 +22,7 @@ def resize(model: Mixer, image_size: Size) -> Mixer:
     Raises:
         UserError: a size that is not a multiple of the patch size.
     """
+    model = as_mixer(model)
     resized_config(model.config, image_size)  # a wrong size is reported before anything is copied
     resized = build_meta(model.config)
     state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
