@@ -119,7 +119,7 @@ MUTATIONS = (
              "dist.all_reduce(squares)", "pass", "distributed/*parallelize* distributed"),
     Mutation("padding of the last batch is not evaluated", "evaluation/classification.py",
              "column[batch.valid].numpy()", "column.numpy()", "evaluation/*classification* evaluation"),
-    Mutation("an accuracy's interval is Wilson's", "evaluation/report.py",
+    Mutation("an accuracy's interval is Wilson's", "evaluation/classification.py",
              "p * (1 - p) / total + (z / (2 * total)) ** 2", "p * (1 - p) / total", "evaluation/*report* evaluation"),
     Mutation("names in the report are escaped", "evaluation/report.py",
              "autoescape=True", "autoescape=False", "evaluation/*report* evaluation"),
