@@ -1,16 +1,11 @@
 """Devices: float32 that is float32, failures in one line, and systems other than Linux."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 import allmlp
 from allmlp.device import device_errors, exact_float32
 from allmlp.errors import RunError
-from allmlp.files import sync_folder
-from allmlp.training.memory import peak_memory
 
 
 def settings() -> tuple[str, str]:
@@ -59,11 +54,3 @@ def test_other_errors_pass() -> None:
     with pytest.raises(RuntimeError, match="shapes differ") as raised, device_errors("4 images", "halve it"):
         raise RuntimeError("shapes differ")
     assert not isinstance(raised.value, RunError)
-
-
-def test_windows_has_neither_resource_nor_fsync_of_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "platform", "win32")
-    monkeypatch.setitem(sys.modules, "resource", None)
-    monkeypatch.setattr("os.fsync", lambda handle: (_ for _ in ()).throw(PermissionError("a folder")))
-    assert peak_memory(torch.device("cpu")) is None
-    sync_folder(tmp_path)
