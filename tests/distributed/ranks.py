@@ -24,16 +24,10 @@ from typing import Any, BinaryIO, NamedTuple
 
 TIMEOUT = 60.0  # seconds for one call
 PRELOADED = (
-    *(
-        "torch",
-        "torch.distributed.tensor",
-        "torch.utils.tensorboard",
-        "allmlp.cli.commands.train",
-        "allmlp.cli.display",
-    ),
-    *("allmlp.training.run", "allmlp.evaluation.run_report", "torch.distributed.fsdp", "torch._dynamo"),
-    "torch._decomp.decompositions_for_rng",
-)
+    "torch", "torch._decomp.decompositions_for_rng", "torch._dynamo", "torch.distributed.fsdp",
+    "torch.distributed.tensor", "torch.utils.tensorboard", "allmlp.cli.commands.train", "allmlp.cli.display",
+    "allmlp.evaluation.run_report", "allmlp.training.run",
+)  # fmt: skip
 
 
 class Outcome(NamedTuple):
@@ -121,23 +115,26 @@ def serve(calls: BinaryIO, answers: BinaryIO) -> None:
 
 
 def fork_ranks(call: bytes, world_size: int, timeout: float) -> list[Outcome]:
+    """The ranks are forked before the store starts: its thread could hold a lock then, for which they would wait."""
     from torch.distributed import TCPStore
 
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     variables = {
         "WORLD_SIZE": world_size,
         "LOCAL_WORLD_SIZE": world_size,
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": store.port,
         "TORCHELASTIC_USE_AGENT_STORE": True,
     }
     with tempfile.TemporaryDirectory() as folder:
         sys.stdout.flush()
-        children = []
+        children, (reader, writer) = [], os.pipe()
         for rank in range(world_size):
             of_rank = {name: str(value) for name, value in (variables | {"RANK": rank, "LOCAL_RANK": rank}).items()}
-            children.append(os.fork() or run_rank(call, of_rank, Path(folder) / str(rank)))
+            children.append(os.fork() or run_rank(call, of_rank, reader, Path(folder) / str(rank)))
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        os.write(writer, f"{store.port:05}".encode() * world_size)
         statuses = wait_for(children, time.monotonic() + timeout)
+        os.close(reader)
+        os.close(writer)
         del store
         return [read_outcome(status, Path(folder) / str(rank)) for rank, status in enumerate(statuses)]
 
@@ -158,11 +155,11 @@ def wait_for(children: list[int], deadline: float) -> list[int]:
     return [statuses[child] for child in children]
 
 
-def run_rank(call: bytes, variables: dict[str, str], path: Path) -> int:
-    """All that a forked process does; it does not return."""
+def run_rank(call: bytes, variables: dict[str, str], port: int, path: Path) -> int:
+    """All that a forked process does; it does not return. ``port``: a pipe from which to read the store's port."""
     status = 70
     with contextlib.suppress(BaseException):
-        os.environ.update(variables)
+        os.environ.update(variables, MASTER_PORT=str(int(os.read(port, 5))))
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         for number, name in ((1, "out"), (2, "err")):
             os.dup2(os.open(path.with_suffix(f".{name}"), os.O_CREAT | os.O_WRONLY), number)

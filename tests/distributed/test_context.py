@@ -1,6 +1,7 @@
 """Collective operations of the processes of a run: sums, lists, and actions of one rank for all."""
 
 import errno
+import math
 import os
 import time
 from pathlib import Path
@@ -15,92 +16,76 @@ from allmlp.distributed.context import SINGLE_PROCESS, DistributedContext, init_
 from allmlp.errors import RunError, UserError
 
 LARGE = 2**63
+SUMS = [[rank, LARGE - 1, -LARGE, 2**64 - 1 - rank, 2**70 + 5, -(2**65) - rank, 0] for rank in range(3)]
+OBJECTS = [[(3, "ä\n")], None, {"x": [1.5] * 10_000}]  # of different types and sizes
+FAILURES = (
+    UserError("unknown name: choose another"),
+    RunError("it failed"),
+    OSError(errno.ENOSPC, "No space left on device", "some/file"),
+    FileNotFoundError(errno.ENOENT, "No such file", "some/file"),
+)
 
 
-def sums(context: DistributedContext, numbers: list[list[int]]) -> list[int]:
-    return context.sum(numbers[context.rank])
+def details(error: Exception) -> tuple[Any, ...]:
+    return type(error), str(error), getattr(error, "errno", None), getattr(error, "filename", None)
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_sums_wrap_around_like_64_bit_integers(world_size: int) -> None:
-    rows = [[rank, LARGE - 1, -LARGE, 2**64 - 1 - rank, 2**70 + 5, -(2**65) - rank, 0] for rank in range(world_size)]
-    found = rank_values(sums, world_size, rows)
-    assert all(row == found[0] for row in found)
-    exact = [sum(column) for column in zip(*rows, strict=True)]
-    assert [value % 2**64 for value in found[0]] == [value % 2**64 for value in exact]
-    assert found[0][0] == exact[0]  # numbers that fit are exact
-    assert found[0][-1] == 0
-
-
-def test_the_sum_of_no_numbers_is_empty() -> None:
-    assert rank_values(sums, 2, [[], []]) == [[], []]
-    assert SINGLE_PROCESS.sum([]) == []
-
-
-def means(context: DistributedContext) -> tuple[float, float, float, bool]:
-    mine = torch.tensor(2.0 ** (10 * context.rank), dtype=torch.float64)
-    before = mine.clone()
-    nan = context.mean(torch.tensor(float("nan") if context.rank else 1.0))
-    rows = context.mean(torch.arange(3.0) + context.rank)
-    return float(context.mean(mine)), float(nan), float(rows[2]), torch.equal(mine, before)
-
-
-def test_the_mean_is_over_all_ranks_and_leaves_its_argument_unchanged() -> None:
-    for mean, nan, last, unchanged in rank_values(means, 3):
-        assert mean == (1 + 2**10 + 2**20) / 3
-        assert nan != nan
-        assert last == 3.0
-        assert unchanged
-
-
-def gathers(context: DistributedContext, objects: list[Any]) -> list[Any]:
-    return context.all_gather(objects[context.rank])
-
-
-def test_all_gather_gives_every_rank_s_value_in_the_order_of_the_ranks() -> None:
-    objects = [[(3, "ä\n")], None, {"x": [1.5] * 10_000}]  # of different types and sizes
-    assert rank_values(gathers, 3, objects) == [objects] * 3
-
-
-FAILURES = {
-    "user": UserError("unknown name: choose another"),
-    "run": RunError("it failed"),
-    "disk": OSError(errno.ENOSPC, "No space left on device", "some/file"),
-    "absent": FileNotFoundError(errno.ENOENT, "No such file", "some/file"),
-}
-
-
-def broadcast_twice(context: DistributedContext, kind: str) -> list[Any]:
-    """The outcome of a first call (a value, or a failure's type, text and details), its callers, and a second call."""
-    calls: list[int] = []
-
-    def action() -> dict[str, Any]:
-        calls.append(context.rank)
-        if kind in FAILURES:
-            raise FAILURES[kind]
-        return {"rank": context.rank, "path": Path("a/b")}
+def broadcast_failure(context: DistributedContext, failure: Exception) -> tuple[Any, ...]:
+    def action() -> None:
+        raise failure
 
     try:
-        outcome: Any = context.broadcast_from_rank0(action)
+        context.broadcast_from_rank0(action)
     except Exception as error:
-        outcome = (type(error), str(error), getattr(error, "errno", None), getattr(error, "filename", None))
-    return [outcome, calls, context.broadcast_from_rank0(lambda: context.rank)]
+        return details(error)
+    return ()
 
 
-def test_all_ranks_get_the_result_of_rank_0() -> None:
-    found = rank_values(broadcast_twice, 3, "value")
-    assert [outcome for outcome, _, _ in found] == [{"rank": 0, "path": Path("a/b")}] * 3
-    assert [calls for _, calls, _ in found] == [[0], [], []]
-    assert [second for *_, second in found] == [0] * 3
+def collectives(context: DistributedContext) -> dict[str, Any]:
+    """The result of each collective operation on this rank."""
+    calls: list[int] = []
+    mine = torch.tensor(2.0 ** (10 * context.rank), dtype=torch.float64)
+
+    def timed() -> tuple[float, float]:
+        start = time.monotonic()
+        time.sleep(0.4 if context.local_rank == 0 else 0.0)
+        return start, time.monotonic()
+
+    return {
+        "rank": (context.rank, context.world_size, context.local_rank, context.local_world_size, context.is_rank0),
+        "device": str(context.select_device("cpu")),
+        "sum": context.sum(SUMS[context.rank]),
+        "sum of nothing": context.sum([]),
+        "mean": (float(context.mean(mine)), float(mine)),
+        "mean of NaN": float(context.mean(torch.tensor(float("nan") if context.rank else 1.0))),
+        "mean of rows": context.mean(torch.arange(3.0) + context.rank).tolist(),
+        "all_gather": context.all_gather(OBJECTS[context.rank]),
+        "broadcast": context.broadcast_from_rank0(lambda: calls.append(context.rank) or {"path": Path("a/b")}),
+        "called on": calls,
+        "failures": [broadcast_failure(context, failure) for failure in FAILURES],
+        "after a failure": context.broadcast_from_rank0(lambda: context.rank),
+        "local rank 0 first": context.local_rank0_first(timed),
+    }
 
 
-@pytest.mark.parametrize("kind", FAILURES)
-def test_a_failure_of_rank_0_is_raised_on_all_ranks_and_the_next_call_works(kind: str) -> None:
-    expected = FAILURES[kind]
-    details = (getattr(expected, "errno", None), getattr(expected, "filename", None))
-    for outcome, _, second in rank_values(broadcast_twice, 3, kind):
-        assert outcome == (type(expected), str(expected), *details)
-        assert second == 0
+def test_collective_operations_of_three_ranks() -> None:
+    found = rank_values(collectives, 3)
+    exact = [sum(column) for column in zip(*SUMS, strict=True)]
+    for rank, of_rank in enumerate(found):
+        assert of_rank["rank"] == (rank, 3, rank, 3, rank == 0)
+        assert of_rank["device"] == "cpu"
+        assert of_rank["sum"] == found[0]["sum"]
+        assert [value % 2**64 for value in of_rank["sum"]] == [value % 2**64 for value in exact]
+        assert (of_rank["sum"][0], of_rank["sum"][-1], of_rank["sum of nothing"]) == (3, 0, [])  # what fits is exact
+        assert of_rank["mean"] == ((1 + 2**10 + 2**20) / 3, 2.0 ** (10 * rank)), "the argument is unchanged"
+        assert math.isnan(of_rank["mean of NaN"])
+        assert of_rank["mean of rows"] == [1, 2, 3]
+        assert of_rank["all_gather"] == OBJECTS
+        assert (of_rank["broadcast"], of_rank["called on"]) == ({"path": Path("a/b")}, [0] if rank == 0 else [])
+        assert of_rank["failures"] == [details(failure) for failure in FAILURES]
+        assert of_rank["after a failure"] == 0
+    (_, end), *others = (of_rank["local rank 0 first"] for of_rank in found)
+    assert all(start >= end for start, _ in others)
 
 
 def broadcast_an_unexpected_error(context: DistributedContext) -> int:
@@ -120,20 +105,6 @@ def test_an_unexpected_error_ends_all_ranks_soon() -> None:
     assert any(word in text for word in ("rank 0 failed", "ArithmeticError", "closed", "reset")), text
 
 
-def start_and_end(context: DistributedContext) -> tuple[float, float]:
-    def action() -> tuple[float, float]:
-        start = time.monotonic()
-        time.sleep(0.4 if context.local_rank == 0 else 0.0)
-        return start, time.monotonic()
-
-    return context.local_rank0_first(action)
-
-
-def test_local_rank_0_finishes_before_the_others_start() -> None:
-    (_, end), *others = rank_values(start_and_end, 3)
-    assert all(start >= end for start, _ in others)
-
-
 def slow_reading(seconds: float) -> str:
     with init_distributed(1) as context:  # --timeout-seconds 1
         context.heartbeat("reading the data", slow=True)  # may take an hour
@@ -144,15 +115,6 @@ def slow_reading(seconds: float) -> str:
 def test_reading_the_data_may_take_longer_than_the_timeout() -> None:
     outcomes = run_ranks(slow_reading, 2, 2.5)
     assert [(outcome.value, outcome.error) for outcome in outcomes] == [("passed", None)] * 2
-
-
-def identity(context: DistributedContext) -> tuple[int, int, int, int, bool, str]:
-    device = str(context.select_device("cpu"))
-    return context.rank, context.world_size, context.local_rank, context.local_world_size, context.is_rank0, device
-
-
-def test_each_process_has_its_rank() -> None:
-    assert rank_values(identity, 3) == [(rank, 3, rank, 3, rank == 0, "cpu") for rank in range(3)]
 
 
 def test_each_of_several_processes_uses_another_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

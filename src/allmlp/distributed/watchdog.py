@@ -139,7 +139,7 @@ class Watchdog:
         silent = [rank for rank in range(self.world_size) if now[rank]["beats"] == before[rank]]
         busy = [rank for rank in range(self.world_size) if not now[rank]["communicates"]]
         slowest = max(range(self.world_size), key=lambda rank: now[rank]["age"])
-        stuck = silent or (busy if len(busy) < self.world_size else [slowest])
+        stuck = silent or (busy if 0 < len(busy) < self.world_size else [slowest])
         state = "is stopped or dead" if silent else "is stuck"
         names = ", ".join(f"rank {r} {state} ({now[r]['activity']}, in {now[r]['where']})" for r in stuck)
         what = f"no progress for {self.timeout:g} s: {names}"
