@@ -188,15 +188,24 @@ def test_a_compiled_step_uses_the_sigmoid_and_recomputes_it_in_the_backward_pass
     assert "checkpoint" in code
 
 
-@COMPILERS
-@pytest.mark.parametrize("recompute", [False, True])
-def test_the_model_itself_is_eager_beside_its_compiled_step_or_when_restored(
-    compile_: Callable, recompute: bool, graphs: list[torch.fx.GraphModule]
+@pytest.mark.parametrize(
+    ("compile_", "recompute", "restored"),
+    [
+        (compile_whole, False, False),
+        *(
+            (compile_, recompute, True)
+            for compile_ in (compile_whole, compile_each_block)
+            for recompute in (True, False)
+        ),
+    ],
+)
+def test_the_model_itself_is_eager_beside_its_compiled_step_and_when_restored(
+    compile_: Callable, recompute: bool, restored: bool, graphs: list[torch.fx.GraphModule]
 ) -> None:
     model, plain = make(recompute, **NOISY), tiny(**NOISY)
     compile_(model)
     assert instance_forwards(model)
-    if compile_ is compile_each_block or recompute:
+    if restored:
         restore_eager(model)
         assert instance_forwards(model) == []
     traced = len(graphs)
