@@ -192,11 +192,9 @@ def test_a_compiled_step_uses_the_sigmoid_and_recomputes_it_in_the_backward_pass
     ("compile_", "recompute", "restored"),
     [
         (compile_whole, False, False),
-        *(
-            (compile_, recompute, True)
-            for compile_ in (compile_whole, compile_each_block)
-            for recompute in (True, False)
-        ),
+        (compile_whole, True, True),
+        (compile_each_block, False, True),
+        (compile_each_block, True, True),
     ],
 )
 def test_the_model_itself_is_eager_beside_its_compiled_step_and_when_restored(

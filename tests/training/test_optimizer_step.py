@@ -89,19 +89,10 @@ def test_the_first_step_gone_wrong_and_all_after_it_change_nothing(
         assert float(change) == 0
         failures.add(str(update.failure))  # text, as a NaN equals nothing
         if step == k:
-            found, loss, failed_norm = update.failure.tolist()
-            assert (found, math.isfinite(loss)) == (k, "loss" not in bad)
-            assert math.isfinite(failed_norm) == math.isfinite(float(norm)) == ("gradient" not in bad and not float16)
+            assert update.failure[0] == k
+            assert torch.equal(update.failure[1:].isfinite(), torch.tensor(["loss" not in bad, norm.isfinite()]))
+            assert float(norm.isfinite()) == ("gradient" not in bad and not float16)
     assert len(failures) == 1
-
-
-def test_the_failure_holds_step_loss_and_norm() -> None:
-    model = toy()
-    update = make(model)
-    take(update, model, 1)
-    loss = float(loss_of(model, 2).detach())
-    take(update, model, 2, "inf gradient")
-    assert update.failure.tolist() == pytest.approx([2, loss, math.inf])
 
 
 def test_in_float16_a_gradient_that_overflows_at_any_scale_ends_the_run() -> None:
@@ -112,30 +103,6 @@ def test_in_float16_a_gradient_that_overflows_at_any_scale_ends_the_run() -> Non
         take(update, model, step, "inf gradient")
     assert torch.equal(weights(model), before)
     assert 1 <= update.failure[0] <= 60
-
-
-@pytest.mark.parametrize("limit", [10.0, 0.5, 1e-6])
-def test_the_gradient_is_scaled_to_the_limit_by_the_norm_exactly(limit: float) -> None:
-    free, clipped = toy(torch.float64), toy(torch.float64)
-    start = weights(free)
-    norm, _ = take(make(free, rate=1.0), free, 1)
-    again, change = take(make(clipped, rate=1.0, clip_norm=limit), clipped, 1, measure=True)
-    gradient = start - weights(free)
-    assert float(norm) == float(again) == pytest.approx(float(gradient.norm()), rel=1e-14)  # before clipping
-    assert limit < float(norm) or limit == 10
-    expected = gradient * min(limit / float(norm), 1)
-    assert float((start - weights(clipped) - expected).abs().max()) < 1e-15
-    assert float(change) == pytest.approx(min(limit, float(norm)), rel=1e-9)
-
-
-def test_the_factor_of_the_gradients_comes_before_the_norm_and_the_clip() -> None:
-    plain, scaled = toy(torch.float64), toy(torch.float64)
-    norm, _ = take(make(plain, clip_norm=0.5), plain, 1)
-    update, loss = make(scaled, clip_norm=0.5), loss_of(scaled, 1)
-    update.backward(loss / 7)
-    again, _ = update(1, loss.detach(), factor=7.0)
-    assert float(again) == pytest.approx(float(norm), rel=1e-13)
-    assert torch.allclose(weights(scaled), weights(plain), rtol=1e-13, atol=0)
 
 
 @pytest.mark.parametrize("kind", MAKE_OPTIMIZER)
