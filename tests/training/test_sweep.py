@@ -3,11 +3,10 @@
 import dataclasses
 import json
 import logging
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -36,6 +35,8 @@ TEST = {5: 0.5, 6: 0.7, 7: 0.9}  # of each seed's run
 ORDER = ["search/rate-0.03", "search/rate-0.003", "search/rate-0.01", "seed-5", "seed-6", "seed-7"]
 COPIED = ("recipe.json", "model.safetensors", "report.html")
 
+Moment = Literal["start", "checkpoint", "report"]  # of a run
+
 
 def plan(rates: tuple[float, ...] = RATES, fraction: float = 0.3, seeds: int = 3, **changes: Any) -> FinetuneRecipe:
     recipe = small_recipe(**FROM_WEIGHTS | {"learning_rate": 0.2, "seed": 5} | changes)
@@ -47,11 +48,8 @@ def plan(rates: tuple[float, ...] = RATES, fraction: float = 0.3, seeds: int = 3
 class FakeRuns:
     """Trains nothing: keeps the recipes that it was called with, and leaves folders as runs do.
 
-    Args:
-        out: the folder.
-        held_out: top-1 by learning rate, of runs with images held out; a rate without one diverges.
-        test: top-1 by seed, of the others; a seed without one diverges.
-        stop: at which run (from 0) to raise what, and whether it has saved a checkpoint by then.
+    ``held_out`` is the top-1 by learning rate of runs with images held out, ``test`` that by seed of the others; where
+    there is none, the run diverges. ``stop`` says at which run (from 0) and moment to raise what.
     """
 
     def __init__(
@@ -59,24 +57,27 @@ class FakeRuns:
         out: Path,
         held_out: dict[float, float] = HELD_OUT,
         test: dict[int, float] = TEST,
-        stop: tuple[int, BaseException, bool] | None = None,
+        stop: tuple[int, Moment, BaseException] | None = None,
     ) -> None:
         self.out, self.held_out, self.test, self.stop = out, held_out, test, stop
         self.recipes: list[Recipe] = []
         self.folders: list[str] = []
 
     def __call__(self, recipe: Recipe, folder: Path) -> dict[str, Any]:
-        number = len(self.recipes)
+        at = len(self.recipes)
         self.recipes.append(recipe)
         self.folders.append(folder.relative_to(self.out).as_posix())
-        checkpoint = folder / "checkpoints" / "last.safetensors"
+
+        def reach(moment: Moment) -> None:
+            if self.stop and self.stop[:2] == (at, moment):
+                raise self.stop[2]
+
         with run_folder(folder):
+            checkpoint = folder / "checkpoints" / "last.safetensors"
             checkpoint.parent.mkdir(exist_ok=True)
-            if self.stop and self.stop[0] == number:
-                if self.stop[2]:
-                    checkpoint.write_text("half")
-                raise self.stop[1]
+            reach("start")
             checkpoint.write_text("weights")
+            reach("checkpoint")
             rate, searches = recipe.optimization.learning_rate, recipe.data.holdout > 0
             top1 = self.held_out.get(rate) if searches else self.test.get(recipe.run.seed)
             if top1 is None:
@@ -88,6 +89,7 @@ class FakeRuns:
             (folder / "summary.json").write_text(to_json(summary))
             (folder / "examples").mkdir(exist_ok=True)
             (folder / "examples" / "0-a.png").write_text(folder.name)
+            reach("report")
             (folder / "report.html").write_text(f"<html>{folder.name}</html>")
         checkpoint.unlink()  # a complete run keeps none
         return summary
@@ -213,40 +215,25 @@ def test_where_every_rate_or_a_seed_diverges_the_fine_tuning_fails(
 # Interrupted and resumed
 
 
-@pytest.mark.parametrize("saved", [False, True], ids=["before a checkpoint", "after a checkpoint"])
+@pytest.mark.parametrize("moment", ["start", "checkpoint", "report"])
 @pytest.mark.parametrize("number", range(6))
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, UserError, OSError])
 def test_called_again_it_resumes_where_it_was_stopped(
-    number: int, saved: bool, kind: type[BaseException], tmp_path: Path, out: Path
+    number: int, moment: Moment, kind: type[BaseException], tmp_path: Path, out: Path
 ) -> None:
     """Of a first run without a checkpoint nothing is kept, and none of the folders that were created for it."""
     whole = tmp_path / "whole"
     expected = sweep(plan(), whole, FakeRuns(whole))
-    stopped, then = FakeRuns(out, stop=(number, kind("stopped"), saved)), FakeRuns(out)
+    stopped, then = FakeRuns(out, stop=(number, moment, kind("stopped"))), FakeRuns(out)
     with pytest.raises(RunError if kind is OSError else kind, match="stopped"):
         sweep(plan(), out, stopped)
     assert stopped.folders == ORDER[: number + 1]
-    assert out.parent.exists() == out.exists() == (number > 0 or saved)
+    assert out.parent.exists() == out.exists() == (number > 0 or moment != "start")
     finished = {name: content for name, content in tree(out).items() if not name.startswith(ORDER[number])}
     assert sweep(plan(), out, then) == expected
     assert then.folders == ORDER[number:]
     assert tree(out) == tree(whole)
     assert finished.items() <= tree(out).items()
-
-
-@pytest.mark.parametrize("number", range(6))
-def test_a_run_killed_while_its_report_was_written_is_resumed(number: int, out: Path) -> None:
-    """Nothing could be removed: all is there but the report, which comes last."""
-    expected = sweep(plan(), out, FakeRuns(out))
-    whole = tree(out)
-    for folder in ORDER[number + 1 :]:
-        shutil.rmtree(out / folder)
-    (out / ORDER[number] / "report.html").unlink()
-    (out / ORDER[number] / "model.safetensors").write_text("half")
-    then = FakeRuns(out)
-    assert sweep(plan(), out, then) == expected
-    assert then.folders == ORDER[number:]
-    assert tree(out) == whole
 
 
 def test_a_complete_fine_tuning_is_not_repeated(out: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -297,7 +284,7 @@ def test_another_plan_in_the_folder_is_refused_with_the_difference(finished: boo
         sweep(plan(), out, FakeRuns(out))
     else:
         with pytest.raises(KeyboardInterrupt):
-            sweep(plan(), out, FakeRuns(out, stop=(2, KeyboardInterrupt(), True)))
+            sweep(plan(), out, FakeRuns(out, stop=(2, "checkpoint", KeyboardInterrupt())))
     before, runs = tree(out), FakeRuns(out)
     others = {
         "learning_rates": plan(rates=(0.003, 0.03, 0.01)),
@@ -316,7 +303,7 @@ def test_another_plan_in_the_folder_is_refused_with_the_difference(finished: boo
 def test_a_mistake_in_the_first_run_leaves_the_folders_that_were_there(out: Path) -> None:
     out.parent.mkdir()
     with pytest.raises(UserError):
-        sweep(plan(), out, FakeRuns(out, stop=(0, UserError("wrong"), False)))
+        sweep(plan(), out, FakeRuns(out, stop=(0, "start", UserError("wrong"))))
     assert list(out.parent.iterdir()) == []
 
 
