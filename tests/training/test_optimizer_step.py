@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import MAKE_OPTIMIZER
+from tiny_models import MAKE_OPTIMIZER, tiny, tiny_images
 from torch import Tensor, nn
 
 from allmlp.training.optimizer_step import OptimizerStep
@@ -15,14 +15,6 @@ BOTH = pytest.mark.parametrize("kind", ["adamw", "sgd"])
 FLOAT16 = pytest.mark.parametrize("float16", [False, True])
 BAD = ["nan loss and gradient", "nan gradient", "inf gradient", "nan loss", "inf loss"]
 FATAL = [*((bad, False) for bad in BAD), *((bad, True) for bad in BAD if "loss" in bad)]  # and whether in float16
-
-
-def toy(dtype: torch.dtype = torch.float32) -> nn.Module:
-    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, generator=generator)
-    return model.to(dtype)
 
 
 def make(
@@ -34,8 +26,7 @@ def make(
 
 
 def loss_of(model: nn.Module, step: int) -> Tensor:
-    inputs = torch.randn(6, 4, generator=torch.Generator().manual_seed(step))
-    return model(inputs.to(next(model.parameters()).dtype)).square().mean()
+    return model(tiny_images(step)).square().mean()
 
 
 def take(
@@ -73,7 +64,7 @@ def test_the_first_step_gone_wrong_and_all_after_it_change_nothing(
     kind: str, fused: bool, clip_norm: float | None, k: int, fatal: tuple[str, bool]
 ) -> None:
     bad, float16 = fatal
-    model = toy()
+    model = tiny()
     with pytest.MonkeyPatch.context() as patch:  # on Apple's GPUs, no optimizer is fused
         patch.setattr("allmlp.training.optimizer.fusible", lambda device: fused)
         update = make(model, kind, clip_norm=clip_norm, float16=float16)
@@ -96,7 +87,7 @@ def test_the_first_step_gone_wrong_and_all_after_it_change_nothing(
 
 
 def test_in_float16_a_gradient_that_overflows_at_any_scale_ends_the_run() -> None:
-    model = toy()
+    model = tiny()
     update = make(model, float16=True)
     before = weights(model)
     for step in range(1, 101):  # the scale has 2^16 to lose
@@ -108,7 +99,7 @@ def test_in_float16_a_gradient_that_overflows_at_any_scale_ends_the_run() -> Non
 @pytest.mark.parametrize("kind", MAKE_OPTIMIZER)
 @FLOAT16
 def test_the_update_norm_is_that_of_the_weights_change(kind: str, float16: bool) -> None:
-    model = toy()
+    model = tiny()
     update = make(model, kind, clip_norm=1.0, float16=float16)
     for step in range(1, 5):
         before = weights(model)
@@ -123,7 +114,7 @@ def test_the_update_norm_is_that_of_the_weights_change(kind: str, float16: bool)
 @FLOAT16
 @pytest.mark.parametrize("clip_norm", [None, 1.0])
 def test_a_gradient_of_zero_is_no_failure(kind: str, float16: bool, clip_norm: float | None) -> None:
-    model = toy()
+    model = tiny()
     update = make(model, kind, clip_norm=clip_norm, float16=float16)
     before = [p.detach().clone() for p in model.parameters()]
     loss = 0 * loss_of(model, 1)
@@ -140,7 +131,7 @@ def test_a_gradient_of_zero_is_no_failure(kind: str, float16: bool, clip_norm: f
 
 def after(kind: str, float16: bool, order: tuple[int, ...], overflow: int = 0) -> tuple[Tensor, OptimizerStep]:
     """The weights after the steps of those numbers, one of which overflows and has to leave them alone."""
-    model = toy()
+    model = tiny()
     update = make(model, kind, clip_norm=1.0, float16=float16)
     for step in order:
         before = weights(model)

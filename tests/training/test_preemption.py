@@ -18,8 +18,7 @@ from allmlp.training import preemption as module
 from allmlp.training.preemption import Preemption, SignalState, deferred_signals
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="POSIX signals")
-BOTH = [signal.SIGTERM, signal.SIGINT]
-TERM, INT = BOTH
+BOTH = TERM, INT = signal.SIGTERM, signal.SIGINT
 
 
 def wait_until(condition: Callable[[], object], seconds: float = 10.0) -> None:
