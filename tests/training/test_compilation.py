@@ -40,21 +40,17 @@ class NoCompiler(TorchDynamoException):
     """What torch.compile raises without a C++ compiler."""
 
 
-@pytest.fixture
-def fake_compiler(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Tensor, Tensor], None]], None]:
+def fake_compiler(patch: pytest.MonkeyPatch, on_call: Callable[[Tensor, Tensor], None]) -> None:
     """Replaces torch.compile by one that calls a function with the images and keys before each forward pass."""
 
-    def install(on_call: Callable[[Tensor, Tensor], None]) -> None:
-        def compiled(model: Mixer) -> Forward:
-            def forward(images: Tensor, keys: Tensor) -> Tensor:
-                on_call(images, keys)
-                return model(images, keys)
+    def compiled(model: Mixer) -> Forward:
+        def forward(images: Tensor, keys: Tensor) -> Tensor:
+            on_call(images, keys)
+            return model(images, keys)
 
-            return forward
+        return forward
 
-        monkeypatch.setattr(torch, "compile", compiled)
-
-    return install
+    patch.setattr(torch, "compile", compiled)
 
 
 def raising(error: Exception) -> Callable[[Tensor, Tensor], None]:
@@ -79,10 +75,10 @@ def instance_forwards(model: Mixer) -> list[str]:
     ],
 )
 def test_a_long_run_is_compiled_and_warmed_up_on_a_batch_of_its_size(
-    mode: str, flop: float, compiles: bool, fake_compiler: Callable
+    mode: str, flop: float, compiles: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[Any] = []
-    fake_compiler(lambda images, keys: calls.append((tuple(images.shape), tuple(keys.shape), keys.dtype)))
+    fake_compiler(monkeypatch, lambda images, keys: calls.append((tuple(images.shape), tuple(keys.shape), keys.dtype)))
     model = tiny()
     forward = compile_it(model, mode, flop)
     assert (forward is model) == (not compiles)
@@ -98,9 +94,9 @@ def test_a_long_run_is_compiled_and_warmed_up_on_a_batch_of_its_size(
     ids=["with a message", "without"],
 )
 def test_a_compiler_that_fails_is_an_error_if_it_was_asked_for_else_a_warning(
-    error: Exception, reason: str, fake_compiler: Callable, caplog: pytest.LogCaptureFixture
+    error: Exception, reason: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    fake_compiler(raising(error))
+    fake_compiler(monkeypatch, raising(error))
     model = tiny()
     with caplog.at_level(logging.WARNING, "allmlp"):
         assert compile_it(model, "auto") is model
@@ -112,8 +108,8 @@ def test_a_compiler_that_fails_is_an_error_if_it_was_asked_for_else_a_warning(
         compile_it(tiny(), "on")
 
 
-def test_errors_of_the_model_are_not_reported_as_the_compilers(fake_compiler: Callable) -> None:
-    fake_compiler(raising(ZeroDivisionError("ours")))
+def test_errors_of_the_model_are_not_reported_as_the_compilers(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_compiler(monkeypatch, raising(ZeroDivisionError("ours")))
     with pytest.raises(ZeroDivisionError, match="ours"):
         compile_it(tiny(), "auto")
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from reference import randomise, weights_of
 from small_runs import train_steps
-from tiny_models import MAKE_OPTIMIZER, tiny
+from tiny_models import MAKE_OPTIMIZER, batch_of, recorded, tiny
 from torch import Tensor
 
 from allmlp.config.recipe import Decay, LossName
@@ -71,15 +71,7 @@ def start(setting: Setting) -> Mixer:
     return model
 
 
-def make_batches() -> list[Batch]:
-    generator = torch.Generator().manual_seed(1)
-    found = []
-    for step in range(STEPS):
-        images = torch.randint(0, 256, (BATCH, 3, 4, 4), generator=generator, dtype=torch.uint8)
-        labels = torch.randint(0, CLASSES, (BATCH,), generator=generator)
-        valid = torch.tensor([place not in UNREADABLE.get(step, ()) for place in range(BATCH)])
-        found.append(Batch(images, labels, valid, torch.arange(BATCH), []))
-    return found
+BATCHES = [batch_of(BATCH, step, UNREADABLE.get(step, ())) for step in range(STEPS)]
 
 
 def mixed(batch: Batch, step: int) -> tuple[Tensor, Tensor]:
@@ -106,7 +98,7 @@ def train_by_hand(model: Mixer, setting: Setting) -> list[tuple[float, float, fl
     """Each step's loss, gradient norm, rate and images. Adam is Loshchilov & Hutter 2019, Algorithm 2."""
     weights, trace = [p.detach() for p in model.parameters()], []
     first, second = ([torch.zeros_like(w) for w in weights] for _ in range(2))
-    for step, batch in enumerate(make_batches()):
+    for step, batch in enumerate(BATCHES):
         images, target = mixed(batch, step)
         target = (1 - setting.smoothing) * target.double() + setting.smoothing / CLASSES
         logits = model(images)
@@ -136,7 +128,7 @@ def train_by_hand(model: Mixer, setting: Setting) -> list[tuple[float, float, fl
 def test_gradients_are_those_of_finite_differences() -> None:
     model = start(Setting("sgd", "softmax", 0.0, "linear", None))
     names, weights = zip(*model.named_parameters(), strict=True)
-    images, _ = mixed(make_batches()[0], 0)
+    images, _ = mixed(BATCHES[0], 0)
 
     def logits(*weights: Tensor) -> Tensor:
         return torch.func.functional_call(model, dict(zip(names, weights, strict=True)), (images,))
@@ -158,20 +150,17 @@ SETTINGS = [
 def test_fifty_steps_equal_those_by_hand(setting: Setting) -> None:
     model, reference, before = (start(setting) for _ in range(3))
     trace = train_by_hand(reference, setting)
-    shown: list[Tensor] = []
-
-    def forward(images: Tensor, keys: Tensor) -> Tensor:
-        shown.append(images)
-        return model(images, keys)
-
+    seen: list[Tensor] = []
     update = OptimizerStep(MAKE_OPTIMIZER[setting.optimizer](model), setting.clip_norm)
     schedule = partial(
         learning_rate, peak=PEAK[setting.optimizer], warmup_steps=WARMUP, steps=STEPS, decay=setting.decay
     )
     loss_function, mixing = partial(LOSSES[setting.loss], smoothing=setting.smoothing), Mixing(mixup=0.5, group=GROUP)
-    steps = list(train_steps(model, forward, make_batches(), update, schedule, loss_function, seed=SEED, mixing=mixing))
+    steps = list(
+        train_steps(model, recorded(model, seen), BATCHES, update, schedule, loss_function, seed=SEED, mixing=mixing)
+    )
     assert [step.step for step in steps] == list(range(1, STEPS + 1))
-    for step, images, (loss, norm, rate, expected) in zip(steps, shown, trace, strict=True):
+    for step, images, (loss, norm, rate, expected) in zip(steps, seen[::3], trace, strict=True):
         assert torch.equal(images, expected), step.step  # bit for bit: both round to float32
         assert float(step.loss) == pytest.approx(loss, rel=1e-9), step.step
         assert float(step.gradient_norm) == pytest.approx(norm, rel=1e-8), step.step

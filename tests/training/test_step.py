@@ -8,7 +8,7 @@ import pytest
 import torch
 from reference import weights_of
 from small_runs import same, train_steps
-from tiny_models import MAKE_OPTIMIZER, tiny
+from tiny_models import MAKE_OPTIMIZER, batch_of, recorded, tiny
 from torch import Tensor
 
 from allmlp.config.recipe import LossName
@@ -19,14 +19,6 @@ from allmlp.rng import sample_keys
 from allmlp.training.losses import LOSSES
 from allmlp.training.optimizer_step import OptimizerStep
 from allmlp.training.step import Forward, StepResult
-
-
-def batch_of(n: int, seed: int = 0, invalid: tuple[int, ...] = ()) -> Batch:
-    generator = torch.Generator().manual_seed(seed)
-    images = torch.randint(0, 256, (n, 3, 4, 4), generator=generator, dtype=torch.uint8)
-    labels = torch.randint(0, 3, (n,), generator=generator)
-    valid = torch.tensor([i not in invalid for i in range(n)])
-    return Batch(images, labels, valid, torch.arange(n), [(i, "broken") for i in invalid])
 
 
 def cut(batch: Batch, parts: int) -> list[Batch]:
@@ -48,17 +40,6 @@ def train(
     update = OptimizerStep(MAKE_OPTIMIZER[optimizer](model), 1.0 if optimizer == "adamw" else None)
     loss_function = partial(LOSSES[loss], smoothing=smoothing)
     return list(train_steps(model, forward or model, batches, update, lambda step: rate, loss_function, **options))
-
-
-def recorded(model: Mixer, seen: list[Tensor]) -> Forward:
-    """The model's forward pass, which keeps images, keys and logits in ``seen``."""
-
-    def forward(images: Tensor, keys: Tensor) -> Tensor:
-        logits = model(images, keys)
-        seen.extend((images, keys, logits.detach().clone()))
-        return logits
-
-    return forward
 
 
 # Randomness

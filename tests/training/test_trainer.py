@@ -70,8 +70,8 @@ def test_lengths_of_run_and_warm_up(changes: dict[str, Any], expected: tuple[int
 
 
 def test_the_average_is_evaluated_exported_and_kept_and_has_no_part_in_the_training(tmp_path: Path) -> None:
-    seen, fitted = watched(tmp_path / "run", ema_decay=0.5)
-    plain, _ = watched(tmp_path / "plain")
+    seen, fitted = watched(tmp_path / "run", ema_decay=0.5, warmup_steps=0)
+    plain, _ = watched(tmp_path / "plain", warmup_steps=0)
     assert all(same(a, b) for a, b in zip(seen.steps, plain.steps, strict=True))
     averages = [{name: w.double() for name, w in seen.steps[0].items()}]  # it starts at the first step's weights
     for weights in seen.steps[1:]:
