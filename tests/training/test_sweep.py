@@ -5,28 +5,21 @@ import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import pytest
-import torch
-from small_runs import FROM_WEIGHTS, InterruptAt, Interrupted, Silent
+from small_runs import FROM_WEIGHTS
 from small_runs import recipe as small_recipe
 
 from allmlp.config.recipe import FinetuneRecipe, Recipe, SearchRecipe
 from allmlp.config.serialize import from_json, to_json_object
-from allmlp.data.dataset import DatasetSplits
 from allmlp.data.sources import load_source
-from allmlp.data.stores import FolderStore
 from allmlp.errors import RunError, UserError
-from allmlp.evaluation.classification import SplitEvaluator
-from allmlp.evaluation.run_report import write_run_report
 from allmlp.files import to_json
 from allmlp.runs.folder import run_folder
 from allmlp.training.build import build_data
-from allmlp.training.run import RunOptions, train
 from allmlp.training.sweep import mean_and_std, sweep
 from allmlp.training.trainer import Diverged
-from allmlp.weights.load import load
 
 RATES = (0.03, 0.003, 0.01)
 HELD_OUT = {0.03: 0.5, 0.003: 0.25, 0.01: 0.75}  # top-1 of each rate's search
@@ -306,70 +299,24 @@ def test_a_mistake_in_the_first_run_leaves_the_folders_that_were_there(out: Path
     assert list(out.parent.iterdir()) == []
 
 
-# Real runs, tiny
+# The images of the runs; test_weights_commands.py has whole fine-tunings
 
 
-class RealRuns:
-    """Trains as the command does, and keeps the images of each run and the names of those that it opened."""
-
-    def __init__(self, out: Path, progress: Any = None) -> None:
-        self.out, self.progress = out, progress or Silent()
-        self.data: dict[str, DatasetSplits] = {}
-        self.opened: dict[str, set[str]] = {}
-
-    def __call__(self, recipe: Recipe, folder: Path) -> dict[str, Any]:
-        original, opened = FolderStore.open, self.opened.setdefault(folder.relative_to(self.out).as_posix(), set())
-
-        def recorded(store: FolderStore, name: str, *args: Any) -> Any:
-            opened.add(name)
-            return original(store, name, *args)
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(FolderStore, "open", recorded)
-            done = train(recipe, folder, SplitEvaluator, self.progress, RunOptions(resume=True))
-        write_run_report(done)
-        self.data[folder.relative_to(self.out).as_posix()] = done.data
-        return done.summary
-
-
-class RealSweep(NamedTuple):
-    plan: FinetuneRecipe
-    data: Path
-    summary: dict[str, Any]
-    runs: RealRuns
-
-
-@pytest.fixture(scope="module")
-def real(color_weights: Path, pictures: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> RealSweep:
-    """Two rates and two seeds on training and test images, and validation images that nobody asks for."""
+def test_the_search_sees_no_test_image_and_the_last_runs_all_training_images(
+    pictures: Callable[..., Path], tmp_path: Path
+) -> None:
     counts = {"train/red": 12, "train/blue": 8, "test/red": 3, "test/blue": 3, "val/red": 2, "val/blue": 2}
-    folder = tmp_path_factory.mktemp("real")
-    data, runs = pictures(folder / "data", counts), RealRuns(folder / "out")
-    view = {"image_size": None, "crop": None, "crop_ratio": None, "interpolation": None}
-    lengths = {"steps": 4, "global_batch_size": 8, "warmup_steps": 0, "val_fraction": 0.0}
-    sources = {"weights": str(color_weights), "data": str(data), "optimizer": "sgd", "seed": 0}
-    settings = plan((0.1, 0.01), 0.25, 2, **view | lengths | sources)
-    return RealSweep(settings, data, sweep(settings, runs.out, runs), runs)
-
-
-def test_the_search_sees_no_test_image_and_the_last_runs_all_training_images(real: RealSweep) -> None:
-    given, runs = load_source(str(real.data)), real.runs
-    training, test = set(given.split("train").names), set(given.split("test").names)
-    searches, last = ["search/rate-0.1", "search/rate-0.01"], ["seed-0", "seed-1"]
-    assert list(runs.data) == searches + last
-    for run in searches:
-        train, val = runs.data[run].split("train").names, runs.data[run].split("val").names
-        assert set(runs.data[run].splits) == {"train", "val"}
-        assert len(val) == 5  # a quarter of each class
-        assert sorted([*train, *val]) == sorted(training)
-        assert set(val) <= runs.opened[run] <= training
-        assert val == runs.data[searches[0]].split("val").names  # all rates are compared on the same images
-        assert json.loads((runs.out / run / "summary.json").read_text())["test_top1"] is None
-    for run in last:
-        assert set(runs.data[run].split("train").names) == training
-        assert runs.opened[run] >= training | test  # 32 images are drawn, of 20
-    assert real.summary["images"] == {"train": 20, "val": 4, "test": 6}
-    assert len(real.summary["test_top1s"]) == 2
+    data, runs = pictures(tmp_path / "data", counts), FakeRuns(tmp_path / "out")
+    sweep(plan(fraction=0.25, data=str(data), val_fraction=0.0), runs.out, runs)
+    given = {name: set(split.names) for name, split in load_source(str(data)).splits.items()}
+    found = [{name: set(split.names) for name, split in build_data(recipe).splits.items()} for recipe in runs.recipes]
+    for search in found[:3]:
+        assert search.keys() == {"train", "val"}
+        assert search["train"] | search["val"] == given["train"]
+        assert len(search["train"]) + len(search["val"]) == 20
+        assert len(search["val"]) == 5  # a quarter of each class
+        assert search["val"] == found[0]["val"]  # all rates are compared on the same images
+    assert found[3:] == [given] * 3
 
 
 @pytest.mark.parametrize("val_fraction", [0.0, 0.2])
@@ -379,16 +326,3 @@ def test_images_are_held_out_in_place_of_validation_not_beside_it(val_fraction: 
     assert set(held.splits) == {"train", "val"}
     assert {*held.split("train").names, *held.split("val").names} == set(whole.split("train").names)
     assert len(held.split("val")) == pytest.approx(0.3 * len(whole.split("train")), abs=10)
-
-
-def test_interrupted_in_training_it_ends_with_the_same_weights(real: RealSweep, tmp_path: Path) -> None:
-    for progress in (InterruptAt(3, n=2), InterruptAt(4, n=3)):  # within the second run, and at the end of the last
-        with pytest.raises(Interrupted):
-            sweep(real.plan, tmp_path, RealRuns(tmp_path, progress))
-    found, expected = sweep(real.plan, tmp_path, RealRuns(tmp_path)), real.summary
-    for key in ("learning_rate", "search", "seeds", "test_top1s", "val_top1", "steps", "images", "parameters"):
-        assert found[key] == expected[key], key
-    one, other = (load(folder / "seed-1/model.safetensors").state_dict() for folder in (tmp_path, real.runs.out))
-    assert one.keys() == other.keys()
-    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
-    assert torch.count_nonzero(one["head.weight"])
