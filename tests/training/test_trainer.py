@@ -70,12 +70,12 @@ def test_lengths_of_run_and_warm_up(changes: dict[str, Any], expected: tuple[int
 
 
 def test_the_average_is_evaluated_exported_and_kept_and_has_no_part_in_the_training(tmp_path: Path) -> None:
-    seen, fitted = watched(tmp_path / "run", ema_decay=0.5, warmup_steps=0)
+    seen, fitted = watched(tmp_path / "run", ema_decay=0.8, warmup_steps=0)
     plain, _ = watched(tmp_path / "plain", warmup_steps=0)
     assert all(same(a, b) for a, b in zip(seen.steps, plain.steps, strict=True))
     averages = [{name: w.double() for name, w in seen.steps[0].items()}]  # it starts at the first step's weights
     for weights in seen.steps[1:]:
-        averages.append({name: 0.5 * averages[-1][name] + 0.5 * w.double() for name, w in weights.items()})
+        averages.append({name: 0.8 * averages[-1][name] + 0.2 * w.double() for name, w in weights.items()})
     last = state(load(tmp_path / "run/checkpoints/last.safetensors"))
     for found, step in zip([*seen.shown, state(fitted.model), last], (1, 3, 5, 5, 5), strict=True):
         assert all((found[name] - value).abs().max() < 1e-6 for name, value in averages[step].items()), step
