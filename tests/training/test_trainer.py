@@ -1,5 +1,6 @@
 """The run's steps from a recipe: averaging, keeping the best, stopping early, and what a failure leaves."""
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -23,6 +24,8 @@ from small_runs import (
     train,
 )
 
+from allmlp.checkpointing.checkpoint import STATE
+from allmlp.checkpointing.manager import checkpoints_by_step
 from allmlp.data.loader import Batch
 from allmlp.errors import RunError
 from allmlp.evaluation.classification import classify
@@ -169,7 +172,9 @@ def test_blocks_are_computed_again_where_the_recipe_says_so(recompute: bool, tim
 
 
 def test_float16_is_trained_with_scaled_gradients(tmp_path: Path) -> None:
-    _, fitted = watched(tmp_path / "run", precision="float16", epochs=20)
+    _, fitted = watched(tmp_path / "run", precision="float16")
+    state_file = checkpoints_by_step(tmp_path / "run" / "checkpoints")[6] / STATE
+    assert json.loads(state_file.read_text())["scaler"]["scale"] == 2**16
     assert fitted.val.top1 > 0.5
 
 
