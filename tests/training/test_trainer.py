@@ -171,6 +171,15 @@ def test_blocks_are_computed_again_where_the_recipe_says_so(recompute: bool, tim
     assert len(calls) == (6 * times + evaluations) * len(seen.model.blocks)
 
 
+def test_every_step_is_in_training_mode_after_evaluations_too(tmp_path: Path) -> None:
+    seen, modes = Watched(tmp_path / "run", recipe(), [0.5]), []
+    examine = seen.examine
+    seen.examine = lambda model, name: examine(model.eval(), name)
+    seen.model.register_forward_pre_hook(lambda model, inputs: modes.append(model.training))
+    seen.fit()
+    assert modes == [True] * 6
+
+
 def test_float16_is_trained_with_scaled_gradients(tmp_path: Path) -> None:
     _, fitted = watched(tmp_path / "run", precision="float16")
     state_file = checkpoints_by_step(tmp_path / "run" / "checkpoints")[6] / STATE
