@@ -187,14 +187,16 @@ def test_float16_is_trained_with_scaled_gradients(tmp_path: Path) -> None:
     assert fitted.val.top1 > 0.5
 
 
-def test_a_run_of_everything_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("keep", ["best", "last"])
+def test_a_run_of_everything_at_once(keep: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     replace_data(monkeypatch)
     noisy = NOISY | {"micro_batch_size": 6, "recompute": True, "randaugment": 10.0}
-    done = train(recipe(**noisy, ema_decay=0.5, keep="best", patience=2, steps=9), tmp_path / "run")
+    done = train(recipe(**noisy, ema_decay=0.5, keep=keep, patience=2, steps=9), tmp_path / "run")
     assert done.results.keys() == {"val", "test"}
     assert done.summary["kept_step"] <= done.summary["steps"] <= 9
     saved = load(tmp_path / "run/model.safetensors")
     assert same(state(saved), state(done.model))
+    assert not any("forward" in vars(module) for module in done.model.modules())  # nothing recomputed or compiled
     for split, result in done.results.items():
         again = classify(saved, done.data.splits[split], device=CPU, precision=torch.float32)
         assert again.top1 == done.summary[f"{split}_top1"] == result.top1
