@@ -1,7 +1,6 @@
 """An independent MLP-Mixer in float64 NumPy, from the paper's equations, and small models to compare with it."""
 
 import math
-from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -41,76 +40,6 @@ def numpy_forward(
     return x, features, logits
 
 
-def numpy_gradients(
-    weights: dict[str, Array],
-    images: Array,
-    patch_size: int | tuple[int, int],
-    of_logits: Callable[[Array], Array],
-) -> tuple[Array, dict[str, Array]]:
-    """Returns the logits and each weight's gradient, derived by hand, without automatic differentiation.
-
-    The GELU is the tanh form. ``of_logits`` is the gradient with respect to the logits, (B, classes) → (B, classes).
-    """
-    w = {name: np.asarray(value, np.float64) for name, value in weights.items()}
-    gradients: dict[str, Array] = {}
-    back: list[Callable[[Array], Array]] = []  # of each branch, from the gradient of what it adds to that of its input
-
-    def dense(name: str, x: Array) -> tuple[Array, Callable[[Array], Array]]:
-        def backward(g: Array) -> Array:
-            gradients[f"{name}.weight"] = rows(g).T @ rows(x)
-            gradients[f"{name}.bias"] = rows(g).sum(axis=0)
-            return g @ w[f"{name}.weight"]
-
-        return x @ w[f"{name}.weight"].T + w[f"{name}.bias"], backward
-
-    def norm(name: str, x: Array) -> tuple[Array, Callable[[Array], Array]]:
-        normed = layer_norm(x)
-        deviation = np.sqrt(x.var(axis=-1, keepdims=True) + 1e-6)
-
-        def backward(g: Array) -> Array:
-            gradients[f"{name}.weight"] = rows(g * normed).sum(axis=0)
-            gradients[f"{name}.bias"] = rows(g).sum(axis=0)
-            g = g * w[f"{name}.weight"]
-            along = (g * normed).mean(axis=-1, keepdims=True)
-            return (g - g.mean(axis=-1, keepdims=True) - normed * along) / deviation
-
-        return normed * w[f"{name}.weight"] + w[f"{name}.bias"], backward
-
-    def mlp(name: str, x: Array) -> tuple[Array, Callable[[Array], Array]]:
-        hidden, back_0 = dense(f"{name}.dense_0", x)
-        out, back_1 = dense(f"{name}.dense_1", gelu_tanh(hidden))
-        return out, lambda g: back_0(back_1(g) * gelu_tanh_slope(hidden))
-
-    def branch(mixing: str, norm_name: str, x: Array, across_tokens: bool) -> tuple[Array, Callable[[Array], Array]]:
-        turn = (lambda a: np.swapaxes(a, 1, 2)) if across_tokens else (lambda a: a)
-        normed, back_norm = norm(norm_name, x)
-        out, back_mlp = mlp(mixing, turn(normed))
-        return turn(out), lambda g: back_norm(turn(back_mlp(turn(g))))
-
-    pixels = patches(np.asarray(images, np.float64), patch_size)
-    stem = w["stem.weight"]
-    x = pixels @ stem.reshape(len(stem), -1).T + w["stem.bias"]
-    for i in range(1 + max(int(name.split(".")[1]) for name in w if name.startswith("blocks."))):
-        for mixing, norm_name in (("token", "norm1"), ("channel", "norm2")):
-            added, backward = branch(f"blocks.{i}.{mixing}_mixing", f"blocks.{i}.{norm_name}", x, mixing == "token")
-            x = x + added
-            back.append(backward)
-    normed, back_norm = norm("pre_head_layer_norm", x)
-    logits, back_head = dense("head", normed.mean(axis=1))
-
-    g = back_head(of_logits(logits))[:, None, :] / x.shape[1]  # the mean gives each token the same share
-    g = back_norm(np.broadcast_to(g, x.shape))
-    for backward in reversed(back):
-        g = g + backward(g)
-    gradients["stem.weight"] = (rows(g).T @ rows(pixels)).reshape(stem.shape)
-    gradients["stem.bias"] = rows(g).sum(axis=0)
-    return logits, gradients
-
-
-def rows(x: Array) -> Array:
-    return x.reshape(-1, x.shape[-1])
-
-
 def patches(images: Array, patch_size: int | tuple[int, int]) -> Array:
     """(B, channels, H, W) → (B, S, channels · ph · pw): patches row by row, each as channel, row, column."""
     ph, pw = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
@@ -126,12 +55,6 @@ def layer_norm(x: Array) -> Array:
 
 def gelu_tanh(x: Array) -> Array:
     return x / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
-
-
-def gelu_tanh_slope(x: Array) -> Array:
-    """The derivative of ``gelu_tanh``."""
-    t = np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
-    return (1 + t) / 2 + x / 2 * (1 - t**2) * math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * x**2)
 
 
 def gelu_erf(x: Array) -> Array:

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from reference import close, gelu_tanh
+from reference import close, gelu_tanh, weights_of
+from small_runs import CPU, same
+from tiny_models import NOISY, tiny, tiny_images
 from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 
@@ -25,143 +27,94 @@ from allmlp.training.compilation import (
     restore_eager,
 )
 from allmlp.training.memory import recompute_blocks
+from allmlp.training.step import Forward
 
-MANY = 1e18
-
-
-def tiny() -> Mixer:
-    sizes = {"num_classes": 3, "image_size": 4, "patch_size": 2, "num_blocks": 1, "hidden_dim": 8}
-    return Mixer(**sizes, tokens_mlp_dim=6, channels_mlp_dim=16, seed=0)
+LONG_RUN = 1e18  # FLOP
 
 
-def compile_it(model: Mixer, mode: Any, flop: float = MANY) -> Callable[[Tensor, Tensor], Tensor]:
-    cpu = torch.device("cpu")
-    return compile_model(model, mode, batch_size=5, training_flop=flop, device=cpu, precision=torch.float32)[0]
+def compile_it(model: Mixer, mode: Any, flop: float = LONG_RUN) -> Forward:
+    return compile_model(model, mode, batch_size=5, training_flop=flop, device=CPU, precision=torch.float32)[0]
 
 
 class NoCompiler(TorchDynamoException):
     """What torch.compile raises without a C++ compiler."""
 
 
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, Tensor]]:
-    """A torch.compile that works; the images and keys it was called with."""
-    seen: list[tuple[Tensor, Tensor]] = []
+def fake_compiler(patch: pytest.MonkeyPatch, on_call: Callable[[Tensor, Tensor], None]) -> None:
+    """Replaces torch.compile by one that calls a function with the images and keys before each forward pass."""
 
-    def fake(model: Mixer) -> Callable[[Tensor, Tensor], Tensor]:
+    def compiled(model: Mixer) -> Forward:
         def forward(images: Tensor, keys: Tensor) -> Tensor:
-            seen.append((images, keys))
+            on_call(images, keys)
             return model(images, keys)
 
         return forward
 
-    monkeypatch.setattr(torch, "compile", fake)
-    return seen
+    patch.setattr(torch, "compile", compiled)
 
 
-@pytest.fixture
-def broken(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A torch.compile that fails when the model is first called."""
+def raising(error: Exception) -> Callable[[Tensor, Tensor], None]:
+    def on_call(images: Tensor, keys: Tensor) -> None:
+        raise error
 
-    def fake(model: Mixer) -> Callable[[Tensor, Tensor], Tensor]:
-        def forward(images: Tensor, keys: Tensor) -> Tensor:
-            raise NoCompiler("\nno compiler found\nand many more lines")
-
-        return forward
-
-    monkeypatch.setattr(torch, "compile", fake)
-
-
-def test_off_returns_the_model_itself(calls: list[tuple[Tensor, Tensor]]) -> None:
-    model = tiny()
-    assert compile_it(model, "off") is model
-    assert calls == []
-
-
-def test_auto_does_not_compile_a_short_run(calls: list[tuple[Tensor, Tensor]]) -> None:
-    model = tiny()
-    assert compile_it(model, "auto", flop=WORTHWHILE_FLOP["cpu"] * 0.99) is model
-    assert calls == []
-
-
-@pytest.mark.parametrize(("mode", "flop"), [("auto", WORTHWHILE_FLOP["cpu"] * 1.01), ("on", MANY), ("on", 0.0)])
-def test_a_compiled_model_is_warmed_up_on_a_batch_of_its_size(
-    calls: list[tuple[Tensor, Tensor]], mode: str, flop: float
-) -> None:
-    model = tiny()
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    forward = compile_it(model, mode, flop)
-    assert forward is not model
-    assert [(tuple(images.shape), tuple(keys.shape), keys.dtype) for images, keys in calls] == [
-        ((5, 3, 4, 4), (5,), torch.int64)
-    ]
-    assert all(p.grad is None for p in model.parameters())  # the warm-up leaves nothing behind
-    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
-    images, keys = torch.rand(5, 3, 4, 4), torch.arange(5)
-    assert torch.equal(forward(images, keys), model(images, keys))
-
-
-def test_auto_continues_without_a_compiler_that_fails(broken: None, caplog: pytest.LogCaptureFixture) -> None:
-    model = tiny()
-    with caplog.at_level(logging.WARNING, "allmlp"):
-        assert compile_it(model, "auto") is model
-    assert instance_forwards(model) == []
-    assert [record.getMessage() for record in caplog.records] == [
-        "torch.compile does not work here (no compiler found): training without it, slower"
-    ]
-    assert all(p.grad is None for p in model.parameters())
-
-
-def test_on_raises_with_a_compiler_that_fails(broken: None) -> None:
-    with pytest.raises(
-        RunError, match=r"^torch\.compile failed \(no compiler found\): install a C\+\+ compiler, or use"
-    ):
-        compile_it(tiny(), "on")
-
-
-def test_a_compiler_that_fails_without_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fake(model: Mixer) -> Callable[[Tensor, Tensor], Tensor]:
-        def forward(images: Tensor, keys: Tensor) -> Tensor:
-            raise NoCompiler
-
-        return forward
-
-    monkeypatch.setattr(torch, "compile", fake)
-    model = tiny()
-    assert compile_it(model, "auto") is model
-
-
-def test_errors_of_the_model_are_not_reported_as_the_compilers(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fake(model: Mixer) -> Callable[[Tensor, Tensor], Tensor]:
-        def forward(images: Tensor, keys: Tensor) -> Tensor:
-            raise ZeroDivisionError("ours")
-
-        return forward
-
-    monkeypatch.setattr(torch, "compile", fake)
-    with pytest.raises(ZeroDivisionError, match="ours"):
-        compile_it(tiny(), "auto")
-
-
-# The form that is compiled
-
-NOISY = {"dropout": 0.3, "stochastic_depth": 0.6}
-
-
-def larger(seed: int = 0, **options: Any) -> Mixer:
-    sizes = {"num_classes": 3, "image_size": 4, "patch_size": 2, "num_blocks": 2, "hidden_dim": 8}
-    model = Mixer(**sizes, tokens_mlp_dim=6, channels_mlp_dim=16, seed=seed, **options)
-    torch.nn.init.normal_(model.head.weight, generator=torch.Generator().manual_seed(seed))
-    return model
-
-
-def images() -> Tensor:
-    return torch.rand(5, 3, 4, 4, generator=torch.Generator().manual_seed(1))
+    return on_call
 
 
 def instance_forwards(model: Mixer) -> list[str]:
     """The modules whose forward pass is not their class's."""
     return [name for name, module in model.named_modules() if "forward" in vars(module)]
+
+
+@pytest.mark.parametrize(
+    ("mode", "flop", "compiles"),
+    [
+        ("off", LONG_RUN, False),
+        ("auto", WORTHWHILE_FLOP["cpu"] * 0.99, False),
+        ("auto", WORTHWHILE_FLOP["cpu"] * 1.01, True),
+        ("on", 0.0, True),
+    ],
+)
+def test_a_long_run_is_compiled_and_warmed_up_on_a_batch_of_its_size(
+    mode: str, flop: float, compiles: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Any] = []
+    fake_compiler(monkeypatch, lambda images, keys: calls.append((tuple(images.shape), tuple(keys.shape), keys.dtype)))
+    model = tiny()
+    forward = compile_it(model, mode, flop)
+    assert (forward is model) == (not compiles)
+    assert calls == ([((5, 3, 4, 4), (5,), torch.int64)] if compiles else [])
+    assert all(p.grad is None for p in model.parameters())  # the warm-up leaves nothing behind
+    assert same(weights_of(model), weights_of(tiny()))
+    assert torch.equal(forward(tiny_images(), torch.arange(5)), model(tiny_images(), torch.arange(5)))
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [(NoCompiler("\nno compiler found\nand many more lines"), "no compiler found"), (NoCompiler(), "NoCompiler")],
+    ids=["with a message", "without"],
+)
+def test_a_compiler_that_fails_is_an_error_if_it_was_asked_for_else_a_warning(
+    error: Exception, reason: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    fake_compiler(monkeypatch, raising(error))
+    model = tiny()
+    with caplog.at_level(logging.WARNING, "allmlp"):
+        assert compile_it(model, "auto") is model
+    (message,) = caplog.messages
+    assert f"torch.compile does not work here ({reason})" in message
+    assert instance_forwards(model) == []
+    assert all(p.grad is None for p in model.parameters())
+    with pytest.raises(RunError, match=rf"torch\.compile failed \({reason}\): .* --compile off"):
+        compile_it(tiny(), "on")
+
+
+def test_errors_of_the_model_are_not_reported_as_the_compilers(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_compiler(monkeypatch, raising(ZeroDivisionError("ours")))
+    with pytest.raises(ZeroDivisionError, match="ours"):
+        compile_it(tiny(), "auto")
+
+
+# The form that is compiled
 
 
 @pytest.fixture
@@ -183,16 +136,16 @@ def code_of(graph: torch.fx.GraphModule) -> str:
     return "\n".join(module.code for module in graph.modules() if isinstance(module, torch.fx.GraphModule))
 
 
-def gradients(model: Mixer, forward: Callable[[Tensor, Tensor], Tensor]) -> list[Tensor]:
-    logits = forward(images(), sample_keys(3, torch.arange(5)))
+def gradients(model: Mixer, forward: Forward) -> list[Tensor]:
+    logits = forward(tiny_images(), sample_keys(3, torch.arange(5)))
     return [logits.detach(), *torch.autograd.grad(logits.logsumexp(1).sum(), list(model.parameters()))]
 
 
-def compile_whole(model: Mixer) -> Callable[[Tensor, Tensor], Tensor]:
+def compile_whole(model: Mixer) -> Forward:
     return compile_it(model, "on")
 
 
-def compile_each_block(model: Mixer) -> Callable[[Tensor, Tensor], Tensor]:
+def compile_each_block(model: Mixer) -> Forward:
     """As each of several processes does."""
     install_fast_mlps(model)
     compile_blocks(model)
@@ -200,6 +153,13 @@ def compile_each_block(model: Mixer) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 COMPILERS = pytest.mark.parametrize("compile_", [compile_whole, compile_each_block])
+
+
+def make(recompute: bool = False, **options: Any) -> Mixer:
+    model = tiny(**options)
+    if recompute:
+        recompute_blocks(model)
+    return model
 
 
 def test_gelu_by_sigmoid_and_its_gradient_are_those_of_the_tanh_form() -> None:
@@ -211,92 +171,80 @@ def test_gelu_by_sigmoid_and_its_gradient_are_those_of_the_tanh_form() -> None:
 
 
 @COMPILERS
-@pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("gelu", ["tanh", "erf"])
-def test_a_compiled_step_uses_the_sigmoid_and_computes_it_again_in_the_backward_pass(
+@pytest.mark.parametrize(("gelu", "recompute"), [("tanh", False), ("tanh", True), ("erf", False)])
+def test_a_compiled_step_uses_the_sigmoid_and_recomputes_it_in_the_backward_pass(
     compile_: Callable, gelu: str, recompute: bool, graphs: list[torch.fx.GraphModule]
 ) -> None:
-    model, plain = larger(gelu=gelu, **NOISY), larger(gelu=gelu, **NOISY).train()
-    if recompute:
-        recompute_blocks(model)
-    found = gradients(model, compile_(model))
-    for a, b in zip(found, gradients(plain, plain), strict=True):
-        assert close(a, b, 1e-5)
+    model, plain = make(recompute, gelu=gelu, **NOISY), tiny(gelu=gelu, **NOISY)
+    found, expected = gradients(model, compile_(model)), gradients(plain, plain.train())
+    assert all(close(a, b, 1e-5) for a, b in zip(found, expected, strict=True))
     code = "\n".join(code_of(graph) for graph in graphs)
     assert ("sigmoid" in code) == (gelu == "tanh")
     assert ("gelu" in code) == (gelu == "erf")
     assert "checkpoint" in code
 
 
-def test_the_model_itself_stays_eager_beside_its_compiled_step(graphs: list[torch.fx.GraphModule]) -> None:
-    model, plain = larger(**NOISY), larger(**NOISY)
-    compile_whole(model)
+@pytest.mark.parametrize(
+    ("compile_", "recompute", "restored"),
+    [
+        (compile_whole, False, False),
+        (compile_whole, True, True),
+        (compile_each_block, False, True),
+        (compile_each_block, True, True),
+    ],
+)
+def test_the_model_itself_is_eager_beside_its_compiled_step_and_when_restored(
+    compile_: Callable, recompute: bool, restored: bool, graphs: list[torch.fx.GraphModule]
+) -> None:
+    model, plain = make(recompute, **NOISY), tiny(**NOISY)
+    compile_(model)
+    assert instance_forwards(model)
+    if restored:
+        restore_eager(model)
+        assert instance_forwards(model) == []
     traced = len(graphs)
     for mode in (True, False):
-        for a, b in zip(gradients(model.train(mode), model), gradients(plain.train(mode), plain), strict=True):
-            assert torch.equal(a, b)
+        found, expected = gradients(model, model.train(mode)), gradients(plain, plain.train(mode))
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert len(graphs) == traced
 
 
 @COMPILERS
 @pytest.mark.parametrize("strict", [False, True])
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("state", ["plain", "compiled", "restored"])
+@pytest.mark.parametrize("restored", [False, True])
 def test_exported_graphs_hold_the_plain_gelu(
-    state: str, training: bool, strict: bool, compile_: Callable, graphs: list[torch.fx.GraphModule]
+    restored: bool, strict: bool, compile_: Callable, graphs: list[torch.fx.GraphModule]
 ) -> None:
-    model = larger()
-    if state != "plain":
-        gradients(model, compile_(model))
-    if state == "restored":
+    model = tiny()
+    gradients(model, compile_(model))
+    if restored:
         restore_eager(model)
-    exported = torch.export.export(model.train(training), (images(),), strict=strict)
-    code = code_of(exported.graph_module)
-    assert code.count("aten.gelu.default") == 4
-    assert "sigmoid" not in code
-    assert "checkpoint" not in code
-    assert close(exported.module()(images()).detach(), larger().train(training)(images()).detach(), 1e-5)
+    for training in (False, True):
+        exported = torch.export.export(model.train(training), (tiny_images(),), strict=strict)
+        code = code_of(exported.graph_module)
+        assert code.count("aten.gelu.default") == 4
+        assert "sigmoid" not in code
+        assert "checkpoint" not in code
+        expected = tiny().train(training)(tiny_images())
+        assert close(exported.module()(tiny_images()).detach(), expected.detach(), 1e-5)
 
 
 @COMPILERS
-@pytest.mark.parametrize("recompute", [False, True])
-def test_restored_the_model_is_as_it_was(
-    recompute: bool, compile_: Callable, graphs: list[torch.fx.GraphModule]
-) -> None:
-    model, plain = larger(**NOISY), larger(**NOISY).train()
-    if recompute:
-        recompute_blocks(model)
-    compile_(model)
-    assert instance_forwards(model)
-    restore_eager(model)
-    assert instance_forwards(model) == []
-    traced = len(graphs)
-    for a, b in zip(gradients(model, model.train()), gradients(plain, plain), strict=True):
-        assert torch.equal(a, b)
-    assert len(graphs) == traced
-
-
-@COMPILERS
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 @pytest.mark.parametrize("recompute", [False, True])
 def test_copies_compute_with_their_own_weights(
-    recompute: bool, duplicate: Callable, compile_: Callable, graphs: list[torch.fx.GraphModule]
+    recompute: bool, compile_: Callable, graphs: list[torch.fx.GraphModule]
 ) -> None:
-    model = larger(**NOISY)
-    if recompute:
-        recompute_blocks(model)
-    copies = [duplicate(model)]
+    model, copies = make(recompute, **NOISY), []
     forward = compile_(model)
-    copies.append(duplicate(model))
+    copies.append(copy.deepcopy(model))
     gradients(model, forward)
-    copies.append(duplicate(model))
+    copies += [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
     restore_eager(model)
-    copies.append(duplicate(model))
-    expected = larger(**NOISY).eval()(images())
+    expected = tiny(**NOISY).eval()(tiny_images())
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
     for copied in copies:
-        assert close(copied.eval()(images()).detach(), expected.detach(), 1e-5)
+        assert close(copied.eval()(tiny_images()).detach(), expected.detach(), 1e-5)
         assert sum(g.abs().sum() for g in gradients(copied.train(), copied)) > 0
-    assert (model.eval()(images()) == 0).all()
+    assert (model.eval()(tiny_images()) == 0).all()
