@@ -93,7 +93,7 @@ MUTATIONS = (
     Mutation("micro-batches do not change the gradient", "training/step.py",
              "/ (len(inputs.labels) * self.accumulate)", "/ len(inputs.labels)", "training/test_step.py training"),
     Mutation("the average keeps the share that its decay says", "training/ema.py",
-             "averages, weights, 1 - self.decay)", "averages, weights, self.decay)", "training/*ema* training"),
+             "averages, weights, 1 - self.decay)", "averages, weights, self.decay)", "training/*trainer* training"),
     Mutation("the learning rate's decay begins after the warm-up", "training/schedules.py",
              "(step - warmup_steps) / max(steps - warmup_steps, 1)", "step / max(steps, 1)",
              "training/*schedules* training"),

@@ -138,9 +138,13 @@ CASES: dict[str, dict[str, Any]] = {
     "recomputed": {"recompute": True, "micro_batch_size": 2, **MASKED, **MIXED, **SGD},
     "sigmoid": {"loss": "sigmoid", "head_bias": -2.0, "label_smoothing": 0.1, **MIXED, **SGD},
     "smoothed": {"label_smoothing": 0.2, "decay": "cosine", **SGD},
+    "unreadable": {**SGD},
+    "unreadable, mixed": {"micro_batch_size": 2, **MIXED, **SGD},
+    "all unreadable": {"steps": 2, **SGD},
     "EMA, the best kept": {"ema_decay": 0.5, "keep": "best", "patience": 2, "evaluate_every_steps": 1, **SGD},
 }
 UNREADABLE = (0, 1, 2, 5, 8, 9, 17)  # unevenly spread over ranks and micro-batches
+UNREADABLE_OF = {"unreadable": UNREADABLE, "unreadable, mixed": UNREADABLE, "all unreadable": tuple(range(24))}
 
 
 def settings_of(name: str) -> dict[str, Any]:
@@ -152,7 +156,9 @@ def train_all_cases(context: DistributedContext, sharded: bool, out: Path) -> di
     results: dict[str, Any] = {}
     for name in CASES:
         try:
-            results[name] = train(context, sharded, out / name, settings_of(name), (), "float64")
+            results[name] = train(
+                context, sharded, out / name, settings_of(name), UNREADABLE_OF.get(name, ()), "float64"
+            )
         except (NotImplementedError, ValueError, UserError):
             results[name] = traceback.format_exc()
     return results
@@ -179,6 +185,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[dict[
 def test_two_ranks_train_like_one_process(name: str, mode: str, runs: Callable[[str], list[dict[str, Any]]]) -> None:
     (expected,) = (results[name] for results in runs("single"))
     assert len(expected["losses"]) == expected["kept"][0]
+    assert expected["unreadable"] == [f"{i:03d}" for i in UNREADABLE_OF.get(name, ())]
+    assert name != "all unreadable" or expected["losses"] == [0.0, 0.0]
     first, second = (results[name] for results in runs(mode))
     assert not isinstance(first, str), first
     compare(first, expected, 1e-10 if "optimizer" in CASES[name] else 1e-7)  # Adam amplifies rounding errors
@@ -186,26 +194,6 @@ def test_two_ranks_train_like_one_process(name: str, mode: str, runs: Callable[[
     assert {k: v for k, v in first.items() if isinstance(v, list)} == {
         k: v for k, v in second.items() if isinstance(v, list)
     }
-
-
-@pytest.mark.parametrize("changes", [SGD, {"micro_batch_size": 2, **MIXED, **SGD}], ids=["plain", "mixed"])
-@pytest.mark.parametrize("sharded", [False, True], ids=["DDP", "FSDP2"])
-def test_the_loss_is_the_mean_over_the_readable_images_of_all_ranks(
-    changes: dict[str, Any], sharded: bool, tmp_path: Path
-) -> None:
-    expected = train(SINGLE_PROCESS, False, tmp_path / "single", changes, UNREADABLE, "float64")
-    assert expected["unreadable"] == [f"{i:03d}" for i in UNREADABLE]
-    for found in rank_values(train, 2, sharded, tmp_path / "two", changes, UNREADABLE, "float64"):
-        compare(found, expected)
-
-
-@pytest.mark.parametrize("sharded", [False, True], ids=["DDP", "FSDP2"])
-def test_a_step_with_only_unreadable_images_changes_nothing_on_any_rank(sharded: bool, tmp_path: Path) -> None:
-    changes, unreadable = {"steps": 2, **SGD}, tuple(range(24))
-    expected = train(SINGLE_PROCESS, False, tmp_path / "single", changes, unreadable, "float64")
-    for found in rank_values(train, 2, sharded, tmp_path / "two", changes, unreadable, "float64"):
-        compare(found, expected)
-        assert found["losses"] == [0.0, 0.0]
 
 
 def test_three_ranks_with_uneven_shards(tmp_path: Path) -> None:

@@ -44,14 +44,13 @@ def launch_code(monkeypatch: pytest.MonkeyPatch, codes: Sequence[str]) -> tuple[
             child.wait()
 
 
-@pytest.mark.parametrize("status", [0, 1, 2, 3, 130, 143])
+@pytest.mark.parametrize("status", [0, 3, 130, 143])
 def test_the_exit_status_is_that_of_the_ranks(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
     found, _, _ = launch_code(monkeypatch, [f"raise SystemExit({status})"] * 3)
     assert found == status
 
 
-@pytest.mark.parametrize("status", [1, 2])
-@pytest.mark.parametrize("rank", [0, 1, 2])
+@pytest.mark.parametrize(("status", "rank"), [(1, 0), (2, 2)])
 def test_a_rank_that_fails_ends_the_others(
     status: int, rank: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -68,13 +67,6 @@ def test_a_rank_that_fails_ends_the_others(
 def test_the_exit_status_is_that_of_the_first_rank_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     late = "import time; time.sleep(0.5); raise SystemExit(1)"
     assert launch_code(monkeypatch, [late, "raise SystemExit(2)", late])[0] == 2
-
-
-def test_a_killed_rank_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    kill = "import os, time; time.sleep(0.2); os.kill(os.getpid(), 9)"
-    status, _, _ = launch_code(monkeypatch, ["import time; time.sleep(0.5)", kill])
-    assert status == 1
-    assert capsys.readouterr().err == "mixer: rank 1 was ended by signal 9 (SIGKILL)\n"
 
 
 def test_a_killed_rank_is_named_even_if_others_failed_because_of_it(capsys: pytest.CaptureFixture[str]) -> None:

@@ -71,42 +71,38 @@ def max_difference(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> float:
 # Initial weights
 
 
-def initialize(
-    context: DistributedContext, sizes: str
-) -> tuple[dict[str, np.ndarray], dict[str, tuple[int, ...]], bool]:
-    model = empty_model(sizes, context)
-    init_weights(model, 5, copy_to_shard)
-    shapes = {name: tuple(local_shard(p.detach()).shape) for name, p in model.named_parameters()}
-    return weights(model), shapes, is_sharded(model)
+def initialize(context: DistributedContext) -> dict[str, Any]:
+    """By sizes: the full weights, the shapes of this rank's shards, and whether the model is sharded."""
+    found = {}
+    for sizes in SIZES:
+        model = empty_model(sizes, context)
+        init_weights(model, 5, copy_to_shard)
+        shapes = {name: tuple(local_shard(p.detach()).shape) for name, p in model.named_parameters()}
+        found[sizes] = weights(model), shapes, is_sharded(model)
+    return found
 
 
-@pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_initial_weights_do_not_depend_on_the_number_of_ranks(sizes: str, world_size: int) -> None:
-    with torch.device("cpu"):
-        plain = allmlp.create(image_size=8, patch_size=4, num_blocks=2, seed=5, **SIZES[sizes])
-    expected = weights(plain)
-    found = rank_values(initialize, world_size, sizes)
-    for state, _, sharded in found:
-        assert sharded
-        assert equal(state, expected)
-    for name, array in expected.items():  # each row is in one shard
-        of_ranks = [shapes[name] for _, shapes, _ in found]
-        assert sum(shape[0] for shape in of_ranks) == array.shape[0]
-        assert all(shape[1:] == array.shape[1:] for shape in of_ranks)
-        assert of_ranks[0][0] < array.shape[0] or array.shape[0] == 1
+def test_initial_weights_do_not_depend_on_the_number_of_ranks(world_size: int) -> None:
+    found = rank_values(initialize, world_size)
+    for sizes, options in SIZES.items():
+        expected = weights(allmlp.create(image_size=8, patch_size=4, num_blocks=2, seed=5, **options))
+        assert all(of_rank[sizes][2] and equal(of_rank[sizes][0], expected) for of_rank in found), sizes
+        for name, array in expected.items():  # each row is in one shard
+            of_ranks = [of_rank[sizes][1][name] for of_rank in found]
+            assert sum(shape[0] for shape in of_ranks) == array.shape[0]
+            assert all(shape[1:] == array.shape[1:] for shape in of_ranks)
+            assert of_ranks[0][0] < array.shape[0] or array.shape[0] == 1
 
 
 def gather(context: DistributedContext) -> tuple[bool, bool, bool, list[str], dict[str, np.ndarray]]:
     model = random_model("odd", context)
     model.metadata = Metadata(classes=("a", "b", "c", "d"))
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
+    model.requires_grad_(False)
     full = full_model(model)
     before = weights(model)
-    with torch.no_grad():
-        for parameter in full.parameters():
-            parameter.add_(1)
+    for parameter in full.parameters():
+        parameter.data.add_(1)
     return (
         is_sharded(full),
         full.metadata is model.metadata and full.config == model.config,
@@ -126,20 +122,21 @@ def test_a_full_model_is_an_unsharded_one_with_the_same_weights(world_size: int)
         assert equal(state, weights(plain))
 
 
-def norms(context: DistributedContext, sizes: str) -> tuple[float, float]:
-    """Of all parameters; and with NaN in those of rank 0."""
-    model, sharded = random_model(sizes, context, torch.float64), context.world_size > 1
-    shards = [local_shard(p.detach()) for p in model.parameters()]
-    with_nan = [shard * (float("nan") if context.is_rank0 else 1) for shard in shards]
-    return float(global_norm(shards, sharded)), float(global_norm(with_nan, sharded))
+def norms(context: DistributedContext) -> list[tuple[float, float]]:
+    """By sizes: of all parameters; and with NaN in those of rank 0."""
+    found, sharded = [], context.world_size > 1
+    for sizes in SIZES:
+        shards = [local_shard(p.detach()) for p in random_model(sizes, context, torch.float64).parameters()]
+        with_nan = [shard * (float("nan") if context.is_rank0 else 1) for shard in shards]
+        found.append((float(global_norm(shards, sharded)), float(global_norm(with_nan, sharded))))
+    return found
 
 
-@pytest.mark.parametrize("sizes", SIZES)
-def test_the_norm_is_over_the_shards_of_all_ranks(sizes: str) -> None:
-    expected, _ = norms(SINGLE_PROCESS, sizes)
-    for found, with_nan in rank_values(norms, 3, sizes):
-        assert found == pytest.approx(expected, rel=1e-14)
-        assert with_nan != with_nan
+def test_the_norm_is_over_the_shards_of_all_ranks() -> None:
+    expected = [norm for norm, _ in norms(SINGLE_PROCESS)]
+    for found in rank_values(norms, 3):
+        assert [norm for norm, _ in found] == pytest.approx(expected, rel=1e-14)
+        assert all(with_nan != with_nan for _, with_nan in found)
 
 
 # Averages and steps
@@ -222,22 +219,13 @@ def test_a_step_of_a_sharded_model_equals_that_of_one_process(world_size: int) -
             assert failure[0] == 0
 
 
-def test_an_infinite_gradient_in_the_shard_of_one_rank_ends_the_steps_of_all() -> None:
-    _, expected, failure = take_steps(SINGLE_PROCESS, "odd", 1.0, 3, False)
-    assert failure[0] == 3
-    for _, state, failure in rank_values(take_steps, 3, "odd", 1.0, 3, False):
-        assert failure[0] == 3
-        assert max_difference(state, expected) < 1e-10
-
-
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_an_overflow_in_the_shard_of_one_rank_makes_all_skip_the_step(world_size: int) -> None:
-    _, expected, single = take_steps(SINGLE_PROCESS, "odd", 1.0, 3, True)
-    assert single[0] == 0
-    assert single[3] == 2.0**15  # halved once
-    for _, state, failure in rank_values(take_steps, world_size, "odd", 1.0, 3, True):
-        assert failure[0] == 0
-        assert failure[3] == single[3]
+@pytest.mark.parametrize(("world_size", "float16"), [(3, False), (2, True), (3, True)])
+def test_an_infinite_gradient_in_the_shard_of_one_rank_counts_for_all(world_size: int, float16: bool) -> None:
+    """It ends the steps of all ranks; with scaled gradients, all skip the step and halve the scale."""
+    _, expected, single = take_steps(SINGLE_PROCESS, "odd", 1.0, 3, float16)
+    assert (single[0], single[3]) == ((0, 2.0**15) if float16 else (3, single[3]))
+    for _, state, failure in rank_values(take_steps, world_size, "odd", 1.0, 3, float16):
+        assert (failure[0], failure[3]) == (single[0], single[3])
         assert max_difference(state, expected) < 1e-9
 
 
@@ -274,39 +262,27 @@ def write_all(context: DistributedContext, folder: Path) -> list[dict[str, np.nd
     return [write(context, sizes, folder / sizes) for sizes in SIZES]
 
 
-def read_all(context: DistributedContext, folder: Path) -> list[dict[str, np.ndarray]]:
-    return [read(context, sizes, folder / sizes) for sizes in SIZES]
+def read_all(context: DistributedContext, folders: list[Path]) -> tuple[list[dict[str, np.ndarray]], str]:
+    """The tensors of every checkpoint, and the error for one of other sizes."""
+    found = [read(context, sizes, folder / sizes) for folder in folders for sizes in SIZES]
+    with pytest.raises(RunError) as caught:
+        read(context, "even", folders[0] / "odd")
+    return found, str(caught.value)
 
 
-def test_any_number_of_ranks_reads_a_checkpoint_of_two(tmp_path: Path) -> None:
-    expected, again = rank_values(write_all, 2, tmp_path)
-    assert all(equal(a, b) for a, b in zip(expected, again, strict=True))
-    assert {name.split(".")[0] for name in expected[0]} == {"model", "optimizer", "ema"}
+def test_any_number_of_ranks_reads_the_checkpoint_of_any(tmp_path: Path) -> None:
+    expected, folders = [], [tmp_path / str(world_size) for world_size in (1, 2, 3)]
+    for world_size, folder in enumerate(folders, 1):
+        folder.mkdir()
+        first, *others = rank_values(write_all, world_size, folder)
+        assert all(equal(a, b) for other in others for a, b in zip(other, first, strict=True))
+        assert {name.split(".")[0] for name in first[0]} == {"model", "optimizer", "ema"}
+        expected += first
+        assert sorted(path.name for path in folder.iterdir()) == sorted(SIZES)
     for world_size in (1, 2, 3):
-        for found in rank_values(read_all, world_size, tmp_path):
+        for found, error in rank_values(read_all, world_size, folders):
             assert all(equal(a, b) for a, b in zip(found, expected, strict=True)), world_size
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(SIZES)
-
-
-@pytest.mark.parametrize("world_size", [1, 3])
-def test_two_ranks_read_a_checkpoint_of_another_number(world_size: int, tmp_path: Path) -> None:
-    expected = rank_values(write, world_size, "odd", tmp_path / "step-1")[0]
-    for found in rank_values(read, 2, "odd", tmp_path / "step-1"):
-        assert equal(found, expected)
-
-
-def read_into_other_sizes(context: DistributedContext, folder: Path) -> str:
-    try:
-        read(context, "even", folder)
-    except RunError as error:
-        return str(error)
-    return ""
-
-
-def test_a_checkpoint_of_other_sizes_is_an_error_on_all_ranks(tmp_path: Path) -> None:
-    rank_values(write, 2, "odd", tmp_path / "step-1")
-    messages = rank_values(read_into_other_sizes, 2, tmp_path / "step-1")
-    assert all(f"{tmp_path / 'step-1'} does not fit this run: " in message for message in messages), messages
+            assert f"{folders[0] / 'odd'} does not fit this run: " in error
 
 
 def write_with_full_disk(context: DistributedContext, folder: Path) -> tuple[str, list[str]]:
