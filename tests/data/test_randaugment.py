@@ -238,36 +238,10 @@ def test_positions_are_the_references(name: str, most: float) -> None:
                     assert other <= most, f"{kind} {size}, strength {strength}: {other:.2%} of the pixels"
 
 
-def test_a_shear_moves_rows_by_hand() -> None:
-    image = np.arange(5 * 6 * 3, dtype=np.uint8).reshape(5, 6, 3)
-    found = applied("shear_x", image, 0.45)  # row y from 0.45 y to the right: 0, 0.45, 0.9, 1.35, 1.8
-    for row, moved in enumerate((0, 0, 1, 1, 2)):
-        assert np.array_equal(found[row, : 6 - moved], image[row, moved:])
-        assert (found[row, 6 - moved :] == 128).all()
-    assert np.array_equal(applied("shear_y", image.swapaxes(0, 1).copy(), 0.45), found.swapaxes(0, 1))
-
-
 def test_a_gray_image_has_no_color_to_strengthen() -> None:
     image = np.repeat(np.arange(256, dtype=np.uint8).reshape(16, 16, 1), 3, axis=2)
     for magnitude in MAGNITUDES:
         assert np.array_equal(applied("color", image, STRENGTHS["color"](magnitude)), image)
-
-
-@pytest.mark.parametrize(
-    ("height", "width", "moved", "half"),
-    [(32, 32, (14, 14), (6, 6)), (448, 448, (200, 200), (80, 80)), (224, 448, (100, 200), (40, 80))],
-)
-def test_strengths_in_pixels_grow_with_each_side(height: int, width: int, moved: tuple, half: tuple) -> None:
-    """100 and 40 of 224, rounded."""
-    image = np.zeros((height, width, 3), np.uint8)
-    for axis, (name, side) in enumerate((("translate_y", height), ("translate_x", width))):
-        right, left = ((applied(name, image, s) == 128).all(axis=(1 - axis, 2)) for s in (100, -100))
-        assert np.array_equal(np.flatnonzero(right), np.arange(side)[-moved[axis] :])
-        assert np.array_equal(np.flatnonzero(left), np.arange(moved[axis]))
-    hidden = (applied("cutout", image, 40) == 128).all(axis=2)
-    down, across = (slice(side // 2 - by, side // 2 + by) for side, by in zip((height, width), half, strict=True))
-    assert hidden[down, across].all()
-    assert hidden.sum() == 4 * half[0] * half[1]
 
 
 @settings(deadline=None, derandomize=True, max_examples=80)
