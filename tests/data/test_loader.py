@@ -78,8 +78,10 @@ def test_order_and_pixels_are_functions_of_the_seed() -> None:
 
 def test_every_sample_is_augmented_independently() -> None:
     """Of one epoch, of several, and of seeds; a batch larger than the dataset continues with the next epoch."""
-    (batch,) = training(3, batch_size=9, steps=1)
-    assert [sorted(batch.indices[i : i + 3].tolist()) for i in (0, 3, 6)] == [[0, 1, 2]] * 3
+    (batch,) = training(8, batch_size=24, steps=1)
+    epochs = [batch.indices[i : i + 8].tolist() for i in (0, 8, 16)]
+    assert [sorted(order) for order in epochs] == [list(range(8))] * 3
+    assert len(set(map(tuple, epochs))) == 3  # each epoch has another order
     equal = dataset_of(1)
     equal = replace(equal, names=tuple(equal.names) * 16, labels=np.zeros(16, np.int64))
     views = [view for s in (1, 2) for _, view in samples(training(1, seed=s))]
