@@ -14,7 +14,7 @@ from scipy.stats import chisquare
 from torch import Tensor
 
 from allmlp.data.randaugment import RandAugment
-from allmlp.data.transforms import EvaluationTransform, TrainingTransform, inception_box, normalize
+from allmlp.data.transforms import EvaluationTransform, TrainingTransform, inception_box, normalize, resize_for_crop
 from allmlp.metadata import Preprocessing
 
 SIZES = [(1, 1), (1, 5000), (5000, 1), (8, 8), (640, 480), (480, 640), (333, 77), (255, 256), (224, 224), (3, 900)]
@@ -71,10 +71,12 @@ def test_views_have_the_models_size_and_without_augmentation_that_of_training_is
         assert training(target, train_crop, 2, True, **options)(image, generator(0)).shape == (3, *target)
 
 
-def test_of_a_very_long_image_the_middle_is_seen() -> None:
-    long = np.zeros((4, 4000, 3), dtype=np.uint8)
-    long[:, 1984:2016] = 200  # the middle 8 : 1
-    assert (pixels(evaluation((16, 16), crop_ratio=1.0)(Image.fromarray(long))) == 200).all()
+def test_a_very_long_image_is_cropped_before_it_would_fill_the_memory() -> None:
+    long = np.zeros((1, 60_000, 3), dtype=np.uint8)
+    long[:, 29_996:30_004] = 200  # the middle 8 : 1
+    image = Image.fromarray(long)
+    assert resize_for_crop(image, (16, 16), Preprocessing(crop_ratio=1.0)).size == (128, 16)
+    assert (pixels(evaluation((16, 16), crop_ratio=1.0)(image)) == 200).all()
 
 
 @pytest.mark.parametrize(("height", "width", "border"), [(6, 9, 2), (2, 3, 4), (1, 1, 3)])
