@@ -1,4 +1,4 @@
-"""Sizes and offsets of the crops, worked out by hand; the pixels are tested in test_transforms.py."""
+"""Sizes and offsets of the crops, worked out by hand."""
 
 from typing import Any
 
@@ -6,29 +6,32 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from allmlp.data.transforms import inception_box, resize_and_crop, resize_for_crop
+from allmlp.data.transforms import EvaluationTransform, inception_box
 from allmlp.metadata import Preprocessing
 
-# crop, (width, height), image size → width and height when resized, left and top of the crop
-EVALUATION = [
-    ("resmall", (500, 375), 224, (341, 256), (58, 16)),  # 500 · 256 / 375 = 341.3; (341 − 224) / 2 = 58.5
-    ("resmall", (333, 500), 224, (256, 384), (16, 80)),  # 384.4
-    ("resmall", (500, 375), 448, (683, 512), (117, 32)),  # 682.7; 117.5
-    ("resmall", (640, 480), 160, (244, 183), (42, 11)),  # 160 · 256 / 224 = 182.9; 640 · 182.9 / 480, of 183: 244
-    ("resize", (500, 375), 224, (256, 256), (16, 16)),
-    ("resize", (500, 375), 448, (512, 512), (32, 32)),
+# (width, height), (height, width) of the view, preprocessing → width and height when resized, left and top of the crop
+EVALUATION: list[tuple] = [
+    ((500, 375), (224, 224), {}, (341, 256), (58, 16)),  # 500 · 256 / 375 = 341.3; (341 − 224) / 2 = 58.5
+    ((333, 500), (224, 224), {"interpolation": "nearest"}, (256, 384), (16, 80)),  # 384.4
+    ((100, 130), (224, 224), {"interpolation": "bicubic"}, (256, 333), (16, 54)),  # 332.8; 54.5
+    ((500, 375), (448, 448), {}, (683, 512), (117, 32)),  # 682.7; 117.5
+    ((640, 480), (160, 160), {}, (244, 183), (42, 11)),  # 160 · 256 / 224 = 182.9; 640 · 182.9 / 480, of 183: 244
+    ((500, 375), (224, 224), {"crop": "resize"}, (256, 256), (16, 16)),
+    ((500, 375), (448, 448), {"crop": "resize", "interpolation": "bicubic"}, (512, 512), (32, 32)),
+    ((90, 60), (40, 240), {"crop_ratio": 1.0}, (240, 160), (0, 60)),  # 240 wide at least: the height follows
+    ((256, 256), (224, 224), {}, (256, 256), (16, 16)),
+    ((40, 24), (24, 40), {"crop_ratio": 1.0}, (40, 24), (0, 0)),
 ]
 
 
-@pytest.mark.parametrize(("crop", "given", "side", "resized", "offset"), EVALUATION)
-def test_evaluation_crop(crop: Any, given: tuple, side: int, resized: tuple, offset: tuple) -> None:
+@pytest.mark.parametrize(("given", "size", "options", "resized", "offset"), EVALUATION)
+def test_evaluation_crop(given: tuple, size: tuple, options: dict, resized: tuple, offset: tuple) -> None:
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*given[::-1], 3), dtype=np.uint8))
-    preprocessing = Preprocessing(crop=crop)
-    whole = resize_for_crop(image, (side, side), preprocessing)
-    assert whole.size == resized
-    left, top = offset
-    expected = np.asarray(whole)[top : top + side, left : left + side]
-    assert np.array_equal(np.asarray(resize_and_crop(image, (side, side), preprocessing)), expected)
+    (height, width), (left, top) = size, offset
+    resampling = Image.Resampling[options.get("interpolation", "bilinear").upper()]
+    expected = np.asarray(image.resize(resized, resampling))[top : top + height, left : left + width]
+    view = EvaluationTransform(image_size=size, preprocessing=Preprocessing(**options))(image)
+    assert np.array_equal(view.permute(1, 2, 0).numpy(), expected)
 
 
 class Scripted:
@@ -50,8 +53,8 @@ TRAINING = [
     ((100, 200), (1.0, 40, 60, 160), [(32, 101), (0, 61), (0, 161)], (160, 60, 200, 100)),
     # √(0.05 · 20000 / 0.8) = 35.4; the width of 100 allows a height of 100.4999 / 0.8 = 125; 0.8 · 113 = 90.4
     ((200, 100), (0.8, 113, 0, 3), [(35, 126), (0, 88), (0, 11)], (3, 0, 93, 113)),
-    # 8 × 8: √(3.2 / 1.25) = 1.6 → 2; 8.4999 / 1.25 = 6.8 → 6; 1.25 · 6 = 7.5 → 8
-    ((8, 8), (1.25, 6, 2, 0), [(2, 7), (0, 3), (0, 1)], (0, 2, 8, 8)),
+    # 8 × 8: √(3.2 / 1.2) = 1.6 → 2; 8.4999 / 1.2 = 7.1 → 7; 1.2 · 7 = 8.4 → 8
+    ((8, 8), (1.2, 7, 1, 0), [(2, 8), (0, 2), (0, 1)], (0, 1, 8, 8)),
 ]
 
 

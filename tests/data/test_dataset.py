@@ -1,7 +1,6 @@
-"""Loaders, evaluation and the report ask of a dataset no more than the ``Dataset`` protocol."""
+"""A dataset of one's own: what has the ``Dataset`` protocol is loaded, evaluated and reported."""
 
 import numpy as np
-import pytest
 import torch
 from PIL import Image
 from torch import Tensor
@@ -53,17 +52,14 @@ class Parity:
 SQUARES: Dataset = Squares()
 
 
-@pytest.mark.parametrize("workers", [None, 2])
-def test_batches(workers: int | None) -> None:
-    (batch,) = evaluation_batches(SQUARES, EVALUATION, batch_size=6, workers=workers)
-    assert batch.images[:, 0, 0, 0].tolist() == [0, 10, 20, 30, 0, 50]
-    assert batch.labels.tolist() == [0, 1, 0, 1, 0, 1]
-    assert batch.problems == [(4, "image 4 is missing")]
-    for batch in training_batches(SQUARES, TRAINING, batch_size=3, steps=4, seed=0, workers=workers):
+def test_a_protocol_is_all_that_batches_evaluation_and_report_need() -> None:
+    for workers in (None, 2):
+        (batch,) = evaluation_batches(SQUARES, EVALUATION, batch_size=6, workers=workers)
+        assert batch.images[:, 0, 0, 0].tolist() == [0, 10, 20, 30, 0, 50]
+        assert batch.labels.tolist() == [0, 1, 0, 1, 0, 1]
+        assert batch.problems == [(4, "image 4 is missing")]
+    for batch in training_batches(SQUARES, TRAINING, batch_size=3, steps=4, seed=0):
         assert batch.images[batch.valid][:, 0, 0, 0].tolist() == (10 * batch.indices[batch.valid]).tolist()
-
-
-def test_evaluation_and_report() -> None:
     result = classify(Parity(), SQUARES, device=torch.device("cpu"), precision=torch.float32, batch_size=4)
     assert (result.top1, result.indices.tolist()) == (1, [0, 1, 2, 3, 5])
     assert result.unreadable == {"image 4": "image 4 is missing"}

@@ -210,7 +210,10 @@ def test_16_bit_color() -> None:
 
 
 def test_image_names() -> None:
-    assert all(is_image_name(name) for name in ("a.jpg", "A.JPEG", "dir.x/b.Png", "c.tif", "d.TIFF", "e.webp", "f.gif"))
+    assert all(
+        is_image_name(name)
+        for name in ("a.jpg", "A.JPEG", "dir.x/b.Png", "c.tif", "d.TIFF", "b.bmp", "e.webp", "f.gif")
+    )
     assert not any(is_image_name(name) for name in ("jpg", "a.txt", "a.jpg.txt", "notes", ".jpg", "a.svg", "a.jpg/b"))
 
 

@@ -173,6 +173,5 @@ def test_one_process_of_each_machine_walks_and_all_map_its_names(
 
 
 def test_a_failure_to_read_the_data_reaches_all_ranks(tmp_path: Path) -> None:
-    recipe = Recipe(data=DataRecipe(data=str(tmp_path)))
-    errors = in_ranks(recipe, 2, machines=1)
+    errors = in_ranks(Recipe(data=DataRecipe(data=str(tmp_path))), 2, machines=1)
     assert all("holds no images" in str(error) for error in errors)

@@ -64,6 +64,10 @@ def changed(recipe: Recipe, section: str, **fields: Any) -> Recipe:
     return dataclasses.replace(recipe, **{section: dataclasses.replace(getattr(recipe, section), **fields)})
 
 
+def assert_has(section: Any, **fields: Any) -> None:
+    assert {name: getattr(section, name) for name in fields} == fields
+
+
 def test_each_of_the_papers_runs_has_a_recipe_and_each_recipe_a_twin() -> None:
     assert set(RECIPES) == {*OWN, *TABLE_4, *(f"{name}-small" for name in TABLE_4)}
     transfers = ["photos", *FINE_TUNING, *(f"vtab-{task}" for task in TASKS)]
@@ -100,13 +104,11 @@ def test_pretraining_is_the_papers(name: str) -> None:
     model, data, settings = recipe.model, recipe.data, recipe.optimization
     table = (settings.epochs, settings.learning_rate, settings.weight_decay, data.randaugment, data.mixup)
     assert (model.model, *table, model.stochastic_depth, model.head_bias) == TABLE_4[name]
-    assert (model.image_size, model.image_width, settings.global_batch_size, settings.steps) == (224, None, 4096, None)
-    assert (settings.optimizer, settings.beta1, settings.beta2, settings.clip_norm) == ("adamw", 0.9, 0.999, 1.0)
-    assert (settings.warmup_steps, settings.decay, settings.loss) == (10_000, "linear", "sigmoid")
-    assert (settings.label_smoothing, settings.ema_decay, data.holdout) == (0.0, None, 0.0)
-    assert (data.train_crop, data.flip, data.randaugment_layers) == ("inception", True, 2)
-    assert (data.crop, data.crop_ratio, data.interpolation) == ("resmall", 224 / 256, "bilinear")
-    assert (data.cutmix, data.color_jitter, model.dropout, model.rescale, model.gelu) == (None, 0.0, 0.0, False, None)
+    assert_has(model, image_size=224, image_width=None, dropout=0.0, rescale=False, gelu=None)
+    assert_has(settings, optimizer="adamw", beta1=0.9, beta2=0.999, clip_norm=1.0, global_batch_size=4096, steps=None)
+    assert_has(settings, warmup_steps=10_000, decay="linear", loss="sigmoid", label_smoothing=0.0, ema_decay=None)
+    assert_has(data, train_crop="inception", flip=True, crop="resmall", crop_ratio=224 / 256, interpolation="bilinear")
+    assert_has(data, randaugment_layers=2, cutmix=None, color_jitter=0.0, holdout=0.0)
     assert recipe.run.keep == ("best" if name.startswith("jft") else "last")  # Section 3.3: early stopping
     assert data.val_fraction > 0
     if name == "jft-s32":  # the others take as long as their models are large
@@ -121,12 +123,11 @@ def test_pretraining_is_the_papers(name: str) -> None:
 def assert_section_3(plan: FinetuneRecipe, batch: int = 512) -> None:
     """What all of the paper's fine-tuning shares."""
     settings, model, data = plan.recipe.optimization, plan.recipe.model, plan.recipe.data
-    assert (settings.optimizer, settings.momentum, settings.global_batch_size) == ("sgd", 0.9, batch)
-    assert (settings.weight_decay, settings.clip_norm, settings.decay) == (0.0, 1.0, "cosine")
-    assert (settings.loss, settings.label_smoothing, settings.ema_decay) == ("softmax", 0.0, None)
-    assert (model.dropout, model.stochastic_depth, model.head_bias, model.frozen) == (0.0, 0.0, 0.0, False)
-    assert (data.randaugment, data.mixup, data.cutmix, data.color_jitter) == (None, None, None, 0.0)
-    assert (data.val_fraction, data.holdout) == (0.0, 0.0)  # in the end, all training images are trained on
+    assert_has(settings, optimizer="sgd", momentum=0.9, global_batch_size=batch, weight_decay=0.0, clip_norm=1.0)
+    assert_has(settings, decay="cosine", loss="softmax", label_smoothing=0.0, ema_decay=None)
+    assert_has(model, dropout=0.0, stochastic_depth=0.0, head_bias=0.0, frozen=False)
+    assert_has(data, randaugment=None, mixup=None, cutmix=None, color_jitter=0.0)
+    assert_has(data, val_fraction=0.0, holdout=0.0)  # in the end, all training images are trained on
 
 
 @pytest.mark.parametrize("name", [*FINE_TUNING, "photos"])
