@@ -1,4 +1,4 @@
-"""A short version of ``make chaos``: one or two trials of a row, by a fixed seed; slow where other tests see the same."""
+"""A short version of ``make chaos``, by a fixed seed. Rows that other tests cover are left to ``make chaos``."""
 
 import random
 from collections.abc import Callable
