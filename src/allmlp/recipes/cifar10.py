@@ -7,7 +7,7 @@ def cifar10() -> Recipe:
     """``mixer train cifar10``, or, with a copy as image files, ``--data cifar10.zip``: 25 minutes on two CPU cores.
 
     Expected test top-1: 0.73 to 0.74. Measured (JPEG copy, seed 0, bfloat16, compiled, AMD EPYC with AVX512-BF16):
-    0.7361 after 3,829 steps and 1,494 s of training, on an earlier commit; the recipe now rounds down, to 3,828 steps.
+    0.7361 after 3,829 steps and 1,494 s of training, on an earlier commit, whose warm-up did not start at 0.
     """
     return Recipe(
         name="cifar10",
