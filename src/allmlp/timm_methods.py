@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from allmlp.classifier import require_classifier
 from allmlp.device import device_errors
 from allmlp.errors import UserError
 from allmlp.metadata import Metadata
@@ -112,8 +113,9 @@ class TimmMethods(nn.Module):
         Make the optimizer afterwards.
 
         Raises:
-            UserError: a size that is not a multiple of the patch size.
+            UserError: a size that is not a multiple of the patch size, or a model on the meta device.
         """
+        require_classifier(self)
         config = resized_config(self.config, img_size)
         old_size = self.image_size
         with device_errors(f"token mixing at {config['image_size']} px", "use a smaller image size"):

@@ -65,6 +65,7 @@ CALLS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "save meta": (lambda m: allmlp.save(m.to("meta"), "a.safetensors"), "meta device"),
     "push": (lambda m: allmlp.push_to_hub(m, 3, license="mit"), "repo = 3.*OWNER/NAME"),
     "resize another": (lambda m: allmlp.resize(nn.Linear(2, 2), 32), "Linear.*give a Mixer"),
+    "set size": (lambda m: m.to("meta").set_input_size(32), "meta device"),
     "resize": (lambda m: allmlp.resize(m, 17), "17×17.*16×16"),
     # predict, features, transform
     "predict by a path": (lambda m: allmlp.predict("w.safetensors", IMAGE), r"'w.safetensors'.*allmlp\.load"),
