@@ -100,8 +100,11 @@ GOOD: dict[str, Any] = {
         ({"test_features": torch.full((1, 2), torch.nan)}, "test_features of image 0 are not finite"),
         ({"train_labels": [0, 1, 0, 2]}, "train_labels from 0 to 2.*0 to 1"),
         ({"train_labels": [0.0, 1.0, 0.0, 1.0]}, "type float64"),
-        ({"shots": [0]}, r"shots = \[0\]"),
-        ({"num_classes": 0}, r"num_classes = \[0\]"),
+        ({"train_features": None}, "train_features None.*array"),
+        ({"shots": [0]}, "shots = 0.*at least 1"),
+        ({"shots": 5}, "shots = 5.*list"),
+        ({"seeds": [-1]}, "seeds = -1.*at least 0"),
+        ({"num_classes": "5"}, "num_classes = '5'"),
         ({"l2": 0}, "l2 = 0"),
     ],
 )

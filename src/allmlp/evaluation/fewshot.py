@@ -4,13 +4,15 @@ As in big_vision's ``fewshot_lsr.py``: features are standardized, targets are ±
 constant 100, regularized like the others.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from numbers import Real
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from allmlp.errors import UserError
+from allmlp.errors import UserError, brief
+from allmlp.sizes import whole_number
 
 BIAS = 100.0
 EPSILON = 1e-5  # added to the standard deviation of each feature
@@ -43,13 +45,12 @@ def probe(
 
     Raises:
         UserError: shapes that do not match, features that are not finite, labels out of range, no image, or a number
-            of shots or classes below 1.
+            of shots or classes that is not at least 1.
     """
-    for name, numbers in (("num_classes", [num_classes]), ("shots", shots)):
-        if not numbers or min(numbers) < 1:
-            raise UserError(f"{name} = {numbers!r}: give whole numbers from 1 up")
-    if not 0 < l2 < float("inf"):
-        raise UserError(f"l2 = {l2!r}: must be a positive number (2**10 in the paper)")
+    num_classes = whole_number("num_classes", num_classes, 1)
+    shots, seeds = whole_numbers("shots", shots, 1), whole_numbers("seeds", seeds, 0)
+    if not (isinstance(l2, Real) and 0 < l2 < float("inf")):
+        raise UserError(f"l2 = {brief(l2)}: must be a positive number (2**10 in the paper)")
     x, y = checked("train", train_features, train_labels, num_classes)
     test_x, test_y = checked("test", test_features, test_labels, num_classes)
     if x.shape[1] != test_x.shape[1]:
@@ -96,9 +97,20 @@ def ridge(x: Tensor, targets: Tensor, l2: float) -> Tensor:
     return x.mT @ torch.cholesky_solve(targets, factor)
 
 
+def whole_numbers(name: str, values: Sequence[int], least: int) -> list[int]:
+    """The values as a list; raises a UserError unless they are whole numbers, at least one of them."""
+    listed = list(values) if isinstance(values, Iterable) and not isinstance(values, str) else []
+    if not listed:
+        raise UserError(f"{name} = {brief(values)}: give a list of whole numbers")
+    return [whole_number(name, value, least) for value in listed]
+
+
 def checked(part: str, features: Features, labels: Labels, num_classes: int) -> tuple[Tensor, np.ndarray]:
     """(N, C) float32 and (N,) int64; raises a UserError that names what is wrong with them."""
-    x = torch.as_tensor(features).float()
+    try:
+        x = torch.as_tensor(features).detach().float()
+    except (TypeError, ValueError, RuntimeError):
+        raise UserError(f"{part}_features {brief(features)}: give a tensor or an array (N, C)") from None
     y = np.asarray(labels.cpu() if isinstance(labels, Tensor) else labels)
     if x.ndim != 2 or y.shape != x.shape[:1]:
         raise UserError(
