@@ -29,6 +29,7 @@ from allmlp.config.recipe import Recipe
 from allmlp.config.serialize import to_json_object
 from allmlp.data.dataset import DatasetSplits, ImageDataset
 from allmlp.errors import RunError, UserError
+from allmlp.runs.folder import claimed_folder, create_new_folder
 from allmlp.runs.resume import (
     FREE_FIELDS,
     Checkpoint,
@@ -65,6 +66,19 @@ def test_an_error_before_the_first_checkpoint_leaves_no_folder(tmp_path: Path) -
     assert list(tmp_path.iterdir()) == []
 
 
+def test_runs_that_start_at_the_same_time_have_different_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with claimed_folder(None, "a") as first, claimed_folder(None, "a") as second, claimed_folder(first, "b") as given:
+        assert len({first, second}) == len(list(Path("runs").iterdir())) == 2
+        assert given == first
+        train(recipe(steps=1), first, resume=False)
+    assert list(Path("runs").iterdir()) == [first], "a folder in which nothing was written is removed"
+    (tmp_path / "runs" / "name").mkdir()
+    assert [create_new_folder("name").name for _ in range(2)] == ["name-2", "name-3"]
+
+
 def test_a_run_is_finished_once_it_has_a_report(tmp_path: Path) -> None:
     settings, out = recipe(), tmp_path / "run"
     assert finished_summary(settings, out) is None
@@ -81,10 +95,10 @@ def test_a_run_is_finished_once_it_has_a_report(tmp_path: Path) -> None:
 def test_a_folder_of_something_else_is_refused_and_not_changed(tmp_path: Path) -> None:
     out = tmp_path / "run"
     out.mkdir()
-    with pytest.raises(UserError, match=r"run exists: resume it with --resume .*run, name another folder with --out"):
-        train(recipe(), out, resume=False)
     for name in ("notes.txt", "transfer.json"):
         (out / name).write_text("{}")
+        with pytest.raises(UserError, match=r"run exists: resume it with --resume .*run, name another .* with --out"):
+            train(recipe(), out, resume=False)
         with pytest.raises(UserError, match="holds no run that can be resumed: name another folder with --out"):
             train(recipe(), out)
         assert {path.name for path in out.iterdir()} - {".lock"} == {name}

@@ -18,7 +18,7 @@ from allmlp.api.recipe import (
     override_finetune,
     unknown_keyword,
 )
-from allmlp.api.train import Run, check_single_process, default_folder, describe_call, saved_run, train_and_report
+from allmlp.api.train import Run, check_single_process, describe_call, saved_run, train_and_report
 from allmlp.config.recipe import FinetuneRecipe, Recipe
 from allmlp.data.sources import walk_once
 from allmlp.distributed.context import SINGLE_PROCESS, DistributedContext
@@ -27,6 +27,7 @@ from allmlp.factory import as_mixer
 from allmlp.files import as_path
 from allmlp.model import Mixer
 from allmlp.recipes import get_finetune_recipe
+from allmlp.runs.folder import claimed_folder
 from allmlp.sizes import Size, as_pair
 from allmlp.training.build import check_validation
 from allmlp.training.run import RunOptions
@@ -72,18 +73,19 @@ def finetune(
     if isinstance(rates := fields.get("learning_rates"), Sized) and not len(rates):
         raise UserError(f"learning_rates = {rates!r}: give several to choose from, or one learning_rate")
     base = get_finetune_recipe(recipe)
-    folder = as_path("out", out) if out is not None else default_folder(base.recipe)
     if not isinstance(model, str | os.PathLike):
         model = as_mixer(model)
-    weights = f"{folder}-start.safetensors" if isinstance(model, Mixer) else os.fspath(model)
-    plan = override_finetune(base, weights, given)
-    check_data(plan.recipe)
-    call = {name: value for section in given.values() for name, value in section.items()} | {"out": str(folder)}
-    command = describe_call("finetune", repr(weights), recipe=recipe, **call)
-    options = RunOptions(command=command, resume=out is not None, resume_command=command, may_exit=False)
-    with saved_start(model, Path(weights), folder) if isinstance(model, Mixer) else contextlib.nullcontext():
-        summary = finetune_and_report(plan, folder, options, progress=progress)
-    return saved_run(folder, summary)
+    given_folder = None if out is None else as_path("out", out)
+    with claimed_folder(given_folder, base.recipe.name) as folder:
+        weights = f"{folder}-start.safetensors" if isinstance(model, Mixer) else os.fspath(model)
+        plan = override_finetune(base, weights, given)
+        check_data(plan.recipe)
+        call = {name: value for section in given.values() for name, value in section.items()} | {"out": str(folder)}
+        command = describe_call("finetune", repr(weights), recipe=recipe, **call)
+        options = RunOptions(command=command, resume=out is not None, resume_command=command, may_exit=False)
+        with saved_start(model, Path(weights), folder) if isinstance(model, Mixer) else contextlib.nullcontext():
+            summary = finetune_and_report(plan, folder, options, progress=progress)
+        return saved_run(folder, summary)
 
 
 def finetune_fields(fields: dict[str, Any], image_size: Size | None) -> Overrides:
@@ -115,7 +117,7 @@ def saved_start(model: Mixer, path: Path, folder: Path) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        if not folder.exists():
+        if not folder.exists() or not any(folder.iterdir()):
             path.unlink()
             for parent in created:
                 with contextlib.suppress(OSError):  # another run uses it by now

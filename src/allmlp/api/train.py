@@ -1,6 +1,5 @@
 """Training with a report: ``allmlp.train``, and what the commands train and finetune do in each process."""
 
-import datetime
 import logging
 import os
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from allmlp.evaluation.classification import SplitEvaluator
 from allmlp.evaluation.run_report import write_run_report
 from allmlp.files import as_path
 from allmlp.model import Mixer
+from allmlp.runs.folder import claimed_folder
 from allmlp.runs.resume import finished_summary
 from allmlp.training import run as training
 from allmlp.training.run import RunOptions
@@ -48,7 +48,7 @@ def train(
     Args:
         recipe: a name, a ``Recipe``, or the path of a ``recipe.json``. None: the recipe of the run to resume; else
             digits, or photos for other data.
-        out: the run's folder, which must not exist unless the run is resumed; by default ``runs/RECIPE-DATE-TIME``.
+        out: the run's folder, empty or new unless the run is resumed; by default ``runs/RECIPE-DATE-TIME``.
         resume: continue the run in ``out`` from its newest checkpoint; if there is none, start it.
         progress: show a progress bar; None: in a terminal or a notebook.
         fields: any field of the recipe's sections, such as ``data="photos/"`` or ``epochs=50``.
@@ -67,16 +67,16 @@ def train(
     resumed = folder if resume and folder is not None and (folder / "recipe.json").is_file() else None
     base = base_recipe(read_if_path(recipe), given["data"].get("data", "digits"), resumed)
     config = override(base, override_model(base.model, given["model"]), given)
-    folder = folder or default_folder(config)
     name = "recipe" if isinstance(recipe, Recipe) else None if recipe is None else repr(os.fspath(recipe))
     call = {name: value for section in given.values() for name, value in section.items()}
-    options = RunOptions(
-        command=describe_call("train", name, **call),
-        resume=resume,
-        resume_command=describe_call("train", name, **call, out=str(folder), resume=True),
-        may_exit=False,
-    )
-    return saved_run(folder, train_and_report(config, folder, options, progress=progress))
+    with claimed_folder(folder, config.name) as folder:
+        options = RunOptions(
+            command=describe_call("train", name, **call),
+            resume=resume,
+            resume_command=describe_call("train", name, **call, out=str(folder), resume=True),
+            may_exit=False,
+        )
+        return saved_run(folder, train_and_report(config, folder, options, progress=progress))
 
 
 def read_if_path(recipe: str | os.PathLike[str] | Recipe | None) -> str | Recipe | None:
@@ -99,11 +99,6 @@ def check_single_process() -> None:
         raise UserError(
             f"WORLD_SIZE is {world_size}, and a call from Python trains in one process: use mixer train --processes"
         )
-
-
-def default_folder(recipe: Recipe) -> Path:
-    """The folder of a new run, named by recipe and time."""
-    return Path("runs") / f"{recipe.name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
 
 
 def saved_run(folder: Path, summary: dict[str, Any]) -> Run:

@@ -1,14 +1,17 @@
 """The folder of a run: created, locked, and removed again when a failed run leaves nothing of use in it."""
 
 import contextlib
+import itertools
 import logging
 import shutil
 import time
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from allmlp.checkpointing.manager import clean_up, remove
+from allmlp.distributed.context import SINGLE_PROCESS, DistributedContext
 from allmlp.errors import RunError, Stopped, UserError
 from allmlp.files import sync_folder, try_lock
 
@@ -20,6 +23,39 @@ LOCKED_HERE: set[Path] = set()  # folders that this process has locked
 
 class RunInUse(UserError):
     """Another process is training the run."""
+
+
+@contextlib.contextmanager
+def claimed_folder(out: Path | None, name: str, context: DistributedContext = SINGLE_PROCESS) -> Iterator[Path]:
+    """The folder of a run: as given, or runs/NAME-DATE-TIME, which no other process takes even if it starts now.
+
+    Collective. If nothing has been written to a new folder by the end of the block, it is removed again.
+    """
+    if out is not None:
+        yield out
+        return
+    folder = context.broadcast_from_rank0(lambda: create_new_folder(f"{name}-{datetime.now():%Y%m%d-%H%M%S}"))
+    try:
+        yield folder
+    finally:
+        if context.is_rank0:
+            with contextlib.suppress(OSError):  # not empty, or not there any more
+                folder.rmdir()
+                folder.parent.rmdir()
+
+
+def create_new_folder(name: str) -> Path:
+    """Creates runs/NAME, or NAME-2 and so on where that exists."""
+    for number in itertools.count(1):
+        folder = Path("runs") / (name if number == 1 else f"{name}-{number}")
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise disk_error(folder, error) from error
+    raise AssertionError
 
 
 @contextlib.contextmanager

@@ -139,7 +139,7 @@ def train(
 
 def check_folder(recipe: Recipe, out: Path, options: RunOptions, context: DistributedContext) -> None:
     """Raises a UserError if the run cannot be written to the folder, before any data is read. Collective."""
-    if not options.resume and context.broadcast_from_rank0(out.exists):
+    if not options.resume and context.broadcast_from_rank0(lambda: out.is_dir() and any(out.iterdir())):
         raise UserError(f"{out} exists: resume it with --resume {out}, name another folder with --out, or remove it")
     if context.broadcast_from_rank0(lambda: out.exists() and not out.is_dir()):
         raise UserError(f"{out} is a file: name a folder with --out")

@@ -66,11 +66,10 @@ def run(args: Sequence[str]) -> int:
         return launch_processes(launch, ["finetune", *args])
     command = shlex.join(["mixer", "finetune", *args])
     from allmlp.api.finetune import finetune_and_report
-    from allmlp.api.train import default_folder
+    from allmlp.runs.folder import claimed_folder
     from allmlp.training.run import RunOptions
 
-    with distributed_run(plan.recipe) as context:
-        folder = context.broadcast_from_rank0(lambda: out or default_folder(plan.recipe))
+    with distributed_run(plan.recipe) as context, claimed_folder(out, plan.recipe.name, context) as folder:
         again = command if out else f"{command} --out {shlex.quote(str(folder))}"
         options = RunOptions(
             command=command,

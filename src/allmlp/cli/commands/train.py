@@ -44,7 +44,7 @@ class Arguments:
     recipe: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[RECIPE]", help_behavior_hint="")] = None
     """What to train, by name; mixer train RECIPE --help shows its defaults."""
     out: Path | None = None
-    """The run's folder, which must not exist unless the run is resumed; by default runs/RECIPE-DATE-TIME."""
+    """The run's folder, which must be empty or new unless the run is resumed; by default runs/RECIPE-DATE-TIME."""
     recipe_file: Path | None = None
     """The recipe.json of an earlier run, in place of RECIPE."""
     json: bool = False
@@ -59,11 +59,11 @@ def run(args: Sequence[str]) -> int:
     launch, out = arguments.launch, requested_folder(arguments.out, arguments.launch)
     if must_launch(recipe, launch):
         return launch_processes(launch, ["train", *args])
-    from allmlp.api.train import default_folder, train_and_report
+    from allmlp.api.train import train_and_report
+    from allmlp.runs.folder import claimed_folder
     from allmlp.training.run import RunOptions
 
-    with distributed_run(recipe) as context:
-        folder = context.broadcast_from_rank0(lambda: out or default_folder(recipe))
+    with distributed_run(recipe) as context, claimed_folder(out, recipe.name, context) as folder:
         options = RunOptions(
             command=shlex.join(["mixer", "train", *args]),
             resume=launch.resume is not None,
