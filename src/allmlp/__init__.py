@@ -53,9 +53,21 @@ MODULES = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return version()
     if name not in MODULES:
         raise AttributeError(f"module 'allmlp' has no attribute {name!r}; it has {', '.join(__all__)}")
     return getattr(importlib.import_module(MODULES[name]), name)
+
+
+def version() -> str:
+    """That of the installed package; "from source" if it is imported from a checkout without being installed."""
+    from importlib import metadata
+
+    try:
+        return metadata.version(__name__)
+    except metadata.PackageNotFoundError:
+        return "from source"
 
 
 def __dir__() -> list[str]:

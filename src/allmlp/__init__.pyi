@@ -19,6 +19,8 @@ from allmlp.weights.native import save as save
 from allmlp.weights.push_to_hub import push_to_hub as push_to_hub
 from allmlp.weights.resize import resize as resize
 
+__version__: str
+
 VariantName = Literal[
     "S/32",
     "S/16",

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import allmlp
 from allmlp import cli
 from allmlp.cli.commands.train import choose_recipe, parse_arguments
 
@@ -28,6 +29,15 @@ def test_an_error_of_ours_is_one_line(monkeypatch, capsys) -> None:
     assert "--debug" in error
     assert cli.main(["info", "--debug"]) == 1
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_version_and_help_of_a_command(mixer) -> None:
+    for option in ("--version", "-V"):
+        answer = mixer(option)
+        assert (answer.status, answer.out) == (0, f"mixer {allmlp.__version__}\n")
+    assert re.fullmatch(r"\d+\.\d+\.\d+.*|from source", allmlp.__version__)
+    assert mixer("help", "info").out == mixer("info", "--help").out
+    assert mixer("help", "ifno").errors
 
 
 def test_sigterm_ends_a_run_with_143_and_leaves_nothing_half_written(tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ examples:
 
 WEIGHTS is a file of allmlp, the authors (.npz), timm or lucidrains, or hf-hub:OWNER/NAME.
 
-mixer COMMAND --help shows a command's options; --debug shows the traceback of an error.
+mixer COMMAND --help shows a command's options, mixer --version the version; --debug shows the traceback of an error.
 exit status: 0 done, 1 the run failed, 2 a mistake in the command, 130 or 143 stopped by a signal.""".format(
     commands="\n".join(f"  {name:10} {summary}" for name, summary in COMMANDS.items())
 )
@@ -57,6 +57,12 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # file names may be invalid UTF-8
     try:
+        if args[:1] in (["--version"], ["-V"]):
+            print(f"mixer {importlib.import_module('allmlp').__version__}")
+            sys.stdout.flush()
+            return 0
+        if args[:1] == ["help"] and len(args) == 2:
+            args = [args[1], "--help"]
         if not args or args[0] in ("-h", "--help", "help"):
             print(HELP)
             sys.stdout.flush()
