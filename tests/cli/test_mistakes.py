@@ -32,6 +32,10 @@ MISTAKES = {  # command → what the message names
     "evaluate w.safetensors --data damaged.zip": ("damaged.zip", "not a valid zip"),
     "predict w.safetensors damaged.zip": ("damaged.zip", "not a valid zip"),
     "evaluate w.safetensors --data mauve": ("'mauve'", "'red'", "rename"),
+    "train --data EMPTY": ("no data at ''", "unset", "give a folder"),
+    "evaluate w.safetensors --data EMPTY": ("no data at ''", "give a folder"),
+    "predict w.safetensors EMPTY": ("image = ''", "give a path"),
+    "info EMPTY": ("''",),
     "predict w.safetensors": ("mixer predict WEIGHTS a.jpg",),
     "train imagenet-b16": ("no data at", "'imagenet'", "give a folder of images"),
     "train jft-h14": ("no data at", "'jft'", "give a folder of images"),
@@ -192,7 +196,7 @@ def refused(mixer, material, monkeypatch):
 
     def run(command: str, said: tuple[str, ...]) -> list[str]:
         before = sorted(material.rglob("*"))
-        answer = mixer(*command.split())
+        answer = mixer(*("" if word == "EMPTY" else word for word in command.split()))
         assert (answer.status, answer.out) == (2, ""), answer.err
         assert answer.errors == [answer.last]
         assert "Traceback" not in answer.err

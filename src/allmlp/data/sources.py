@@ -66,6 +66,10 @@ def load_source(
         RunError: a built-in dataset cannot be downloaded, or its copy is damaged.
     """
     path = Path(source)
+    if not source:  # Path("") would be the working folder
+        raise UserError(
+            f"no data at '', an empty name (an unset variable?): give a folder, a .zip, or one of {', '.join(BUILT_IN)}"
+        )
     if source in BUILT_IN:
         datasets, description, left_out = BUILT_IN[source](), f"{source}, built in", {}
         description += f" (not the folder ./{source})" if path.is_dir() else ""

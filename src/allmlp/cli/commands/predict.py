@@ -4,7 +4,6 @@ import csv
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import tyro
@@ -26,7 +25,7 @@ example: mixer predict runs/photos/model.safetensors a.jpg holiday/ more.zip --f
 @help_from_docstrings
 class Arguments:
     weights: Weights
-    images: tyro.conf.Positional[tuple[Path, ...]]
+    images: tyro.conf.Positional[tuple[str, ...]]
     """Image files, folders of images, .zip files of images."""
     top: int = 5
     """Number of classes to print per image, the most probable first."""
@@ -50,13 +49,15 @@ def run(args: Sequence[str]) -> None:
         raise UserError("no images: name files, folders or zips, as in mixer predict WEIGHTS a.jpg photos/ more.zip")
     from allmlp.api.progress import progress_bar
     from allmlp.cli.display import describe_unreadable
+    from allmlp.files import as_path
     from allmlp.inference.images import find_images
     from allmlp.inference.predict import predict_stream
     from allmlp.weights.load import load
 
-    for path in arguments.images:  # so that a mistake is reported before the first row is printed
+    paths = [as_path("image", image) for image in arguments.images]
+    for path in paths:  # so that a mistake is reported before the first row is printed
         next(find_images(path))
-    images = (image for path in arguments.images for image in find_images(path))
+    images = (image for path in paths for image in find_images(path))
     predictions = predict_stream(
         load(arguments.weights),
         images,
