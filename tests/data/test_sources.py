@@ -180,6 +180,21 @@ def test_names_and_files_that_are_no_source(
     assert all(part in str(caught.value) for part in parts)
 
 
+def test_folders_of_runs_are_no_classes(tmp_path: Path) -> None:
+    """Finished, begun, or of a search; below runs/ or beside the classes, in a folder and in a zip."""
+    finished = [f"runs/digits-20261126-120000/{name}" for name in ("recipe.json", "metrics.jsonl", "examples/0-0.png")]
+    begun = ["runs/photos-20261126-120001-2/.lock"]
+    search = [f"tuned/{name}" for name in ("recipe.json", "transfer.json", "search/rate-0.1/examples/1-1.png")]
+    names = [*names_in(""), *finished, *begun, *search, "bee/recipe.json"]
+    folder = make_folder(tmp_path / "f", names)
+    for source in (folder, make_zip(tmp_path / "f.zip", names)):
+        found = load_source(str(source), **WHOLE)
+        assert (found.classes, len(found.split("train"))) == (CLASSES, 30)
+        assert found.left_out == {"files of training runs": 6, ".json": 1}
+    (folder / "bee" / "metrics.jsonl").touch()  # but it holds images itself, unlike a run
+    assert load_source(str(folder), **WHOLE).classes == CLASSES
+
+
 def test_a_class_that_test_lacks_shifts_no_label(tmp_path: Path) -> None:
     test = [name for name in names_in("test/") if "/ant/" not in name]
     dataset = load_source(str(make_folder(tmp_path, names_in("train/") + test))).split("test")

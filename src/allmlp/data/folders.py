@@ -1,11 +1,12 @@
 """Labeled images from a tree of folders, on disk or in a zip: one folder per class, perhaps below split folders.
 
 Split folders are ``train/``, ``val/`` or ``validation/``, and ``test/``. Images inside a class folder are found at any
-depth; a single outer folder around everything, which many zips have, is ignored.
+depth; a single outer folder around everything, which many zips have, is ignored, and so are the folders of runs.
 
 The tree is walked once, and its names are packed at once (``data/names.py``): no step keeps a Python object per image.
 """
 
+import re
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator
@@ -22,6 +23,9 @@ from allmlp.data.stores import FolderStore, ZipStore
 from allmlp.errors import UserError
 
 SPLIT_FOLDERS = {"train": "train", "val": "val", "validation": "val", "test": "test"}
+LOCK, RUN_FILES = ".lock", "files of training runs"
+RUN_NAME = re.compile(r"-\d{8}-\d{6}(-\d+)?/$")
+RUN_RECORDS = frozenset({"starts.json", "metrics.jsonl", "summary.json", "transfer.json"})
 MAX_KINDS, OTHER_FILES = 1000, "other files"  # kinds of ignored files that are told apart while they are counted
 
 
@@ -79,22 +83,40 @@ def read_tree(store: FolderStore | ZipStore, source: str) -> tuple[dict[str, Ima
 def walk(store: FolderStore | ZipStore) -> Tree:
     folders: list[Folder] = []
     ignored: Counter[str] = Counter()
+    runs: list[str] = []  # folders of training runs, whose examples are no data
 
     def images() -> Iterator[str]:
         found = 0
         for path, files in store.walk():
-            start, hidden = found, is_hidden(path)
+            if is_run(path, files):
+                runs.append(path)
+            start, hidden, in_run = found, is_hidden(path), path.startswith(tuple(runs))
             for file in files:
-                if not hidden and is_image_name(file):
+                if not hidden and not in_run and is_image_name(file):
                     found += 1
                     yield path + file
-                else:
-                    kind = "hidden files" if hidden else file_kind(file)
+                elif file != LOCK:
+                    kind = RUN_FILES if in_run else "hidden files" if hidden else file_kind(file)
                     ignored[kind if kind in ignored or len(ignored) < MAX_KINDS else OTHER_FILES] += 1
-            if not hidden:
+            if not hidden and not in_run:
                 folders.append(Folder(path, start, found))
 
-    return Tree(store, folders, pack(images()), ignored)
+    names = pack(images())
+    return Tree(store, without_parents_of_runs(folders, runs), names, ignored)
+
+
+def is_run(path: str, files: list[str]) -> bool:
+    """Whether a folder is that of a training run, perhaps one that has just begun."""
+    if files == [LOCK]:
+        return RUN_NAME.search(path) is not None
+    return "recipe.json" in files and not RUN_RECORDS.isdisjoint(files) and not any(map(is_image_name, files))
+
+
+def without_parents_of_runs(folders: list[Folder], runs: list[str]) -> list[Folder]:
+    """The folders, without those that hold runs and no image, such as runs/: they are no empty classes."""
+    parents = {run[: i + 1] for run in runs for i, letter in enumerate(run) if letter == "/"}
+    with_images = {f.path[: i + 1] for f in folders if f.images for i, letter in enumerate(f.path) if letter == "/"}
+    return [folder for folder in folders if folder.path not in parents - with_images]
 
 
 def enter(tree: Tree, outer: str) -> Tree:

@@ -40,6 +40,8 @@ def claimed_folder(out: Path | None, name: str, context: DistributedContext = SI
     finally:
         if context.is_rank0:
             with contextlib.suppress(OSError):  # not empty, or not there any more
+                if [path.name for path in folder.iterdir()] == [LOCK]:
+                    (folder / LOCK).unlink()
                 folder.rmdir()
                 folder.parent.rmdir()
 
@@ -50,6 +52,7 @@ def create_new_folder(name: str) -> Path:
         folder = Path("runs") / (name if number == 1 else f"{name}-{number}")
         try:
             folder.mkdir(parents=True)
+            (folder / LOCK).touch()  # tells a folder of a run from an empty class, should the data lie around it
             return folder
         except FileExistsError:
             continue
@@ -73,7 +76,7 @@ def run_folder(out: Path, owner: bool = True, worth_keeping: str = "checkpoints/
         yield
         return
     created = [folder for folder in (out, *out.parents) if not folder.exists()]
-    was_empty = out.is_dir() and not any(out.iterdir())
+    was_empty = out.is_dir() and is_empty(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
         yield
@@ -90,6 +93,11 @@ def run_folder(out: Path, owner: bool = True, worth_keeping: str = "checkpoints/
         if isinstance(error, OSError):
             raise disk_error(out, error) from error
         raise
+
+
+def is_empty(folder: Path) -> bool:
+    """Whether a folder holds nothing but hidden files, such as the lock."""
+    return all(path.name.startswith(".") for path in folder.iterdir())
 
 
 def disk_error(out: Path, error: OSError) -> RunError:

@@ -17,7 +17,7 @@ from allmlp.distributed.parallelize import shard
 from allmlp.errors import UserError
 from allmlp.files import to_json, write_text
 from allmlp.model import Mixer
-from allmlp.runs.folder import locked, run_folder
+from allmlp.runs.folder import is_empty, locked, run_folder
 from allmlp.runs.provenance import current_commit, describe_device, versions
 from allmlp.runs.result import RunResult
 from allmlp.runs.resume import (
@@ -139,7 +139,7 @@ def train(
 
 def check_folder(recipe: Recipe, out: Path, options: RunOptions, context: DistributedContext) -> None:
     """Raises a UserError if the run cannot be written to the folder, before any data is read. Collective."""
-    if not options.resume and context.broadcast_from_rank0(lambda: out.is_dir() and any(out.iterdir())):
+    if not options.resume and context.broadcast_from_rank0(lambda: out.is_dir() and not is_empty(out)):
         raise UserError(f"{out} exists: resume it with --resume {out}, name another folder with --out, or remove it")
     if context.broadcast_from_rank0(lambda: out.exists() and not out.is_dir()):
         raise UserError(f"{out} is a file: name a folder with --out")

@@ -16,7 +16,7 @@ from allmlp.data.sources import walk_once
 from allmlp.distributed.context import SINGLE_PROCESS, DistributedContext
 from allmlp.errors import RunError, UserError
 from allmlp.files import to_json, write_text
-from allmlp.runs.folder import run_folder
+from allmlp.runs.folder import is_empty, run_folder
 from allmlp.training.trainer import Diverged
 
 log = logging.getLogger(__name__)
@@ -108,7 +108,7 @@ def write_or_check_plan(plan: FinetuneRecipe, out: Path) -> None:
     """Writes the plan into an empty folder, or checks that the folder holds the same plan."""
     text = to_json(dataclasses.asdict(plan), indent=2) + "\n"
     path = out / "transfer.json"
-    if not any(out.iterdir()):
+    if is_empty(out):
         write_text(path, text)
     elif not path.is_file():
         raise UserError(
