@@ -42,8 +42,10 @@ MISTAKES = {  # command → what the message names
     **{
         f"{verb}{kind}.safetensors{rest}": (f"{kind}.safetensors",)
         for verb, rest in (("evaluate ", " --data data"), ("predict ", " data"), ("info ", ""))
-        for kind in ("gone", "folder", "text", "cut", "changed", "others")
+        for kind in ("gone", "folder", "text", "cut", "changed", "others", "pointer", "page")
     },
+    "info pointer.safetensors ": ("Git LFS", "git lfs pull"),
+    "info page.safetensors ": ("web page", "download"),
     "train --data data --out taken": ("taken", "exists", "--out"),
     # names that do not exist
     "xyzzy": ("'xyzzy'", "train, finetune, status, evaluate, predict, info, resize, convert"),
@@ -80,6 +82,7 @@ MISTAKES = {  # command → what the message names
     f"{PREDICT} --device cuda:99": ("cuda:99",),
     # convert and resize
     f"{CONVERT} --classes names.txt": ("1 classes", "3"),
+    f"{CONVERT} --classes twice.txt": ("'crane' twice", "rename"),
     f"{CONVERT} --std 0": ("--std", "above 0"),
     f"{CONVERT} --mean 1 2": ("one number or three",),
     "convert w.safetensors new.pth": ("new.pth", ".safetensors"),
@@ -169,6 +172,9 @@ def material(pictures, color_weights, digits_run, tmp_path_factory) -> Path:
     (root / "taken" / "precious.txt").write_text("keep")
     (root / "damaged.zip").write_bytes(b"PK\x03\x04 and no more")
     (root / "names.txt").write_text("only one\n")
+    (root / "twice.txt").write_text("crane\nheron\ncrane\n")
+    (root / "pointer.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d\nsize 9\n")
+    (root / "page.safetensors").write_text("\n<!DOCTYPE html><title>Log in</title>")
     whole = color_weights.read_bytes()
     (root / "w.safetensors").write_bytes(whole)
     (root / "folder.safetensors").mkdir()

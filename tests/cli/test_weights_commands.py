@@ -62,7 +62,7 @@ def test_what_the_npz_cannot_hold_is_said(mixer, color_weights, tmp_path) -> Non
 
 def test_classes_and_normalization_from_the_command_travel(mixer, color_weights, pictures, tmp_path) -> None:
     names = tmp_path / "names.txt"
-    names.write_text("azur\nvert\nrouge\n")
+    names.write_bytes(b"\xef\xbb\xbfazur\r\nvert\r\nrouge\r\n")  # as Notepad writes it, with a byte order mark
     out = tmp_path / "named.safetensors"
     assert_done(mixer("convert", color_weights, out, "--classes", names, "--mean", 0, "--std", 0.2, 0.3, 0.4))
     metadata = allmlp.load(out).metadata

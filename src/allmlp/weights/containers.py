@@ -30,6 +30,7 @@ MAX_HEADER = 4 * 2**20  # bytes, of a safetensors file; a Mixer's has some 30 kB
 MAX_TENSORS = 4096  # a Mixer-H/14 has 390, its training checkpoint three times as many
 MAX_EXPANSION = 20  # largest ratio of a zip's uncompressed size to its file size; weights compress far less
 ALWAYS_ALLOWED_SIZE = 64 * 2**20  # bytes, uncompressed, at any ratio
+LFS_POINTER = b"version https://"  # its first 16 bytes
 MAX_WRAPPERS = 5  # nested dictionaries around a state dict
 
 FLOATS = {
@@ -104,6 +105,10 @@ def open_container(path: Path) -> Container:
         kind, opener = "safetensors", open_safetensors
     elif start[:1] == b"\x80" or start.startswith(b"(dp"):
         kind, opener = "torch", open_torch
+    elif start == LFS_POINTER:
+        raise UserError(f"{file_name} is a pointer of Git LFS, not the weights: run git lfs pull in its repository")
+    elif start.lstrip().lower().startswith((b"<!doct", b"<html")):
+        raise UserError(f"{file_name} is a web page, not weights: a login or an error page; download the file itself")
     else:
         raise UserError(
             f"{file_name} is not a weights file: it begins with {printable(start[:8].decode('latin1'))!r}, unlike "

@@ -1,6 +1,7 @@
 """mixer convert"""
 
 import dataclasses
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ import tyro
 from allmlp.api.recipe import height_and_width
 from allmlp.cli.arguments import Weights, parse
 from allmlp.cli.docstrings import help_from_docstrings
-from allmlp.errors import UserError
+from allmlp.errors import UserError, printable
 from allmlp.files import to_json
 
 DESCRIPTION = """Writes weights in another format, every tensor bit for bit.
@@ -75,9 +76,13 @@ def per_channel(key: str, values: tuple[float, ...]) -> tuple[float, ...]:
 
 def read_names(path: Path, count: int) -> tuple[str, ...]:
     try:
-        names = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+        names = tuple(line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip())
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}): give a text file with one class name per line") from None
     if len(names) != count:
         raise UserError(f"{path} names {len(names)} classes, and the head has {count}: give one name per line")
+    if twice := [name for name, times in Counter(names).items() if times > 1]:
+        raise UserError(
+            f"{path} names {printable(twice[0])!r} twice, and labels are matched by name: rename one of them"
+        )
     return names
