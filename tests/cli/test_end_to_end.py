@@ -201,7 +201,7 @@ def test_predict_a_file_a_folder_and_a_zip_in_the_order_given(mixer, color_weigh
         archive.writestr("notes.txt", "not an image")
     words = (data / "green/000.png", tmp_path / "more.zip", data / "red", data / "blue/000.png")
     answer = mixer("predict", color_weights, *words, "--json")
-    assert answer.err == ""
+    assert answer.err == f"{tmp_path / 'more.zip'}: 1 files left out: 1 .txt\n"
     rows = one_object(answer.out)["predictions"]
     assert [row["image"] for row in rows] == [
         *(f"{data}/green/000.png", f"{tmp_path}/more.zip/blue/001.png", f"{tmp_path}/more.zip/green/000.png"),

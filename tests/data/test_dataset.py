@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from allmlp.data.dataset import Dataset
+from allmlp.data.dataset import Dataset, describe_left_out
 from allmlp.data.decode import UnreadableImage
 from allmlp.data.loader import UnreadableImages, evaluation_batches, training_batches
 from allmlp.data.transforms import EvaluationTransform, TrainingTransform
@@ -50,6 +50,14 @@ class Parity:
 
 
 SQUARES: Dataset = Squares()
+
+
+def test_ignored_files_are_one_line_whatever_their_names() -> None:
+    left_out = {".txt": 2, "a\x1b[31m\nmixer: done": 1, **{f".{i}": 1 for i in range(5000)}, "hidden files": 9}
+    text = describe_left_out(left_out)
+    assert text.startswith("5,012 files left out: 9 hidden files, 2 .txt, 1 a")
+    assert text.endswith(", 4,998 of 4,998 other kinds")
+    assert text.isprintable()
 
 
 def test_a_protocol_is_all_that_batches_evaluation_and_report_need() -> None:

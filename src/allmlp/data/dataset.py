@@ -1,6 +1,6 @@
 """Labeled images: the ``Dataset`` protocol, its implementation on a store of images, and the splits of a source."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -10,7 +10,18 @@ from PIL import Image
 from allmlp.data.decode import MAX_PIXELS
 from allmlp.data.names import concatenate, pack
 from allmlp.data.stores import Store
-from allmlp.errors import UserError
+from allmlp.errors import UserError, printable
+
+MAX_KINDS_NAMED = 5  # of ignored files, in a message
+
+
+def describe_left_out(left_out: Mapping[str, int]) -> str:
+    """One line with the most frequent kinds of ignored files, from kind → count."""
+    kinds = sorted(left_out.items(), key=lambda item: -item[1])
+    named = [f"{count:,} {printable(kind)}" for kind, count in kinds[:MAX_KINDS_NAMED]]
+    if rest := kinds[MAX_KINDS_NAMED:]:
+        named.append(f"{sum(count for _, count in rest):,} of {len(rest):,} other kinds")
+    return f"{sum(left_out.values()):,} files left out: {', '.join(named)}"
 
 
 class Dataset(Protocol):

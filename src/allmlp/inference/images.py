@@ -1,6 +1,7 @@
 """The images that ``predict``, ``features`` and ``transform`` take: files, and pictures in memory."""
 
-import itertools
+import logging
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Protocol, TypeAlias, runtime_checkable
@@ -9,10 +10,14 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from allmlp.data.dataset import describe_left_out
 from allmlp.data.decode import decode, is_image_name, to_upright_rgb
+from allmlp.data.folders import MAX_KINDS, OTHER_FILES, file_kind
 from allmlp.data.stores import FolderStore, Store, ZipStore
 from allmlp.errors import UserError
 from allmlp.files import as_path
+
+log = logging.getLogger(__name__)
 
 
 @runtime_checkable
@@ -109,12 +114,18 @@ def find_images(path: Path) -> Iterator[tuple[Store, str, str]]:
     """
     if path.is_dir() or (path.is_file() and path.suffix.lower() == ".zip"):
         store = FolderStore(path) if path.is_dir() else ZipStore(path)
-        found = (name for name in store.names() if is_image_name(name))
-        first = next(found, None)
-        if first is None:
+        found, left_out = 0, Counter[str]()
+        for name in store.names():
+            if is_image_name(name):
+                found += 1
+                yield store, name, f"{path}/{name}"
+            else:
+                kind = file_kind(name)
+                left_out[kind if kind in left_out or len(left_out) < MAX_KINDS else OTHER_FILES] += 1
+        if not found:
             raise UserError(f"{path} holds no images: give image files, or a folder or .zip of them")
-        for name in itertools.chain([first], found):
-            yield store, name, f"{path}/{name}"
+        if left_out:
+            log.warning("%s: %s", path, describe_left_out(left_out))
     elif path.is_file():
         yield FolderStore(path.parent), path.name, str(path)
     else:
