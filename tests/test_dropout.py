@@ -154,3 +154,17 @@ def test_dropout_comes_after_each_dense_layer_and_only_in_training(seed: int | N
     counts = [((trained - value).abs() < 1e-9).sum() for value in outcomes]
     assert sum(counts) == n
     assert all(within(count, n, chance) for count, chance in zip(counts, outcomes.values(), strict=True))
+
+
+def test_without_keys_each_pass_drops_other_images() -> None:
+    torch.manual_seed(0)
+    block = MixerBlock(4, 6, 5, 7, drop_path=0.5)
+    assert not torch.equal(kept_marks(block, 100), kept_marks(block, 100))
+
+
+def test_dropout_of_the_model_reaches_both_mlps_of_every_block() -> None:
+    for block in small(dropout=0.5).train().blocks:
+        for mlp in (block.token_mixing, block.channel_mixing):
+            x = torch.ones(64, mlp.dense_0.in_features)
+            mlp.dense_1.bias.data.fill_(1)
+            assert (mlp(x) == 0).any()

@@ -94,3 +94,13 @@ def test_create_is_a_function_of_the_package_whatever_was_imported() -> None:
     import allmlp
 
     assert allmlp.create is create
+
+
+def test_a_variant_unlike_all_others_is_refused_with_all_names() -> None:
+    with pytest.raises(UserError, match=r"'zzz'; valid names are S/32, S/16, B/32, B/16, L/32, L/16, H/14"):
+        create("zzz")
+
+
+def test_an_option_unlike_all_others_is_refused_with_all_names() -> None:
+    with pytest.raises(UserError, match=r"unknown option 'zzz' .*channels_mlp_dim, .*stochastic_depth, tokens_mlp_dim"):
+        create("S/32", zzz=1)

@@ -82,3 +82,15 @@ def test_with_a_seed_torchs_generator_does_not_change() -> None:
     assert torch.equal(torch.get_rng_state(), before)
     small(seed=None)
     assert not torch.equal(torch.get_rng_state(), before)
+
+
+def test_without_a_seed_initial_weights_depend_on_torchs_generator() -> None:
+    def stem(torch_seed: int | None = None) -> Tensor:
+        if torch_seed is not None:
+            torch.manual_seed(torch_seed)
+        return small(seed=None).stem.weight.detach()
+
+    first, following = stem(5), stem()
+    assert torch.equal(first, stem(5))
+    assert not torch.equal(first, following)
+    assert not torch.equal(first, stem(6))

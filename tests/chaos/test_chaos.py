@@ -9,7 +9,7 @@ from harness import Lab, Result
 
 SLOW = ("killed, 2 DDP", "other ranks", "other workers", "two ranks against one", "a NaN loss")
 ROWS: dict[str, Callable[[Lab, random.Random], Result]] = {
-    "killed, 1 process": lambda lab, rng: rows.killed(lab, rng, 2, "1 process"),
+    "killed, 1 process": lambda lab, rng: rows.killed(lab, rng, 4, "1 process"),
     "killed, 2 DDP": lambda lab, rng: rows.killed(lab, rng, 1, "2 DDP"),
     "killed, 2 FSDP2": lambda lab, rng: rows.killed(lab, rng, 1, "2 FSDP2"),
     "killed during a save, or while checkpoints are removed": lambda lab, rng: rows.killed_during_save(lab, rng, 2),

@@ -287,3 +287,10 @@ def test_nothing_but_the_run_is_written(mixer, color_weights, pictures, tmp_path
     for words in (["predict", color_weights, data], ["evaluate", color_weights, "--data", data], ["info", "S/32"]):
         assert mixer(*words).status == 0
     assert list(Path.cwd().iterdir()) == []
+
+
+def test_evaluate_shows_tables(mixer, digits_run) -> None:
+    answer = mixer("evaluate", digits_run.out / "model.safetensors", "--data", "digits")
+    assert answer.status == 0
+    for words in ("364 images", "top-1", "95 % interval", "top-5", "recall", "confusion"):
+        assert words in answer.out

@@ -303,3 +303,12 @@ def test_a_twin_of_a_pretraining_recipe_trains(mixer, tmp_path) -> None:
     assert (recipe["data"]["randaugment"], recipe["data"]["mixup"], recipe["optimization"]["loss"]) == (
         *(15, 0.5, "sigmoid"),
     )
+
+
+def test_info_offers_no_published_file_for_weights_that_are_nobody_elses(mixer, tmp_path) -> None:
+    model = allmlp.create("S/32")
+    randomise(model, 0)
+    torch.save(model.state_dict(), tmp_path / "plain.pth")
+    answer = mixer("info", tmp_path / "plain.pth")
+    assert_done(answer)
+    assert "may be" not in answer.out

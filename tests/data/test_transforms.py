@@ -228,3 +228,22 @@ def test_normalize_uses_the_mean_and_std_of_each_channel() -> None:
     assert (found[..., :2] == torch.tensor([-1, 1])).all()
     by_channel = Preprocessing(mean=(0, 0.25, 0.5), std=(1, 0.5, 0.25))
     assert torch.allclose(normalize(given_pixels, by_channel)[0, :, 0, 1], torch.tensor([1, 1.5, 2]))
+
+
+def test_brightness_contrast_and_saturation_vary_each_by_itself() -> None:
+    base, rng = np.array([[[140, 100, 100], [100, 60, 60]]], np.uint8), generator(0)
+    weights = np.array([0.299, 0.587, 0.114])
+
+    def measures(image: np.ndarray) -> tuple[float, float, float]:
+        """Mean light, its spread, and color; they are multiplied by b, b · c and b · c · s, in any order."""
+        light = image.astype(float) @ weights
+        return light.mean(), light[0, 0] - light[0, 1], float(image[0, :, 0].mean() - image[0, :, 1].mean())
+
+    view = training((1, 2), "none", color_jitter=0.3, crop_ratio=1.0)
+    seen = np.array([measures(pixels(view(Image.fromarray(base), rng))) for _ in range(2000)]) / measures(base)
+    factors = np.stack([seen[:, 0], seen[:, 1] / seen[:, 0], seen[:, 2] / seen[:, 1]], axis=1)
+    assert factors.min() > 0.7 - 0.08  # levels are rounded
+    assert factors.max() < 1.3 + 0.08
+    assert factors.mean(axis=0) == pytest.approx([1, 1, 1], abs=0.03)
+    assert factors.std(axis=0) == pytest.approx([0.6 / 12**0.5] * 3, rel=0.1)
+    assert np.abs(np.corrcoef(factors.T) - np.eye(3)).max() < 0.15

@@ -88,7 +88,7 @@ def test_predictions_do_not_depend_on_the_batch() -> None:
             assert a.image == b.image
             assert a.problem == b.problem
             assert [name for name, _ in a.classes] == [name for name, _ in b.classes]
-            assert [p for _, p in a.classes] == pytest.approx([p for _, p in b.classes], abs=1e-5)
+            assert [p for _, p in a.classes] == pytest.approx([p for _, p in b.classes], abs=1e-6)
     assert [p.image for p in one_by_one if p.problem] == ["image 5", "image 9"]
     assert all(sum(value for _, value in p.classes) == pytest.approx(1) for p in one_by_one if not p.problem)
 
