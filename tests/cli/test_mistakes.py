@@ -164,6 +164,7 @@ def material(pictures, color_weights, digits_run, tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("material")
     pictures(root / "data", {"red": 3, "blue": 3})
     pictures(root / "hollow", {"red": 5, "blue": 5, "green": 0})
+    (root / "hollow" / "green" / "notes.txt").write_text("none")
     pictures(root / "mauve", {"red": 5, "mauve": 5})
     pictures(root / "one", {"red": 5})
     (root / "bare" / "red").mkdir(parents=True)

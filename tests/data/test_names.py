@@ -16,12 +16,13 @@ from hypothesis import strategies as st
 
 from allmlp.config.recipe import DataRecipe, Recipe
 from allmlp.data.dataset import DatasetSplits
-from allmlp.data.folders import MAX_KINDS, read_tree
+from allmlp.data.folders.layout import read_tree
+from allmlp.data.folders.walk import MAX_KINDS
 from allmlp.data.loader import EvaluationOrder
 from allmlp.data.names import CHUNK, concatenate, joined, pack
 from allmlp.data.shared import find_map
 from allmlp.data.sources import load_source, walk_once
-from allmlp.data.stores import ZipStore
+from allmlp.data.stores import FolderStore, Listing, ZipStore
 from allmlp.distributed.context import DistributedContext
 from allmlp.errors import UserError
 from allmlp.training.build import build_data
@@ -61,6 +62,7 @@ class Listed(ZipStore):
     def __init__(self, names: list[str]) -> None:
         super().__init__(Path("listed.zip"))
         self.entries = lambda: sorted(set(names))  # pyright: ignore[reportIncompatibleMethodOverride]
+        self.replaced_entries = lambda: 0  # pyright: ignore[reportIncompatibleMethodOverride]
 
 
 PIECES = st.sampled_from(["a", "a-b", "a.b", "b", "\udcff", "\uffff", "\U0001f408", "Z", "a b"])
@@ -70,7 +72,7 @@ PIECES = st.sampled_from(["a", "a-b", "a.b", "b", "\udcff", "\uffff", "\U0001f40
 @given(st.lists(st.lists(PIECES, min_size=2, max_size=5).map(lambda pieces: "/".join(pieces) + ".png"), min_size=1))
 def test_images_are_in_the_order_of_their_complete_names(names: list[str]) -> None:
     names += ["x/1.png", "y/1.png"]  # so that nothing is an outer folder
-    datasets, _ = read_tree(Listed(names), "listed")
+    datasets = read_tree(Listed(names), "listed").datasets
     expected = sorted(set(names))
     assert datasets["all"].names == expected
     assert datasets["all"].classes == tuple(sorted({name.split("/")[0] for name in names}))
@@ -79,7 +81,7 @@ def test_images_are_in_the_order_of_their_complete_names(names: list[str]) -> No
 
 def test_kinds_of_other_files_are_bounded() -> None:
     names = ["x/1.png", "y/1.png", *(f"x/file{i}" for i in range(MAX_KINDS + 50))]
-    _, left_out = read_tree(Listed(names), "listed")
+    left_out = read_tree(Listed(names), "listed").left_out
     assert sum(left_out.values()) == MAX_KINDS + 50
     assert left_out["other files"] == 50
 
@@ -92,13 +94,13 @@ def walks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The folders that were walked; each seems to hold MANY images in ten class folders."""
     walked: list[str] = []
 
-    def walk(root: str, **_: object) -> Iterator[tuple[str, list[str], list[str]]]:
-        walked.append(str(root))
-        yield str(root), [f"n{i:08d}" for i in range(10)], []
+    def walk(store: FolderStore) -> Iterator[Listing]:
+        walked.append(str(store.root))
+        yield Listing("", [])
         for i in range(10):
-            yield f"{root}/n{i:08d}", [], [f"n{i:08d}_{k}.JPEG" for k in range(MANY // 10)]
+            yield Listing(f"n{i:08d}/", [f"n{i:08d}_{k}.JPEG" for k in range(MANY // 10)])
 
-    monkeypatch.setattr("allmlp.data.stores.os.walk", walk)
+    monkeypatch.setattr(FolderStore, "walk", walk)
     return walked
 
 

@@ -1,15 +1,13 @@
 """Sources: folders and zips in all usual layouts, and the errors for the rest."""
 
-import io
 import pickle
-import random
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from trees import CLASSES, WHOLE, make_folder, make_zip, names_in, picture
 
 from allmlp.data import stores
 from allmlp.data.dataset import DatasetSplits, ImageDataset
@@ -17,45 +15,6 @@ from allmlp.data.decode import UnreadableImage
 from allmlp.data.sources import hold_out, load_source
 from allmlp.data.stores import ArrayStore
 from allmlp.errors import UserError
-
-CLASSES = ("ant", "bee", "cat")
-WHOLE = {"val_fraction": 0, "test_fraction": 0}
-
-
-def picture(name: str, kind: str = "PNG") -> bytes:
-    """A small image whose pixels are a function of its name."""
-    pixels = np.random.default_rng(list(name.encode())).integers(0, 256, (5, 6, 3), dtype=np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, kind)
-    return file.getvalue()
-
-
-def names_in(folder: str, per_class: int = 10) -> list[str]:
-    return [f"{folder}{c}/{i}.png" for c in CLASSES for i in range(per_class)]
-
-
-def make_folder(root: Path, names: list[str]) -> Path:
-    """Of these files; a name that ends in a slash is an empty folder."""
-    for name in names:
-        path = root / name
-        (path if name.endswith("/") else path.parent).mkdir(parents=True, exist_ok=True)
-        if not name.endswith("/"):
-            path.write_bytes(picture(name.encode(errors="replace").decode()))
-    return root
-
-
-def make_zip(path: Path, names: list[str], outer: str = "", directories: bool = False, extra: tuple = ()) -> Path:
-    """Packed in a random order; ``extra`` are entries of any bytes."""
-    names = random.Random(1).sample(names, len(names))
-    with zipfile.ZipFile(path, "w") as file:
-        for name in extra:
-            file.writestr(name, b"\0\5\x16\7 AppleDouble")
-        if directories:
-            for folder in sorted({n[:i] for n in names for i, at in enumerate(n) if at == "/"}, reverse=True):
-                file.writestr(f"{outer}{folder}/", b"")
-        for name in names:
-            file.writestr(outer + name, picture(name))
-    return path
 
 
 def content(source: DatasetSplits, prefix: str = "") -> dict[str, list[tuple[str, str]]]:
@@ -142,8 +101,7 @@ def test_other_files_are_counted(tmp_path: Path, names: str, more: list[str], le
 @pytest.mark.parametrize(
     ("names", "parts"),
     [
-        ([*names_in(""), "dog/"], ["'dog'", "holds no images", "remove the folder"]),
-        ([*names_in("train/"), *names_in("test/"), "test/dog/"], ["'dog'", "/test holds no images"]),
+        ([*names_in(""), "dog/a.raw"], ["'dog'", "holds no images", "1 .raw", "remove the folder"]),
         ([*names_in("train/"), *names_in("test/"), "test/dog/1.png"], ["'dog'", "in test but not in train"]),
         (["ant/a.txt", "bee/b.txt"], ["no images", "2 files", ".bmp"]),
         ([f"{i}.png" for i in range(4)], ["4 images", "no class folders"]),

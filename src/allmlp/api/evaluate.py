@@ -10,7 +10,7 @@ import torch
 
 from allmlp.api.progress import progress_bar
 from allmlp.classifier import Classifier
-from allmlp.data.dataset import DatasetSplits, ImageDataset, describe_left_out
+from allmlp.data.dataset import DatasetSplits, ImageDataset
 from allmlp.data.decode import MAX_PIXELS
 from allmlp.data.sources import load_source
 from allmlp.device import Precision, select_device, select_precision
@@ -105,8 +105,8 @@ def load_as_trained(model: Classifier, data: str, max_pixels: int) -> DatasetSpl
     trained_on = training_data(model)
     split = {key: trained_on[key] for key in ("val_fraction", "test_fraction", "split_seed") if key in trained_on}
     source = load_source(data, max_pixels=max_pixels, **split)
-    if source.left_out:
-        log.warning("%s", describe_left_out(source.left_out))
+    for remark in source.remarks():
+        log.warning("%s", remark)
     return source
 
 

@@ -11,7 +11,7 @@ import threading
 import warnings
 from typing import NoReturn
 
-from allmlp.errors import RunError, Stopped, UserError
+from allmlp.errors import RunError, Stopped, UserError, printable
 
 COMMANDS = {
     "train": "train a Mixer from scratch: on the embedded digits, or on your images",
@@ -111,7 +111,7 @@ def raise_terminated(number: int, frame: object) -> None:
 
 def fail(error: BaseException | str, status: int, debug: bool, unexpected: bool = False) -> int:
     """Prints the error in one line on standard error, after its traceback if ``debug``; returns the status."""
-    message = " ".join(str(error).split()) or type(error).__name__
+    message = printable(" ".join(str(error).split())) or type(error).__name__
     if unexpected:
         message = f"{type(error).__name__}: {message}"
     if os.environ.get("WORLD_SIZE", "1") != "1" and "RANK" in os.environ:
@@ -146,7 +146,8 @@ class StderrHandler(logging.Handler):
     """Logs to the current ``sys.stderr``: while a progress bar is shown, that prints above the bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(self.format(record), file=sys.stderr)
+        text = self.format(record)
+        print(text if record.exc_info else printable(text), file=sys.stderr)
 
 
 def set_up_logging() -> None:

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from allmlp.data.decode import MAX_PIXELS
-from allmlp.data.names import concatenate, pack
+from allmlp.data.names import concatenate, normal_form, pack
 from allmlp.data.stores import Store
 from allmlp.errors import UserError, printable
 
@@ -85,22 +85,24 @@ class ImageDataset:
         return replace(self, names=pack(self.names).subset(indices), labels=self.labels[indices])
 
     def relabeled(self, classes: Sequence[str]) -> "ImageDataset":
-        """The same images, with labels that index another list of classes (a model's). Classes are matched by name.
+        """The same images, with labels that index another list of classes (a model's).
+
+        Classes are matched by name, in any form of Unicode.
 
         Raises:
             UserError: a class of this dataset is not in the list.
         """
         if tuple(classes) == self.classes:
             return self
-        position = {name: i for i, name in enumerate(classes)}
-        unknown = [name for name in self.classes if name not in position]
+        position = {normal_form(name): i for i, name in enumerate(classes)}
+        unknown = [name for name in self.classes if normal_form(name) not in position]
         if unknown:
             raise UserError(
                 f"{len(unknown)} class(es) of the data are unknown to the model ({', '.join(map(repr, unknown[:5]))}); "
                 f"its classes are {', '.join(map(repr, list(classes)[:10]))}{' …' if len(classes) > 10 else ''}: "
                 "rename the class folders to match, or train a model on this data"
             )
-        labels = np.array([position[name] for name in self.classes], dtype=np.int64)[self.labels]
+        labels = np.array([position[normal_form(name)] for name in self.classes], dtype=np.int64)[self.labels]
         return replace(self, classes=tuple(classes), labels=labels)
 
 
@@ -112,6 +114,11 @@ class DatasetSplits:
     classes: tuple[str, ...]
     description: str  # where the data comes from and how it was split, for the user
     left_out: dict[str, int] = field(default_factory=dict)  # ignored files: kind → count
+    notes: tuple[str, ...] = ()  # what else the user should know of the source, one line each
+
+    def remarks(self) -> list[str]:
+        """What to tell the user before the images are used, one line each."""
+        return [*([describe_left_out(self.left_out)] if self.left_out else []), *self.notes]
 
     def split(self, name: str) -> ImageDataset:
         """One split by its name, or all of them as one dataset ("all"); a UserError for a split that does not exist."""

@@ -1,5 +1,6 @@
 """Many names in little memory: one buffer of text in place of a Python string for each."""
 
+import unicodedata
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
@@ -9,6 +10,11 @@ import numpy as np
 
 ENCODING = "utf-8", "surrogatepass"  # a file name that is not valid UTF-8 has surrogates in Python, and keeps them
 CHUNK = 1 << 13  # names that are decoded together
+
+
+def normal_form(name: str) -> str:
+    """The name with composed letters (Unicode's NFC). macOS and its zips decompose them: é is two characters there."""
+    return name if name.isascii() else unicodedata.normalize("NFC", name)
 
 
 class Names(Sequence[str]):

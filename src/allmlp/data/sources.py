@@ -12,14 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from allmlp.data.builtin import BUILT_IN, DOWNLOADED, FOLDERS
-from allmlp.data.dataset import DatasetSplits, ImageDataset
+from allmlp.data.dataset import DatasetSplits
 from allmlp.data.decode import MAX_PIXELS
-from allmlp.data.folders import read_tree
+from allmlp.data.folders.layout import Found, read_tree
 from allmlp.data.split import stratified_split
 from allmlp.data.stores import FolderStore, ZipStore
 from allmlp.errors import UserError
 
-Found = tuple[dict[str, ImageDataset], dict[str, int]]  # what ``read_tree`` returns
 _walks: ContextVar[dict[Path, Found] | None] = ContextVar("walks", default=None)
 
 
@@ -71,7 +70,7 @@ def load_source(
             f"no data at '', an empty name (an unset variable?): give a folder, a .zip, or one of {', '.join(BUILT_IN)}"
         )
     if source in BUILT_IN:
-        datasets, description, left_out = BUILT_IN[source](), f"{source}, built in", {}
+        found, description = Found(BUILT_IN[source](), {}, ()), f"{source}, built in"
         description += f" (not the folder ./{source})" if path.is_dir() else ""
     elif copies := [name for name, folder in FOLDERS.items() if (path / folder).is_dir()]:
         if len(copies) > 1:
@@ -79,14 +78,14 @@ def load_source(
                 f"{source} holds {' and '.join(copies)}: give one of these names as the source and set "
                 f"ALLMLP_DATA={source}"
             )
-        datasets, description, left_out = DOWNLOADED[copies[0]](path), f"{copies[0]} in {source}", {}
+        found, description = Found(DOWNLOADED[copies[0]](path), {}, ()), f"{copies[0]} in {source}"
     elif path.is_dir():
-        datasets, left_out = walk_source(FolderStore(path), path, source)
+        found = walk_source(FolderStore(path), path, source)
         description = f"the folder {source}"
     elif path.is_file():
         if path.suffix.lower() != ".zip":
             raise UserError(f"{source} is not a .zip file: give a folder of images, a .zip of one, or a name")
-        datasets, left_out = walk_source(ZipStore(path), path, source)
+        found = walk_source(ZipStore(path), path, source)
         description = f"the zip {source}"
     else:
         near = difflib.get_close_matches(source, BUILT_IN, 2)
@@ -94,20 +93,13 @@ def load_source(
         raise UserError(
             f"no data at {source!r}: {hint}give a folder of images, a .zip of one, or one of {', '.join(BUILT_IN)}"
         )
-    datasets = {name: replace(dataset, max_pixels=max_pixels) for name, dataset in datasets.items()}
-    return make_splits(datasets, description, left_out, val_fraction, test_fraction, split_seed)
+    datasets = {name: replace(dataset, max_pixels=max_pixels) for name, dataset in found.datasets.items()}
+    return make_splits(found._replace(datasets=datasets), description, val_fraction, test_fraction, split_seed)
 
 
-def make_splits(
-    datasets: dict[str, ImageDataset],
-    description: str,
-    left_out: dict[str, int],
-    val_fraction: float,
-    test_fraction: float,
-    seed: int,
-) -> DatasetSplits:
-    """Adds the splits that ``datasets`` lacks; if it has none, its single key is "all"."""
-    splits = dict(datasets)
+def make_splits(found: Found, description: str, val_fraction: float, test_fraction: float, seed: int) -> DatasetSplits:
+    """Adds the splits that a source lacks; if it has none, its single dataset is "all"."""
+    splits = dict(found.datasets)
     if "all" in splits:
         everything = splits.pop("all")
         kept, held_out = stratified_split(everything.labels, everything.names, test_fraction, seed)
@@ -129,7 +121,9 @@ def make_splits(
         if unknown:
             raise UserError(f"class {unknown[0]!r} is in {name} but not in {first}: add its images there, or remove it")
     splits = {name: dataset.relabeled(classes) for name, dataset in splits.items()}
-    return DatasetSplits(splits=splits, classes=classes, description=description, left_out=left_out)
+    return DatasetSplits(
+        splits=splits, classes=classes, description=description, left_out=found.left_out, notes=found.notes
+    )
 
 
 def hold_out(data: DatasetSplits, fraction: float, seed: int) -> DatasetSplits:

@@ -3,6 +3,7 @@
 A store can be pickled and sent to a worker process, which opens a zip again.
 """
 
+import errno
 import logging
 import lzma
 import os
@@ -11,18 +12,21 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from PIL import Image
 
 from allmlp.data.decode import UnreadableImage, decode
+from allmlp.data.names import normal_form
+from allmlp.data.zip_names import renamed_entries
 from allmlp.errors import UserError, printable
 
 log = logging.getLogger(__name__)
 
 MAX_BYTES = 1 << 30  # larger image files are rejected before they are read
 MANY_ENTRIES, BYTES_PER_ENTRY = 1_000_000, 700  # of a zip; ``zipfile`` keeps all of them, as objects
+MAX_LINKED_FOLDERS = 100_000  # folders that are reached through links to folders
 
 
 class Store(Protocol):
@@ -40,6 +44,14 @@ class Store(Protocol):
         ...
 
 
+class Listing(NamedTuple):
+    """What a walk finds in one folder."""
+
+    path: str  # "" (the root) or "some/folder/"
+    files: list[str]  # in order; names have the normal form of Unicode, so that they are the same on all systems
+    problem: str | None = None  # why the folder could not be read
+
+
 class FolderStore:
     in_memory = False
 
@@ -49,7 +61,12 @@ class FolderStore:
     def open(self, name: str, max_pixels: int, min_side: int | None = None) -> Image.Image:
         path = os.path.join(self.root, name)  # noqa: PTH118 (pathlib is slower than reading a small file)
         try:
-            data = read_regular(path)
+            try:
+                data = read_regular(path)
+            except FileNotFoundError:
+                if name.isascii():
+                    raise
+                data = read_regular(find_in_any_form(self.root, name))
         except OSError as error:
             message = f"{path} cannot be read: {error.strerror}; check the file and its permissions"
             raise UnreadableImage(printable(message)) from None
@@ -57,26 +74,56 @@ class FolderStore:
 
     def names(self) -> Iterator[str]:
         """Every file below the root, as a relative path with forward slashes, in the same order on every machine."""
-        for folder, files in self.walk():
+        for folder, files, _ in self.walk():
             for file in files:
                 yield folder + file
 
-    def walk(self) -> Iterator[tuple[str, list[str]]]:
-        """Every folder, parents first and empty ones included, with its files in order.
+    def walk(self) -> Iterator[Listing]:
+        """Every folder, parents first and empty ones included.
 
-        A folder is "" (the root) or "some/folder/". Links to folders are followed, but no folder is visited twice.
+        Links to folders are followed, except to a folder that holds the link: that would never end.
+
+        Raises:
+            UserError: so many folders are reached through links that they seem to link to one another.
         """
-        visited = {self.root.resolve()}
-        for folder, folders, files in os.walk(self.root, followlinks=True):
-            new = {name: (Path(folder) / name).resolve() for name in sorted(folders)}
-            folders[:] = [name for name, target in new.items() if target not in visited]
-            visited |= set(new.values())
-            relative = Path(folder).relative_to(self.root).as_posix()
-            yield "" if relative == "." else f"{relative}/", sorted(files)
+        linked = 0
+        waiting: list[tuple[str, str, tuple[tuple[int, int], ...]]] = [(str(self.root), "", ())]
+        while waiting:
+            location, path, parents = waiting.pop()
+            try:
+                status = os.stat(location)  # noqa: PTH116
+                identity = status.st_dev, status.st_ino
+                if identity in parents:
+                    continue
+                files, folders, links = scan(location)
+            except OSError as error:
+                yield Listing(path, [], error.strerror or type(error).__name__)
+                continue
+            linked += links
+            if linked > MAX_LINKED_FOLDERS:
+                raise UserError(
+                    f"{printable(str(self.root))} has more than {MAX_LINKED_FOLDERS:,} links to folders, the last in "
+                    f"{printable(path)}: remove those between its folders"
+                )
+            yield Listing(path, files)
+            below = (*parents, identity)
+            waiting += [(location, f"{path}{name}/", below) for name, location in sorted(folders.items(), reverse=True)]
+
+    def replaced_entries(self) -> int:
+        """None: a folder holds a name once."""
+        return 0
 
     def subfolder(self, folder: str) -> "FolderStore":
         """The store of a folder below the root, with names relative to that folder."""
-        return FolderStore(self.root / folder)
+        return FolderStore(Path(find_in_any_form(self.root, folder)))
+
+
+class OpenZip(NamedTuple):
+    """A zip that a process has opened, and the entries whose names differ from those in the folder it was made of."""
+
+    process: int
+    archive: zipfile.ZipFile
+    renamed: dict[str, str]
 
 
 class ZipStore:
@@ -84,22 +131,25 @@ class ZipStore:
 
     def __init__(self, path: Path, prefix: str = "") -> None:
         self.path, self.prefix = path, prefix  # "" or "folder/": only entries with this prefix belong to the store
-        self.opened: tuple[int, zipfile.ZipFile] | None = None  # with its process: a file position cannot be shared
+        self.opened: OpenZip | None = None
 
-    def archive(self) -> zipfile.ZipFile:
-        """The zip, opened by this process."""
-        if self.opened is None or self.opened[0] != os.getpid():
+    def archive(self) -> "OpenZip":
+        """The zip, opened by this process: processes cannot share a position in a file."""
+        if self.opened is None or self.opened.process != os.getpid():
             try:
-                self.opened = (os.getpid(), zipfile.ZipFile(self.path))
+                archive = zipfile.ZipFile(self.path)
             except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError) as error:
                 raise UserError(f"{self.path} is not a valid zip file ({error}): pack or copy it again") from None
-        return self.opened[1]
+            self.opened = OpenZip(os.getpid(), archive, renamed_entries(archive))
+        return self.opened
 
     def open(self, name: str, max_pixels: int, min_side: int | None = None) -> Image.Image:
         label = f"{self.path}/{self.prefix}{name}"
-        check_bytes(self.archive().getinfo(self.prefix + name).file_size, label)
+        _, archive, renamed = self.archive()
+        entry = archive.getinfo(renamed.get(self.prefix + name, self.prefix + name))
+        check_bytes(entry.file_size, label)
         try:
-            data = self.archive().read(self.prefix + name)
+            data = archive.read(entry)
         except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, OSError, RuntimeError, EOFError) as error:
             raise UnreadableImage(printable(f"{label} cannot be unpacked: {error}; create the zip again")) from None
         return decode(data, label, max_pixels, min_side)
@@ -107,7 +157,7 @@ class ZipStore:
     def names(self) -> Iterator[str]:
         yield from (name for name in self.entries() if not name.endswith("/"))
 
-    def walk(self) -> Iterator[tuple[str, list[str]]]:
+    def walk(self) -> Iterator[Listing]:
         """As the walk of a ``FolderStore``."""
         files: dict[str, list[str]] = {"": []}
         for name in self.entries():
@@ -117,10 +167,11 @@ class ZipStore:
             if pieces[-1]:
                 files[name[: len(name) - len(pieces[-1])]].append(pieces[-1])
         for folder in sorted(files, key=lambda folder: folder.split("/")):
-            yield folder, files[folder]
+            yield Listing(folder, files[folder])
 
     def entries(self) -> list[str]:
-        found = self.archive().namelist()
+        _, archive, renamed = self.archive()
+        found = archive.namelist()
         if len(found) > MANY_ENTRIES:
             log.warning(
                 "%s has %s entries: each process that reads it keeps about %.1f GB of them in memory; unpack it to "
@@ -129,8 +180,14 @@ class ZipStore:
                 f"{len(found):,}",
                 len(found) * BYTES_PER_ENTRY / 1e9,
             )
-        entries = (name.removeprefix(self.prefix) for name in found if name.startswith(self.prefix))
-        return sorted({name for name in entries if name})  # a zip may hold a name twice: the last entry is read
+        names = set(found) - set(renamed.values()) | renamed.keys()  # a name that is there twice: the last is read
+        entries = (name.removeprefix(self.prefix) for name in names if name.startswith(self.prefix))
+        return sorted(name for name in entries if name)
+
+    def replaced_entries(self) -> int:
+        """How many entries have the name of a later one, which is read in their place."""
+        archive = self.archive().archive
+        return len(archive.infolist()) - len(archive.NameToInfo)
 
     def subfolder(self, folder: str) -> "ZipStore":
         """The store of a folder in the zip, with names relative to that folder."""
@@ -170,6 +227,60 @@ def read_regular(path: str) -> bytes:
         return data
     finally:
         os.close(descriptor)
+
+
+def scan(location: str) -> tuple[list[str], dict[str, str], int]:
+    """The files of a folder, in order, its folders with their paths, and how many of these are links.
+
+    Names have the normal form, unless another name in the folder has it already.
+    """
+    files: list[str] = []
+    folders: dict[str, str] = {}
+    other_forms: list[os.DirEntry[str]] = []
+    links = 0
+
+    def add(entry: os.DirEntry[str], name: str) -> None:
+        nonlocal links
+        if entry.is_dir():
+            folders[name] = entry.path
+            links += entry.is_symlink()
+        else:
+            files.append(name)
+
+    with os.scandir(location) as entries:
+        for entry in entries:
+            if normal_form(entry.name) == entry.name:
+                add(entry, entry.name)
+            else:
+                other_forms.append(entry)
+    if other_forms:
+        taken = {*files, *folders}
+        for entry in other_forms:
+            name = normal_form(entry.name)
+            add(entry, entry.name if name in taken else name)
+            taken.add(name)
+    files.sort()
+    return files, folders, links
+
+
+def find_in_any_form(root: Path, name: str) -> str:
+    """The path of a file whose name, or that of a folder above it, has another form of Unicode on disk.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    path = str(root)
+    for piece in name.split("/"):
+        exact = os.path.join(path, piece)  # noqa: PTH118
+        if os.path.lexists(exact):
+            path = exact
+            continue
+        with os.scandir(path) as entries:
+            same = next((entry.path for entry in entries if normal_form(entry.name) == normal_form(piece)), None)
+        if same is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), exact)
+        path = same
+    return path
 
 
 def check_bytes(size: int, name: str) -> None:

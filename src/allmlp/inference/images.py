@@ -11,8 +11,8 @@ from PIL import Image
 from torch import Tensor
 
 from allmlp.data.dataset import describe_left_out
-from allmlp.data.decode import decode, is_image_name, to_upright_rgb
-from allmlp.data.folders import MAX_KINDS, OTHER_FILES, file_kind
+from allmlp.data.decode import decode, to_upright_rgb
+from allmlp.data.folders.walk import image_names
 from allmlp.data.stores import FolderStore, Store, ZipStore
 from allmlp.errors import UserError
 from allmlp.files import as_path
@@ -115,15 +115,12 @@ def find_images(path: Path) -> Iterator[tuple[Store, str, str]]:
     if path.is_dir() or (path.is_file() and path.suffix.lower() == ".zip"):
         store = FolderStore(path) if path.is_dir() else ZipStore(path)
         found, left_out = 0, Counter[str]()
-        for name in store.names():
-            if is_image_name(name):
-                found += 1
-                yield store, name, f"{path}/{name}"
-            else:
-                kind = file_kind(name)
-                left_out[kind if kind in left_out or len(left_out) < MAX_KINDS else OTHER_FILES] += 1
+        for name in image_names(store, str(path), left_out):
+            found += 1
+            yield store, name, f"{path}/{name}"
         if not found:
-            raise UserError(f"{path} holds no images: give image files, or a folder or .zip of them")
+            holds = f" ({describe_left_out(left_out)})" if left_out else ""
+            raise UserError(f"{path} holds no images{holds}: give image files, or a folder or .zip of them")
         if left_out:
             log.warning("%s: %s", path, describe_left_out(left_out))
     elif path.is_file():

@@ -16,7 +16,7 @@ from allmlp.checkpointing.manager import CheckpointManager
 from allmlp.config.batch_size import resolve_micro_batch_size
 from allmlp.config.recipe import DataRecipe, OptimizationRecipe, Recipe
 from allmlp.config.serialize import to_json_object
-from allmlp.data.dataset import Dataset, DatasetSplits, describe_left_out
+from allmlp.data.dataset import Dataset, DatasetSplits
 from allmlp.data.loader import UnreadableImages, default_workers, training_batches
 from allmlp.data.mixup import Mixing
 from allmlp.data.randaugment import RandAugment
@@ -310,8 +310,8 @@ def check_data(recipe: Recipe) -> DatasetSplits:
         data = hold_out(data, recipe.data.holdout, recipe.data.split_seed)
     counts = ", ".join(f"{len(dataset):,} {name}" for name, dataset in data.splits.items())
     log.info("%s: %d classes; images: %s", data.description, len(data.classes), counts)
-    if data.left_out:
-        log.warning("%s", describe_left_out(data.left_out))
+    for remark in data.remarks():
+        log.warning("%s", remark)
     data.split("train")
     if len(data.classes) < 2:
         raise UserError(f"{recipe.data.data} has one class, {', '.join(data.classes)}: a classifier needs at least two")

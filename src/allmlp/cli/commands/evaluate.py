@@ -70,6 +70,7 @@ def run(args: Sequence[str]) -> None:
                     "image_size": list(model.image_size),
                     "data": source.description,
                     "part": arguments.part,
+                    "left_out": source.left_out,
                     **describe(result),
                 }
             )

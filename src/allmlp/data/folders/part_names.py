@@ -1,0 +1,44 @@
+"""Which folders are the parts of a dataset (train, val, test), by all the names that are usual for them."""
+
+import re
+from collections.abc import Iterable
+from typing import NamedTuple
+
+PARTS = {
+    "train": ("train", "training", "trn"),
+    "val": ("val", "valid", "validation", "validate", "dev"),
+    "test": ("test", "testing", "tst", "eval", "evaluation"),
+}
+PART_OF_WORD = {word: part for part, words in PARTS.items() for word in words}
+NOUN = r"(?:sets?|data|datasets?|images?|imgs?|splits?|parts?|folders?|dir)"
+WORDS = "|".join(sorted(PART_OF_WORD, key=len, reverse=True))
+NAME = re.compile(rf"(?P<word>{WORDS})(?:_?{NOUN})?")
+AFFIXED = re.compile(rf"(?P<prefix>(?:.*_)?)(?P<word>{WORDS})(?P<suffix>(?:_?{NOUN})?(?:_.*|\d+)?)")
+
+
+class Affixes(NamedTuple):
+    """What a name has before and after the word of its part: seg_train has ("seg_", ""), train2017 ("", "2017")."""
+
+    prefix: str
+    suffix: str
+
+
+def find_parts(names: Iterable[str]) -> dict[str, str]:
+    """The folders among ``names`` that are parts: name → "train", "val" or "test". Folders of one parent.
+
+    The usual words count in any case and with the usual endings (Training, test_set). With something before or after
+    them they count where several parts have the same: seg_train beside seg_test, train2017 beside val2017.
+    """
+    found: dict[str, str] = {}
+    affixed: dict[Affixes, dict[str, str]] = {}
+    for name in names:
+        plain = re.sub(r"[\W_]+", "_", name.casefold()).strip("_")
+        if match := NAME.fullmatch(plain):
+            found[name] = PART_OF_WORD[match["word"]]
+        elif match := AFFIXED.fullmatch(plain):
+            alike = affixed.setdefault(Affixes(match["prefix"], match["suffix"]), {})
+            alike[name] = PART_OF_WORD[match["word"]]
+    for alike in affixed.values():
+        if len(set(alike.values())) > 1:
+            found |= alike
+    return found
