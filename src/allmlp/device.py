@@ -1,11 +1,13 @@
 """The device and precision to compute with, from the names that a user gives; and a device's failures, in one line."""
 
 import contextlib
+import math
 import os
 import re
 import threading
 import typing
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -20,6 +22,31 @@ OUT_OF_MEMORY = re.compile(
 DEVICE_FAILURE = re.compile(
     r"\b(CUDA|cuDNN|CUDNN|cuBLAS|CUBLAS|NCCL|HIP|MPS|Triton)\b.*\b(error|failed|failure)\b|_STATUS_"
 )
+
+
+def available_cores() -> int:
+    """CPU cores that this process may use: of the machine, by its affinity, and by the quota of its container."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    return max(math.ceil(min(cores, cpu_quota(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")))), 1)
+
+
+def cpu_quota(root: Path, membership: Path) -> float:
+    """The smallest number of cores that a control group of this process, or one around it, may use; inf without."""
+    quota = math.inf
+    try:
+        groups = [line.split(":", 2)[2].strip("/") for line in membership.read_text().splitlines()]
+    except (OSError, IndexError):
+        return quota
+    paths = {path for group in groups for path in (Path(group), *Path(group).parents)} | {Path()}
+    for folder in (base / path for base in (root, root / "cpu", root / "cpu,cpuacct") for path in paths):
+        with contextlib.suppress(OSError, ValueError):  # version 2: "200000 100000" or "max 100000"
+            allowed, period = (folder / "cpu.max").read_text().split()
+            quota = min(quota, int(allowed) / int(period))
+        with contextlib.suppress(OSError, ValueError):  # version 1: -1 is no limit
+            allowed, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+            quota = min(quota, int(allowed) / int(period) if int(allowed) > 0 else math.inf)
+    return quota
 
 
 def select_device(name: str | torch.device, local_rank: int = 0, processes: int = 1) -> torch.device:

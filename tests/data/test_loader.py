@@ -149,15 +149,15 @@ def test_unreadable_images_count_once_each_up_to_a_limit() -> None:
 
 
 def test_images_in_memory_or_few_need_no_workers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def workers(store: ArrayStore | FolderStore, images: int, cores: int | None, processes: int = 1) -> int:
-        monkeypatch.setattr("os.cpu_count", lambda: cores)
+    def workers(store: ArrayStore | FolderStore, images: int, cores: int, processes: int = 1) -> int:
+        monkeypatch.setattr("allmlp.data.loader.available_cores", lambda: cores)
         names = ("a",) * images
         dataset = ImageDataset(store=store, names=names, labels=np.zeros(images, np.int64), classes=("a",))
         return default_workers(dataset, processes)
 
     folder = FolderStore(tmp_path)
     assert workers(ArrayStore(np.zeros((1, 1, 1, 3), np.uint8), ["a"]), 5000, 8) == workers(folder, 99, 8) == 0
-    assert [workers(folder, 100, cores) for cores in (None, 1, 2, 8, 256)] == [1, 1, 2, 8, 8]
+    assert [workers(folder, 100, cores) for cores in (1, 2, 8, 256)] == [1, 2, 8, 8]
     assert [workers(folder, 100, 8, processes) for processes in (2, 16)] == [4, 1]
 
 

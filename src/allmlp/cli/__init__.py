@@ -139,6 +139,8 @@ def exit_rank(error: BaseException | str, message: str, status: int, traceback: 
         print(f"mixer: rank {rank}: ended because rank {first['rank']} failed: {first['what']}", file=sys.stderr)
         status = first["status"]
     sys.stderr.flush()
+    for process in importlib.import_module("multiprocessing").active_children():  # those that load images
+        process.kill()
     os._exit(status)
 
 

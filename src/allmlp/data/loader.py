@@ -5,25 +5,29 @@ The samples of a training run form one endless sequence: epoch after epoch, each
 batch, and any worker can make any batch. The augmentation of a sample is drawn from (seed, epoch, index).
 """
 
-import os
-import signal
+import contextlib
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, get_worker_info
-from torch.utils.data import Dataset as TorchDataset
+from torch.utils.data import get_worker_info
 
 from allmlp.data.dataset import Dataset
 from allmlp.data.decode import UnreadableImage
 from allmlp.data.shared import Shared
 from allmlp.data.transforms import EvaluationTransform, TrainingTransform
+from allmlp.data.workers import load_in_workers, plan_workers
+from allmlp.device import available_cores
 from allmlp.errors import UserError
 from allmlp.rng import rng_stream
 
 PADDING = -1  # index of a padded sample, which is no image
+MAX_CHUNK_BYTES = 64 << 20  # of what a worker delivers at a time; a larger batch is put together from several chunks
+
+Key = tuple[int, int]  # epoch and index of a sample
 
 
 class Batch(NamedTuple):
@@ -39,8 +43,8 @@ class Batch(NamedTuple):
     problems: list[tuple[int, str]]  # (index, reason)
 
 
-class TransformedDataset(TorchDataset):
-    """Maps (epoch, index) to one transformed sample of a dataset. Runs in the DataLoader's workers."""
+class TransformedDataset:
+    """Makes the transformed samples of a dataset. Runs in the worker processes."""
 
     def __init__(self, dataset: Dataset, transform: EvaluationTransform | TrainingTransform, seed: int) -> None:
         self.shared, self.transform, self.seed = Shared(dataset), transform, seed
@@ -49,8 +53,10 @@ class TransformedDataset(TorchDataset):
     def dataset(self) -> Dataset:
         return self.shared.value
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, int, str | None]:
-        epoch, index = key
+    def batch(self, keys: list[Key]) -> Batch:
+        return collate([self.sample(epoch, index) for epoch, index in keys])
+
+    def sample(self, epoch: int, index: int) -> tuple[Tensor, int, int, str | None]:
         if index == PADDING:
             return self.black_image(), 0, PADDING, None
         label = int(self.dataset.labels[index])
@@ -121,7 +127,7 @@ class TrainingOrder:
     def __len__(self) -> int:
         return self.steps - self.first_step
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[list[Key]]:
         epoch, order = -1, np.empty(0, dtype=np.int64)
         for step in range(self.first_step, self.steps):
             keys = []
@@ -144,7 +150,7 @@ class EvaluationOrder:
     def __len__(self) -> int:
         return -(-self.images // (self.batch_size * self.world_size))
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[list[Key]]:
         for i in range(len(self)):
             start = (i * self.world_size + self.rank) * self.batch_size
             yield [(0, k if k < self.images else PADDING) for k in range(start, start + self.batch_size)]
@@ -161,14 +167,16 @@ def training_batches(
     first_step: int = 0,
     rank: int = 0,
     world_size: int = 1,
-) -> DataLoader:
+    processes: int = 1,
+) -> "Batches":
     """The batches of a run's steps in order, all of the same size (see ``TrainingOrder``).
 
-    ``workers`` is the number of processes that load images; None: ``default_workers``.
+    ``workers`` is the number of processes that load images; None: ``default_workers``. ``processes`` is the number of
+    training processes on this machine.
     """
     order = TrainingOrder(len(dataset), batch_size, steps, seed, first_step, rank, world_size)
     workers = default_workers(dataset) if workers is None else workers
-    return make_loader(TransformedDataset(dataset, transform, seed), order, workers)
+    return Batches(TransformedDataset(dataset, transform, seed), order, workers, processes)
 
 
 def evaluation_batches(
@@ -179,54 +187,87 @@ def evaluation_batches(
     workers: int | None = None,
     rank: int = 0,
     world_size: int = 1,
-) -> DataLoader:
+    processes: int = 1,
+) -> "Batches":
     """Every image of the dataset once, in order, in batches of one size; the last is padded with ``PADDING``.
 
     Rank r gets the batches r, r + world_size, …; every rank gets the same number. The composition of the batches, and
     with it every rounding error, is the same for any number of ranks.
 
-    ``workers`` is the number of processes that load images; None: ``default_workers``.
+    ``workers`` is the number of processes that load images; None: ``default_workers``. ``processes`` is the number of
+    training processes on this machine.
     """
     if batch_size < 1:
         raise UserError(f"batch size {batch_size}: use at least 1 image")
     order = EvaluationOrder(len(dataset), batch_size, rank, world_size)
     workers = default_workers(dataset) if workers is None else workers
-    return make_loader(TransformedDataset(dataset, transform, 0), order, workers)
+    return Batches(TransformedDataset(dataset, transform, 0), order, workers, processes)
 
 
-def make_loader(dataset: TransformedDataset, order: TrainingOrder | EvaluationOrder, workers: int) -> DataLoader:
-    if workers < 0:
-        raise UserError(f"{workers} workers: use 0 to load images in this process, or 1 or more worker processes")
-    return DataLoader(
-        dataset,
-        batch_sampler=order,  # pyright: ignore[reportArgumentType]  # keys may be of any type that __getitem__ accepts
-        collate_fn=collate,
-        num_workers=workers,
-        pin_memory=torch.cuda.is_available(),
-        prefetch_factor=4 if workers else None,
-        worker_init_fn=ignore_first_signals,
+class Batches:
+    """The batches of an order, each time that it is iterated.
+
+    Args:
+        dataset: makes them.
+        order: their keys.
+        workers: number of worker processes; 0: this process loads them.
+        processes: number of training processes on this machine, which share its memory.
+    """
+
+    def __init__(
+        self, dataset: TransformedDataset, order: TrainingOrder | EvaluationOrder, workers: int, processes: int
+    ) -> None:
+        if workers < 0:
+            raise UserError(f"{workers} workers: use 0 to load images in this process, or 1 or more worker processes")
+        self.dataset, self.order, self.workers, self.processes = dataset, order, workers, processes
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __iter__(self) -> Iterator[Batch]:
+        height, width = self.dataset.transform.image_size
+        chunk_size = min(max(MAX_CHUNK_BYTES // (3 * height * width), 1), self.order.batch_size)
+        plan = plan_workers(self.workers, chunk_size * 3 * height * width, self.processes)
+        pin_memory = torch.cuda.is_available()
+        if not plan.workers:
+            batches = map(self.dataset.batch, self.order)
+            yield from map(pinned, batches) if pin_memory else batches
+            return
+        chunks = -(-self.order.batch_size // chunk_size)
+        keys = (keys[i : i + chunk_size] for keys in self.order for i in range(0, len(keys), chunk_size))
+        loaded = load_in_workers(self.dataset.batch, keys, plan, pin_memory and chunks == 1)
+        with contextlib.closing(loaded):
+            if chunks == 1:
+                yield from loaded
+            while parts := list(itertools.islice(loaded, chunks)):
+                yield concatenate(parts, pin_memory)
+
+
+def pinned(batch: Batch) -> Batch:
+    images, labels, valid, indices, problems = batch
+    return Batch(images.pin_memory(), labels.pin_memory(), valid.pin_memory(), indices.pin_memory(), problems)
+
+
+def concatenate(parts: list[Batch], pin_memory: bool) -> Batch:
+    """One batch of several, in order."""
+    shape = (sum(len(part.images) for part in parts), *parts[0].images.shape[1:])
+    return Batch(
+        torch.cat([part.images for part in parts], out=torch.empty(shape, dtype=torch.uint8, pin_memory=pin_memory)),
+        torch.cat([part.labels for part in parts]),
+        torch.cat([part.valid for part in parts]),
+        torch.cat([part.indices for part in parts]),
+        [problem for part in parts for problem in part.problems],
     )
 
 
-def ignore_first_signals(worker: int) -> None:
-    """Initializes a worker process, so that the main process handles signals sent to the whole process group.
-
-    SIGINT and the first SIGTERM are ignored. A second SIGTERM, which the loader sends to a worker that does not exit,
-    terminates it as usual.
-    """
-    signal.set_wakeup_fd(-1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(signal.SIGTERM, signal.SIG_DFL) and None)
-
-
 def default_workers(dataset: Dataset, processes: int = 1) -> int:
-    """Number of worker processes: one per core, at most 8; 0 for images in memory and for fewer than 100 images.
+    """Number of worker processes: one per core that may be used, at most 8; 0 for images in memory and fewer than 100.
 
     ``processes`` is the number of training processes on this machine, which share its cores.
     """
     if dataset.in_memory or len(dataset) < 100:
         return 0
-    return min(max((os.cpu_count() or 1) // processes, 1), 8)
+    return min(max(available_cores() // processes, 1), 8)
 
 
 class UnreadableImages:

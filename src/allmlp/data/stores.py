@@ -20,7 +20,7 @@ from PIL import Image
 from allmlp.data.decode import UnreadableImage, decode
 from allmlp.data.names import normal_form
 from allmlp.data.zip_names import renamed_entries
-from allmlp.errors import UserError, printable
+from allmlp.errors import RunError, UserError, printable
 
 log = logging.getLogger(__name__)
 
@@ -138,6 +138,8 @@ class ZipStore:
         if self.opened is None or self.opened.process != os.getpid():
             try:
                 archive = zipfile.ZipFile(self.path)
+            except FileNotFoundError:  # it was there when the source was found
+                raise RunError(f"{printable(str(self.path))} is gone: put it back, and repeat or resume") from None
             except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError) as error:
                 raise UserError(f"{self.path} is not a valid zip file ({error}): pack or copy it again") from None
             self.opened = OpenZip(os.getpid(), archive, renamed_entries(archive))
@@ -146,7 +148,10 @@ class ZipStore:
     def open(self, name: str, max_pixels: int, min_side: int | None = None) -> Image.Image:
         label = f"{self.path}/{self.prefix}{name}"
         _, archive, renamed = self.archive()
-        entry = archive.getinfo(renamed.get(self.prefix + name, self.prefix + name))
+        try:
+            entry = archive.getinfo(renamed.get(self.prefix + name, self.prefix + name))
+        except KeyError:  # another zip took its place
+            raise UnreadableImage(printable(f"{label} is no longer in the zip; put it back")) from None
         check_bytes(entry.file_size, label)
         try:
             data = archive.read(entry)

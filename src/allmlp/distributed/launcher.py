@@ -17,7 +17,7 @@ from datetime import timedelta
 
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-from allmlp.device import first_line
+from allmlp.device import available_cores, first_line
 from allmlp.errors import UserError
 
 PIPE = "ALLMLP_LAUNCHER_PIPE"  # environment variable: a file descriptor that is at its end once the launcher has ended
@@ -102,7 +102,7 @@ def start_process(
         PIPE: pipe,
         "TORCHELASTIC_USE_AGENT_STORE": True,  # the store exists: no rank creates one
     }
-    threads = {"OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // config.nproc_per_node, 1))}
+    threads = {"OMP_NUM_THREADS": str(max(available_cores() // config.nproc_per_node, 1))}
     environment = threads | os.environ | {key: str(value) for key, value in variables.items()}
     command = [sys.executable, "-m", "allmlp.cli", *words]
     # in a separate session, so that Ctrl-C in a terminal reaches only this process

@@ -106,6 +106,7 @@ def classify(
         workers=default_workers(dataset, context.local_world_size) if workers is None else workers,
         rank=context.rank,
         world_size=context.world_size,
+        processes=context.local_world_size,
     )
     results, done = [], 0  # of each batch: its columns, and its unreadable images
     too_large = device_errors(f"{batch_size} images at a time", "use a smaller batch size, or another device")
@@ -167,7 +168,7 @@ class SplitEvaluator:
     Args:
         name: name of the split, "val" or "test"; the prefix of the metrics.
         dataset: the images.
-        device, precision, context: as for ``classify``.
+        device, precision, workers, context: as for ``classify``.
         on_batch: called after each batch with the number of images done, and of all images.
     """
 
@@ -178,11 +179,12 @@ class SplitEvaluator:
         *,
         device: torch.device,
         precision: torch.dtype,
+        workers: int | None = None,
         context: DistributedContext = SINGLE_PROCESS,
         on_batch: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
         self.name, self.dataset, self.device, self.precision = name, dataset, device, precision
-        self.context, self.on_batch = context, on_batch
+        self.workers, self.context, self.on_batch = workers, context, on_batch
         self.result: Classification | None = None  # of the last evaluation
 
     def __call__(self, model: Classifier) -> dict[str, float]:
@@ -192,6 +194,7 @@ class SplitEvaluator:
             self.dataset,
             device=self.device,
             precision=self.precision,
+            workers=self.workers,
             on_progress=self.on_batch,
             context=self.context,
         )

@@ -1,7 +1,6 @@
 """Images read ahead by threads and prepared for a model, in batches; memory stays constant for any number of images."""
 
 import itertools
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,6 +12,7 @@ from allmlp.classifier import Classifier
 from allmlp.data.decode import UnreadableImage
 from allmlp.data.stores import Store
 from allmlp.data.transforms import EvaluationTransform
+from allmlp.device import available_cores
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -38,7 +38,7 @@ def read_batches(
 def read_ahead(read: Callable[[T], U], items: Iterable[T], depth: int) -> Iterator[tuple[T, U]]:
     """Yields (item, read(item)) in order. Threads read at most ``depth`` items ahead."""
     waiting: deque[tuple[T, Future[U]]] = deque()
-    with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
+    with ThreadPoolExecutor(min(available_cores(), 8)) as pool:
         for item in items:
             waiting.append((item, pool.submit(read, item)))
             if len(waiting) >= depth:

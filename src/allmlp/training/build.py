@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
-from torch.utils.data import DataLoader
 
 from allmlp.checkpointing.manager import CheckpointManager
 from allmlp.config.batch_size import resolve_micro_batch_size
 from allmlp.config.recipe import DataRecipe, OptimizationRecipe, Recipe
 from allmlp.config.serialize import to_json_object
 from allmlp.data.dataset import Dataset, DatasetSplits
-from allmlp.data.loader import UnreadableImages, default_workers, training_batches
+from allmlp.data.loader import Batches, UnreadableImages, default_workers, training_batches
 from allmlp.data.mixup import Mixing
 from allmlp.data.randaugment import RandAugment
 from allmlp.data.shared import Published, publish
@@ -199,7 +198,7 @@ def build_batches(
     steps: int,
     steps_done: int = 0,
     context: DistributedContext = SINGLE_PROCESS,
-) -> DataLoader:
+) -> Batches:
     """This process's micro-batches of the steps that remain."""
     dataset: Dataset = data.splits["train"]
     micro_batch_size = resolve_micro_batch_size(recipe.optimization, context.world_size)
@@ -215,6 +214,7 @@ def build_batches(
         first_step=steps_done * accumulate,
         rank=context.rank,
         world_size=context.world_size,
+        processes=context.local_world_size,
     )
 
 

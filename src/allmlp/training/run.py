@@ -109,7 +109,7 @@ def train(
                 preemption.check()
                 progress.update(done, total, f"evaluating on {split}")
 
-            where = {"device": device, "precision": precision, "context": context}
+            where = {"device": device, "precision": precision, "workers": recipe.data.workers, "context": context}
             return make_evaluator(split, data.splits[split], on_batch=on_batch, **where)
 
         validation = [evaluator("val")] if "val" in data.splits else []
