@@ -16,6 +16,8 @@ from allmlp.model import Mixer
 from allmlp.sizes import Size
 from allmlp.variants import VARIANTS, resolve_variant
 
+MAX_WRAPPERS = 4  # around one another
+
 
 def create(variant: str | None = None, *, num_classes: int = 1000, image_size: Size = 224, **options: Any) -> Mixer:
     """Creates a Mixer with the authors' initial weights: (B, in_channels, H, W) → (B, num_classes).
@@ -44,13 +46,14 @@ def create(variant: str | None = None, *, num_classes: int = 1000, image_size: S
 
 
 def as_mixer(model: object) -> Mixer:
-    """The Mixer itself, also of one that ``torch.compile`` or DDP has wrapped.
+    """The Mixer itself, also of one in wrappers: of ``torch.compile``, DataParallel, DDP, or averaged weights (EMA).
 
     Raises:
         UserError: it is none, or on the meta device, which holds no weights.
     """
-    for wrapped in ("_orig_mod", "module"):
-        model = getattr(model, wrapped, model)
+    for _ in range(MAX_WRAPPERS):
+        inner = [getattr(model, name, None) for name in ("_orig_mod", "module")]
+        model = next((module for module in inner if isinstance(module, torch.nn.Module)), model)
     if not isinstance(model, Mixer):
         raise UserError(f"model {brief(model)}: give a Mixer, such as allmlp.load('model.safetensors')")
     require_classifier(model)

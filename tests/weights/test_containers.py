@@ -1,5 +1,6 @@
 """Malicious, damaged and unrelated files: each is refused quickly, by one line that says why."""
 
+import gzip
 import json
 import os
 import pickle
@@ -382,13 +383,18 @@ def test_one_name_twice(tmp_path: Path) -> None:
     refused(path, "head/bias", "twice")
     write_npz(path, ARRAYS | {"params/head/bias": ARRAYS["head/bias"] + 1}, {})
     refused(path, "head/bias", "twice")
-    torch.save(timm_state() | {"module.head.bias": torch.ones(3)}, path)
+    torch.save(timm_state() | {"_orig_mod.head.bias": torch.ones(3)}, path)
     refused(path, "head.bias", "twice")
+    torch.save(timm_state() | {"module.head.bias": torch.ones(3)}, path)
+    refused(path, "1 unexpected: module.head.bias")
 
 
 def test_names(tmp_path: Path) -> None:
     path = tmp_path / "w.npz"
     for prefix in ("model/", "../", "/", "params/params/", "opt/", "a/b/"):
+        write_npz(path, {prefix + name: array for name, array in ARRAYS.items()}, {})
+        load(path)
+    for prefix in ("model", "x-", "Mixer"):
         write_npz(path, {prefix + name: array for name, array in ARRAYS.items()}, {})
         refused(path, "first names")
     for digits in ("9" * 5000, "9" * 300, "٣", "-1"):
@@ -410,18 +416,38 @@ def test_names(tmp_path: Path) -> None:
 # Other files
 
 
+OTHERS = {
+    b"version https://git-lfs.github.com/spec/v1\noid": "git lfs pull",
+    b"\n<!DOCTYPE html><html>": "web page",
+    b"<head><title>Sign in": "web page",
+    b'<?xml version="1.0"?><Error><Code>AccessDenied': "XML",
+    b'{"error": "not found"}': "JSON",
+    b"{}": "JSON",
+    gzip.compress(bytes(99)): "unpack it",
+    bytes(257) + b"ustar" + bytes(99): "an archive",
+    b"\x89HDF\r\n\x1a\n" + bytes(99): "Keras",
+    b"GGUF\3\0\0\0": "GGUF",
+    b"\x08\x08\x12\x07pytorch\x1a\x052.1.0": "ONNX",
+}
+
+
 def test_what_is_no_weights_file(tmp_path: Path) -> None:
     refused(tmp_path / "none.npz", "does not exist", "hf-hub:")
     refused(tmp_path, "is a folder")
     path = tmp_path / "w.npz"
     path.touch()
     refused(path, "is empty")
-    for data in (b"x", b"a letter\n" * 20, b"\x89PNG\r\n\x1a\n" + bytes(99), b"{}", bytes(5000), b"\xff" * 500):
+    for data in (b"x", b"a letter\n" * 20, b"\x89PNG\r\n\x1a\n" + bytes(99), bytes(5000), b"\xff" * 500):
         for other in (path, tmp_path / "w.safetensors", tmp_path / "w.pth"):
             other.write_bytes(data)
             refused(other, "is not a weights file", "safetensors, .npz")
+    for data, words in OTHERS.items():
+        path.write_bytes(data)
+        refused(path, words)
     write_npz(path, {}, {"train/cat/1.jpg": b"\xff\xd8\xff"})
     refused(path, "'train/cat/1.jpg'")
+    torch.jit.save(torch.jit.trace(nn.Linear(2, 2), torch.zeros(1, 2)), path)
+    refused(path, "TorchScript", "state_dict()")
     write_npz(path, {}, {})
     refused(path)
     nested: Any = {"a": {"b": torch.zeros(1)}}

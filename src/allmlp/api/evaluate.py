@@ -4,8 +4,10 @@ import dataclasses
 import logging
 import math
 import os
+from collections.abc import Sequence
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from allmlp.api.progress import progress_bar
@@ -120,18 +122,35 @@ def training_data(model: Classifier) -> dict[str, Any]:
 def match_classes(dataset: ImageDataset, model: Classifier, classes: tuple[str, ...]) -> ImageDataset:
     """The images with labels that are positions in the model's classes.
 
-    Folders named by ImageNet's synsets, such as n01440764, match those classes' names. Weights without class names are
-    matched by position with ``classes``, those of the source.
+    Folders named by ImageNet's synsets, such as n01440764, match those classes' names. Folders named by numbers, which
+    are no names of the model's classes, are positions. Weights without class names are otherwise matched by position
+    with ``classes``, those of the source.
     """
     names, count = model.metadata.classes, model.num_classes
     synsets = synset_names(count)
     if names == tuple(synsets.values()) and set(dataset.classes) <= synsets.keys():
         dataset = dataclasses.replace(dataset, classes=tuple(synsets[name] for name in dataset.classes))
+    if not set(dataset.classes) & set(names or ()) and (numbers := positions(dataset.classes, count)) is not None:
+        log.warning("the class folders are numbers: taken as the positions of the model's classes, from 0")
+        return dataclasses.replace(
+            dataset,
+            labels=np.array(numbers, dtype=np.int64)[dataset.labels],
+            classes=names or tuple(map(str, range(count))),
+        )
     if names is None:
         if len(classes) != count:
             raise UserError(
                 f"these weights do not name their {count} classes, and the data has {len(classes)}: save them with "
                 "allmlp.save(model, path, classes=[…])"
             )
+        names = tuple(sorted(classes, key=int)) if all(map(str.isdecimal, classes)) else classes
         log.warning("these weights do not name their classes: matched by position with those of the data")
-    return dataset.relabeled(classes if names is None else names)
+    return dataset.relabeled(names)
+
+
+def positions(classes: Sequence[str], count: int) -> list[int] | None:
+    """The numbers that the classes are called, if these are different positions among ``count``."""
+    if not all(name.isascii() and name.isdecimal() for name in classes):
+        return None
+    numbers = [int(name) for name in classes]
+    return numbers if len(set(numbers)) == len(numbers) and max(numbers) < count else None

@@ -15,7 +15,7 @@ from allmlp.errors import UserError
 
 T = TypeVar("T")
 
-WEIGHTS_HELP = "A file of allmlp, the authors (.npz), timm or lucidrains, or hf-hub:OWNER/NAME."
+WEIGHTS_HELP = "A file of allmlp, the authors (.npz), timm or others, a run's folder, or hf-hub:OWNER/NAME."
 Weights = Annotated[
     str,
     tyro.conf.Positional,

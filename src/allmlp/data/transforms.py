@@ -13,6 +13,7 @@ from PIL import Image, ImageEnhance
 from torch import Tensor
 
 from allmlp.data.randaugment import RandAugment
+from allmlp.errors import UserError
 from allmlp.metadata import Preprocessing
 
 TrainCrop = Literal["none", "pad", "inception"]
@@ -162,10 +163,30 @@ def to_tensor(image: Image.Image | np.ndarray) -> Tensor:
     return torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())
 
 
-def normalize(pixels: Tensor, preprocessing: Preprocessing) -> Tensor:
-    """(B, 3, H, W) uint8 → float32, (x / 255 − mean) / std, on the same device."""
+def normalize(pixels: Tensor, preprocessing: Preprocessing, channels: int = 3) -> Tensor:
+    """(B, 3, H, W) uint8 → (B, channels, H, W) float32, (x / 255 − mean) / std, on the same device.
+
+    For a model of one channel, pixels become gray as in Pillow's mode L (ITU-R BT.601's luma).
+    """
     scale, shift = scale_and_shift(preprocessing, pixels.device)
+    if channels == 1:
+        return to_gray(pixels).float() * scale.mean(0, keepdim=True) - shift.mean(0, keepdim=True)
     return pixels.float() * scale - shift
+
+
+def to_gray(pixels: Tensor) -> Tensor:
+    """(B, 3, H, W) → (B, 1, H, W) uint8."""
+    red, green, blue = pixels.to(torch.int32).split(1, dim=1)
+    return ((red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16).to(torch.uint8)
+
+
+def check_channels(channels: int) -> None:
+    """Raises a UserError for a model that takes no images of a file: those have three channels, or one if gray."""
+    if channels not in (1, 3):
+        raise UserError(
+            f"this model takes {channels} channels, and images of files have 3: call it on tensors (batch, {channels}, "
+            "height, width) of your own"
+        )
 
 
 @functools.lru_cache(maxsize=16)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from allmlp.classifier import Classifier, evaluation_mode
 from allmlp.data.dataset import Dataset
 from allmlp.data.loader import default_workers, evaluation_batches
-from allmlp.data.transforms import EvaluationTransform, normalize
+from allmlp.data.transforms import EvaluationTransform, check_channels, normalize
 from allmlp.device import autocast, current_device, device_errors
 from allmlp.distributed.context import SINGLE_PROCESS, DistributedContext
 from allmlp.errors import UserError
@@ -113,7 +113,8 @@ def classify(
     with current_device(device), too_large, evaluation_mode(model, device), torch.inference_mode():
         for batch in batches:
             with autocast(device, precision):
-                logits = model(normalize(batch.images.to(device), model.metadata.preprocessing)).float()
+                images = normalize(batch.images.to(device), model.metadata.preprocessing, model.in_channels)
+                logits = model(images).float()
             losses = F.cross_entropy(logits, batch.labels.to(logits.device), reduction="none")
             top = logits.softmax(-1).topk(min(TOP_CLASSES, logits.shape[1]))
             columns = (batch.indices, batch.labels, top.indices.cpu(), top.values.cpu(), losses.cpu())
@@ -142,9 +143,10 @@ def classify(
 
 
 def check_head(model: Classifier) -> None:
-    """Raises a UserError for a model without a head."""
+    """Raises a UserError for a model without a head, or one that takes no images of files."""
     if not model.num_classes:
         raise UserError("these weights have no head, only features: fine-tune them before you classify with them")
+    check_channels(model.in_channels)
 
 
 def wilson(correct: int, total: int) -> tuple[float, float]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from allmlp.classifier import Classifier, require_classifier
 from allmlp.data.decode import MAX_PIXELS
-from allmlp.data.transforms import EvaluationTransform, normalize
+from allmlp.data.transforms import EvaluationTransform, check_channels, normalize
 from allmlp.device import Precision, select_device, select_precision
 from allmlp.errors import UserError, naming_keywords
 from allmlp.inference.batches import read_batches
@@ -34,6 +34,7 @@ def features(
         UserError: an image that cannot be read; no images; ``batch_size`` is below 1.
     """
     require_classifier(model)
+    check_channels(model.in_channels)
     batch_size, max_pixels = whole_number("batch_size", batch_size, 1), whole_number("max_pixels", max_pixels, 1)
     chosen = select_device(device)
     dtype = select_precision(precision, chosen)
@@ -50,10 +51,11 @@ def features(
 
 @dataclass(frozen=True)
 class Transform:
-    """One image, as ``predict`` takes it, to (3, H, W) float32: resized, cropped and normalized as in evaluation."""
+    """One image, as ``predict`` takes it, to (channels, H, W) float32, prepared as in evaluation."""
 
     image_size: tuple[int, int]
     preprocessing: Preprocessing
+    channels: int = 3
 
     def __call__(self, image: ImageLike) -> Tensor:
         """Raises a UserError for what is not one image, and UnreadableImage for one that cannot be read."""
@@ -62,10 +64,12 @@ class Transform:
         if len(found) != 1:
             raise UserError(f"{len(found)} images: the transform takes one at a time")
         store, name, _ = found[0]
-        return normalize(resize(store.open(name, MAX_PIXELS, resize.min_side))[None], self.preprocessing)[0]
+        pixels = resize(store.open(name, MAX_PIXELS, resize.min_side))
+        return normalize(pixels[None], self.preprocessing, self.channels)[0]
 
 
 def transform(model: Classifier) -> Transform:
     """The preprocessing of a model, for a dataset of your own. It can be pickled for worker processes."""
     require_classifier(model)
-    return Transform(model.image_size, model.metadata.preprocessing)
+    check_channels(model.in_channels)
+    return Transform(model.image_size, model.metadata.preprocessing, model.in_channels)

@@ -9,7 +9,7 @@ from torch import Tensor
 from allmlp.classifier import Classifier, evaluation_mode, require_classifier
 from allmlp.data.decode import MAX_PIXELS
 from allmlp.data.stores import Store
-from allmlp.data.transforms import normalize
+from allmlp.data.transforms import check_channels, normalize
 from allmlp.device import Precision, autocast, current_device, device_errors, select_device, select_precision
 from allmlp.errors import UserError, naming_keywords, with_keywords
 from allmlp.inference.batches import read_batches
@@ -130,7 +130,7 @@ def compute(
     """
     too_large = device_errors(f"{len(pixels)} images at a time", "use a smaller batch size, or another device")
     with current_device(device), too_large, evaluation_mode(model, device), torch.inference_mode():
-        images = normalize(torch.stack(pixels).to(device), model.metadata.preprocessing)
+        images = normalize(torch.stack(pixels).to(device), model.metadata.preprocessing, model.in_channels)
         with autocast(device, precision):
             result = function(images).float()
         if not result.isfinite().all():
@@ -148,6 +148,7 @@ def not_finite() -> UserError:
 def check_classifier(model: Classifier) -> None:
     """Raises a UserError for a model that cannot classify: it has no head, or one that was never trained."""
     require_classifier(model)
+    check_channels(model.in_channels)
     if not model.num_classes:
         raise UserError("these weights have no head, only features: train one first (mixer finetune)")
     if isinstance(model, Mixer) and not torch.count_nonzero(model.get_parameter("head.weight")):

@@ -258,7 +258,10 @@ def build_initializer(recipe: Recipe) -> ModelInitializer:
     pretrained = load(settings.weights)
     if pretrained.config["in_channels"] != 3:
         channels = pretrained.config["in_channels"]
-        raise UserError(f"{settings.weights} takes images of {channels} channels: training reads RGB images, of 3")
+        raise UserError(
+            f"{settings.weights} takes images of {channels} channels, and training reads RGB images, of 3: start from "
+            "weights of 3 channels, or train from scratch"
+        )
     pretrained = resize(pretrained, size or pretrained.image_size)
     origin = copy.deepcopy(pretrained.metadata.provenance)
     origin.pop("recipe", None)

@@ -25,12 +25,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from allmlp.errors import UserError, printable
+from allmlp.weights.foreign_files import FIRST_BYTES, HARMLESS, TORCHSCRIPT, other_kind
 
 MAX_HEADER = 4 * 2**20  # bytes, of a safetensors file; a Mixer's has some 30 kB, the names of 21,843 classes 1 MB
 MAX_TENSORS = 4096  # a Mixer-H/14 has 390, its training checkpoint three times as many
 MAX_EXPANSION = 20  # largest ratio of a zip's uncompressed size to its file size; weights compress far less
 ALWAYS_ALLOWED_SIZE = 64 * 2**20  # bytes, uncompressed, at any ratio
-LFS_POINTER = b"version https://"  # its first 16 bytes
 MAX_WRAPPERS = 5  # nested dictionaries around a state dict
 
 FLOATS = {
@@ -94,7 +94,7 @@ def open_container(path: Path) -> Container:
         )
     try:
         with path.open("rb") as file:
-            start = file.read(16)
+            start = file.read(FIRST_BYTES)
     except OSError as error:
         raise UserError(f"{file_name} cannot be read ({error.strerror}): give a readable file") from None
     if not start:
@@ -105,10 +105,8 @@ def open_container(path: Path) -> Container:
         kind, opener = "safetensors", open_safetensors
     elif start[:1] == b"\x80" or start.startswith(b"(dp"):
         kind, opener = "torch", open_torch
-    elif start == LFS_POINTER:
-        raise UserError(f"{file_name} is a pointer of Git LFS, not the weights: run git lfs pull in its repository")
-    elif start.lstrip().lower().startswith((b"<!doct", b"<html")):
-        raise UserError(f"{file_name} is a web page, not weights: a login or an error page; download the file itself")
+    elif what := other_kind(start):
+        raise UserError(f"{file_name} is {what}")
     else:
         raise UserError(
             f"{file_name} is not a weights file: it begins with {printable(start[:8].decode('latin1'))!r}, unlike "
@@ -203,7 +201,10 @@ def is_torch_zip(path: Path, file_name: str) -> bool:
             f"{file_name}: {size:,} bytes that would inflate to {total:,}: weights do not compress that well, so this "
             "is refused; get the file from its authors"
         )
-    return any(member.filename.rpartition("/")[2] == "data.pkl" for member in inside)
+    names = {member.filename.rpartition("/")[2] for member in inside}
+    if TORCHSCRIPT in names:
+        raise UserError(f"{file_name} is a TorchScript archive, which holds a program: save model.state_dict() instead")
+    return "data.pkl" in names
 
 
 def open_npz(path: Path, file_name: str, stack: ExitStack) -> Container:
@@ -282,14 +283,15 @@ def read_npy(file: Any, info: TensorInfo) -> Tensor:
 
 
 def open_torch(path: Path, file_name: str, stack: ExitStack) -> Container:
-    """Uses the restricted unpickler only, which builds tensors and plain containers and calls nothing else."""
+    """Uses the restricted unpickler only, which builds tensors, plain containers and what is listed as harmless."""
     misnamed = path.suffix == ".safetensors"  # given the path, torch.load would read it as safetensors
     source: Any = stack.enter_context(path.open("rb")) if misnamed else path
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of deprecated storage types
             mapped = not misnamed and zipfile.is_zipfile(path)
-            stored = torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
+            with torch.serialization.safe_globals(HARMLESS):
+                stored = torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         if "operand" in str(error):  # not a pickle, or a damaged one
             raise ValueError("its pickle is broken") from None
@@ -324,7 +326,10 @@ def extract_state_dict(stored: Any, file_name: str) -> tuple[dict[str, Tensor], 
     If a checkpoint has averaged weights (EMA) as well, those are taken, as timm does.
     """
     ignored: list[str] = []
-    wrappers = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model", "module")
+    wrappers = (
+        *("state_dict_ema", "ema_state_dict", "model_ema", "params_ema", "ema"),
+        *("state_dict", "model_state_dict", "model", "module", "net", "network", "weights", "params"),
+    )
     for _ in range(MAX_WRAPPERS):
         inner = next((key for key in wrappers if isinstance(stored, dict) and isinstance(stored.get(key), dict)), None)
         if inner is None:
@@ -336,13 +341,4 @@ def extract_state_dict(stored: Any, file_name: str) -> tuple[dict[str, Tensor], 
             f"{file_name} contains an object of type {type(stored).__name__}, not a state dict of tensors: save "
             "model.state_dict() alone"
         )
-    tensors: dict[str, Tensor] = {}
-    for key, tensor in stored.items():
-        name = str(key)
-        name = re.sub(r"^(?:module\.|_orig_mod\.)+", "", name)  # of DistributedDataParallel and torch.compile
-        if name in tensors:
-            raise UserError(
-                f"{file_name} contains {printable(name)!r} twice, with and without a prefix: save one of them"
-            )
-        tensors[name] = tensor.detach()
-    return tensors, tuple(ignored)
+    return {str(key): tensor.detach() for key, tensor in stored.items()}, tuple(ignored)

@@ -1,4 +1,4 @@
-"""The five layouts (names and axis orders) of a Mixer's tensors, as one table, and a Mixer's sizes from its shapes."""
+"""The six layouts (names and axis orders) of a Mixer's tensors, as one table, and a Mixer's sizes from its shapes."""
 
 import math
 import re
@@ -13,44 +13,45 @@ from allmlp.factory import build_meta
 from allmlp.metadata import Preprocessing
 from allmlp.sizes import Gelu, Size, as_pair
 
-# Columns: native · the authors' (flax linen) · the authors' older (flax nn) · timm · lucidrains. {i} is a block's
-# number. lucidrains' names are positions in one nn.Sequential: {b} = i + 2, {n} = blocks + 2, {h} = blocks + 4.
+# Columns: native · the authors' (flax linen) · the authors' older (flax nn) · timm · lucidrains · mmpretrain. {i} is a
+# block's number. lucidrains' names are positions in one nn.Sequential: {b} = i + 2, {n} = blocks + 2, {h} = blocks + 4.
 NAMES = (
-    ("stem.weight", "stem/kernel", "embedding/kernel", "stem.proj.weight", "1.weight"),
-    ("stem.bias", "stem/bias", "embedding/bias", "stem.proj.bias", "1.bias"),
+    ("stem.weight", "stem/kernel", "embedding/kernel", "stem.proj.weight", "1.weight",
+     "backbone.patch_embed.projection.weight"),
+    ("stem.bias", "stem/bias", "embedding/bias", "stem.proj.bias", "1.bias", "backbone.patch_embed.projection.bias"),
     *(
         (f"blocks.{{i}}.{native}", f"MixerBlock_{{i}}/{authors}", f"Mixer/encoderblock_{{i}}/{older}",
-         f"blocks.{{i}}.{timm}", f"{{b}}.{lucidrains}")
-        for native, authors, older, timm, lucidrains in (
-            ("norm1.weight", "LayerNorm_0/scale", "LayerNorm_0/scale", "norm1.weight", "0.norm.weight"),
-            ("norm1.bias", "LayerNorm_0/bias", "LayerNorm_0/bias", "norm1.bias", "0.norm.bias"),
+         f"blocks.{{i}}.{timm}", f"{{b}}.{lucidrains}", f"backbone.layers.{{i}}.{mmpretrain}")
+        for native, authors, older, timm, lucidrains, mmpretrain in (
+            ("norm1.weight", "LayerNorm_0/scale", "LayerNorm_0/scale", "norm1.weight", "0.norm.weight", "ln1.weight"),
+            ("norm1.bias", "LayerNorm_0/bias", "LayerNorm_0/bias", "norm1.bias", "0.norm.bias", "ln1.bias"),
             ("token_mixing.dense_0.weight", "token_mixing/Dense_0/kernel", "token_mixing_phase_0/kernel1",
-             "mlp_tokens.fc1.weight", "0.fn.0.weight"),
+             "mlp_tokens.fc1.weight", "0.fn.0.weight", "token_mix.layers.0.0.weight"),
             ("token_mixing.dense_0.bias", "token_mixing/Dense_0/bias", "token_mixing_phase_0/bias1",
-             "mlp_tokens.fc1.bias", "0.fn.0.bias"),
+             "mlp_tokens.fc1.bias", "0.fn.0.bias", "token_mix.layers.0.0.bias"),
             ("token_mixing.dense_1.weight", "token_mixing/Dense_1/kernel", "token_mixing_phase_0/kernel2",
-             "mlp_tokens.fc2.weight", "0.fn.3.weight"),
+             "mlp_tokens.fc2.weight", "0.fn.3.weight", "token_mix.layers.1.weight"),
             ("token_mixing.dense_1.bias", "token_mixing/Dense_1/bias", "token_mixing_phase_0/bias2",
-             "mlp_tokens.fc2.bias", "0.fn.3.bias"),
-            ("norm2.weight", "LayerNorm_1/scale", "LayerNorm_1/scale", "norm2.weight", "1.norm.weight"),
-            ("norm2.bias", "LayerNorm_1/bias", "LayerNorm_1/bias", "norm2.bias", "1.norm.bias"),
+             "mlp_tokens.fc2.bias", "0.fn.3.bias", "token_mix.layers.1.bias"),
+            ("norm2.weight", "LayerNorm_1/scale", "LayerNorm_1/scale", "norm2.weight", "1.norm.weight", "ln2.weight"),
+            ("norm2.bias", "LayerNorm_1/bias", "LayerNorm_1/bias", "norm2.bias", "1.norm.bias", "ln2.bias"),
             ("channel_mixing.dense_0.weight", "channel_mixing/Dense_0/kernel", "channel_mixing_phase_0/kernel1",
-             "mlp_channels.fc1.weight", "1.fn.0.weight"),
+             "mlp_channels.fc1.weight", "1.fn.0.weight", "channel_mix.layers.0.0.weight"),
             ("channel_mixing.dense_0.bias", "channel_mixing/Dense_0/bias", "channel_mixing_phase_0/bias1",
-             "mlp_channels.fc1.bias", "1.fn.0.bias"),
+             "mlp_channels.fc1.bias", "1.fn.0.bias", "channel_mix.layers.0.0.bias"),
             ("channel_mixing.dense_1.weight", "channel_mixing/Dense_1/kernel", "channel_mixing_phase_0/kernel2",
-             "mlp_channels.fc2.weight", "1.fn.3.weight"),
+             "mlp_channels.fc2.weight", "1.fn.3.weight", "channel_mix.layers.1.weight"),
             ("channel_mixing.dense_1.bias", "channel_mixing/Dense_1/bias", "channel_mixing_phase_0/bias2",
-             "mlp_channels.fc2.bias", "1.fn.3.bias"),
+             "mlp_channels.fc2.bias", "1.fn.3.bias", "channel_mix.layers.1.bias"),
         )
     ),
     *(
         (f"pre_head_layer_norm.{torch_name}", f"pre_head_layer_norm/{flax_name}", f"Mixer/encoder_norm/{flax_name}",
-         f"norm.{torch_name}", f"{{n}}.{torch_name}")
+         f"norm.{torch_name}", f"{{n}}.{torch_name}", f"backbone.ln1.{torch_name}")
         for torch_name, flax_name in (("weight", "scale"), ("bias", "bias"))
     ),
-    ("head.weight", "head/kernel", "head/kernel", "head.weight", "{h}.weight"),
-    ("head.bias", "head/bias", "head/bias", "head.bias", "{h}.bias"),
+    ("head.weight", "head/kernel", "head/kernel", "head.weight", "{h}.weight", "head.fc.weight"),
+    ("head.bias", "head/bias", "head/bias", "head.bias", "{h}.bias", "head.fc.bias"),
 )  # fmt: skip
 
 
@@ -121,8 +122,9 @@ LAYOUTS = (
     Layout(title="the authors' older layout", column=2, publisher="authors", flax=True),
     Layout(title="timm's layout", column=3, publisher="timm", gelu="erf", preprocessing=IMAGENET),
     Layout(title="lucidrains' layout", column=4, gelu="erf", norm_eps=1e-5),
+    Layout(title="mmpretrain's layout", column=5, gelu="erf", norm_eps=1e-5, preprocessing=IMAGENET),
 )
-NATIVE, AUTHORS, AUTHORS_OLDER, TIMM, LUCIDRAINS = LAYOUTS
+NATIVE, AUTHORS, AUTHORS_OLDER, TIMM, LUCIDRAINS, MMPRETRAIN = LAYOUTS
 
 
 def detect_layout(names: Iterable[str]) -> tuple[Layout, int] | None:

@@ -3,6 +3,7 @@
 import logging
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from allmlp.weights import layouts, native
 from allmlp.weights.containers import Container, open_container, require_floats
 from allmlp.weights.foreign_metadata import foreign_metadata
 from allmlp.weights.hub import HUB_PREFIX, WeightsFile, download
+from allmlp.weights.local import find_weights, read_config
+from allmlp.weights.prefixes import without_prefix
 
 log = logging.getLogger(__name__)
 
@@ -26,12 +29,15 @@ def load(path: str | Path, *, image_size: Size | None = None, in_channels: int |
     """Reads a Mixer from a weights file: in evaluation mode, on the CPU, with its ``metadata``.
 
     It reads native safetensors; the authors' ``.npz`` in both layouts, bare or below ``params/`` or ``opt/target/``;
-    state dicts with timm's, lucidrains' or native names, as safetensors, ``.pt`` or ``.pth``. Sizes come from the
-    shapes. GELU, LayerNorm's ε and preprocessing come from native metadata or the hub's config.json, else they are the
-    layout's defaults. Tensors of 16 bits become float32, except in files that this package saved.
+    state dicts with timm's, lucidrains', mmpretrain's or native names, below any one prefix, alone or in a training
+    checkpoint, as safetensors, ``.pt`` or ``.pth``. A folder stands for the weights in it: of a run, or copied from the
+    hub. Sizes come from the shapes. GELU, LayerNorm's ε and preprocessing come from native metadata, or timm's
+    config.json on the hub or beside the file, else they are the layout's defaults. Tensors of 16 bits become float32,
+    except in files that this package saved.
 
     Args:
-        path: a file, or "hf-hub:OWNER/NAME", "hf-hub:OWNER/NAME@REVISION" on the Hugging Face hub.
+        path: a file, a folder with weights, or "hf-hub:OWNER/NAME", "hf-hub:OWNER/NAME@REVISION" on the Hugging Face
+            hub.
         image_size: size that the weights were trained at, in pixels; needed if the grid of patches is not square.
         in_channels: number of channels of the images; needed if a flat stem (lucidrains') leaves it ambiguous.
 
@@ -41,12 +47,14 @@ def load(path: str | Path, *, image_size: Size | None = None, in_channels: int |
         RunError: the hub cannot be reached and the file is not in its cache.
     """
     given = as_path("path", path)
-    file = download(str(path)) if str(path).startswith(HUB_PREFIX) else WeightsFile(path=given)
+    file = download(str(path)) if str(path).startswith(HUB_PREFIX) else WeightsFile(path=find_weights(given))
     with open_container(file.path) as container:
         if native.is_native(container.metadata):
             model = native.read(container)
             check_arguments(model.config, image_size, in_channels, str(path))
         else:
+            if not file.source:
+                file = replace(file, config=read_config(file.path.parent / "config.json"))
             model = read_foreign(container, file, image_size, in_channels)
     if file.source:
         saved = model.metadata.provenance.get("source", {})
@@ -61,16 +69,17 @@ def load(path: str | Path, *, image_size: Size | None = None, in_channels: int |
 def read_foreign(container: Container, file: WeightsFile, image_size: Size | None, in_channels: int | None) -> Mixer:
     """A model from tensors in one of the layouts; all shapes are checked before a tensor is read."""
     file_name = container.name
-    stored_names = unwrap(container.infos, file_name)
+    unwrapped = unwrap(container.infos, file_name)
+    stored_names = {name: unwrapped[inner] for name, inner in without_prefix(unwrapped, file_name).items()}
     infos = {name: container.infos[stored] for name, stored in stored_names.items()}
     if ignored := [*container.ignored, *sorted(set(container.infos) - set(stored_names.values()))]:
         log.info("%s: ignored, not weights of the model: %s", file_name, printable(layouts.shortened(ignored)))
     detected = layouts.detect_layout(infos)
     if detected is None:
         raise UserError(
-            f"{file_name} holds {len(infos)} tensors, but no token mixing of a Mixer (its first names: "
-            f"{printable(layouts.shortened(sorted(infos), 3)) or 'none'}): another architecture's weights; give a "
-            "Mixer's"
+            f"{file_name} holds {len(infos)} tensors, but no token mixing of a Mixer, below no prefix either (its "
+            f"first names: {printable(layouts.shortened(sorted(infos), 3)) or 'none'}): probably another "
+            "architecture's weights; give a Mixer's"
         )
     require_floats(infos, file_name)
     layout, num_blocks = detected

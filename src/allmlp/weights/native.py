@@ -59,6 +59,8 @@ def save(model: Mixer, path: str | Path, classes: Sequence[str] | None = None, *
     if names is not None and len(names) != model.num_classes:
         raise UserError(f"{len(names)} class names for a head of {model.num_classes}: give one for each")
     for name, tensor in model.state_dict().items():
+        if getattr(tensor, "device_mesh", None) is not None:
+            raise UserError("the weights are sharded (FSDP2): copy their full_tensor() into a whole model first")
         check_finite(tensor, name, "the model")
     metadata = dataclasses.replace(model.metadata, classes=names, provenance=model.metadata.provenance | provenance)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
@@ -78,6 +80,9 @@ def make_header(config: dict[str, Any], metadata: Metadata, tensors: Mapping[str
 
 def write(path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
     """Writes a safetensors file atomically; a RunError if the disk is full."""
+    by_storage = {tensor.untyped_storage().data_ptr(): name for name, tensor in tensors.items()}
+    last = set(by_storage.values())  # others share their memory with one of these, which the format does not allow
+    tensors = {name: tensor if name in last else tensor.clone() for name, tensor in tensors.items()}
     with atomic_write(path) as temporary:
         try:
             save_file(tensors, temporary, header)
