@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
-from allmlp.data.decode import FORMATS, MAX_PIXELS, UnreadableImage, decode, is_image_name
+from allmlp.data.decode import MAX_PIXELS, UnreadableImage, decode, is_image_name
+from allmlp.data.formats import FORMATS
 
 RED, GREEN, BLUE, YELLOW = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0)
 ORIENTATION = 0x0112
@@ -30,6 +31,8 @@ def quarters(size: tuple[int, int] = (48, 32)) -> Image.Image:
 
 def encode(image: Image.Image, kind: str, **options) -> bytes:
     file = io.BytesIO()
+    if kind == "HEIF":
+        pytest.importorskip("pillow_heif").register_heif_opener()
     image.save(file, kind, **options)
     return file.getvalue()
 
@@ -175,8 +178,8 @@ def test_transparency_over_white() -> None:
     assert first_pixel(encode(Image.new("1", (2, 1), 0), "PNG", transparency=0)) == (255, 255, 255)
     four_bits = png((2, 1), 4, 0, b"\0\x35", (b"tRNS", struct.pack(">H", 3)))
     assert pixels(four_bits)[0, :, 0].tolist() == [255, 5 * 17]
-    wide = png((2, 1), 16, 0, b"\0" + struct.pack(">2H", 514, 513), (b"tRNS", struct.pack(">H", 514)))
-    assert pixels(wide)[0, :, 0].tolist() == [255, 2]
+    wide = png((3, 1), 16, 0, b"\0" + struct.pack(">3H", 514, 513, 65535), (b"tRNS", struct.pack(">H", 514)))
+    assert pixels(wide)[0, :, 0].tolist() == [255, 2, 255]
     key = struct.pack(">3H", 0x1234, 0x5678, 0x9ABC)
     rgb = png((2, 1), 16, 2, b"\0" + key + struct.pack(">3H", 0x3400, 0x7800, 0xBC00), (b"tRNS", key))
     assert pixels(rgb)[0].tolist() == [[255, 255, 255], [0x34, 0x78, 0xBC]]
@@ -222,7 +225,10 @@ def test_truncated() -> None:
     for kind in FORMATS:
         data = encode(Image.effect_noise((64, 64), 90), kind)
         *_, half = [rejection(data[:length]) for length in (1, 4, 13, 25, len(data) // 2)]
-        assert kind in ("WEBP", "TIFF") or "the file is truncated; replace it or remove it" in half
+        assert (
+            kind in ("WEBP", "TIFF", "JPEG2000", "HEIF", "AVIF")
+            or "the file is truncated; replace it or remove it" in half
+        )
 
 
 def test_what_is_no_image_is_rejected_with_its_reason() -> None:
@@ -231,7 +237,6 @@ def test_what_is_no_image_is_rejected_with_its_reason() -> None:
     for data, reason in (
         (b"", "empty"),
         (b"hello, this is text", "none of JPEG, PNG"),
-        (encode(quarters(), "PPM"), "none of JPEG, PNG"),
         (encode(quarters(), "ICO"), "none of JPEG, PNG"),
         (png((4, 4), 8, 2, b"\0" * 52).replace(b"IDAT", b"IDAX"), "PNG is damaged"),
         (bytes(flipped), "PNG is damaged"),

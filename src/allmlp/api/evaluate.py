@@ -12,7 +12,7 @@ import torch
 
 from allmlp.api.progress import progress_bar
 from allmlp.classifier import Classifier
-from allmlp.data.dataset import DatasetSplits, ImageDataset
+from allmlp.data.dataset import DatasetSplits, ImageDataset, peek
 from allmlp.data.decode import MAX_PIXELS
 from allmlp.data.sources import load_source
 from allmlp.device import Precision, select_device, select_precision
@@ -87,6 +87,7 @@ def evaluate_source(
 ) -> Classification:
     """Classifies one split of a source, with a progress bar."""
     dataset = match_classes(source.split(part), model, source.classes)
+    peek(dataset)
     with progress_bar(progress) as bar:
         result = classify(
             model,

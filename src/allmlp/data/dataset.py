@@ -1,5 +1,6 @@
 """Labeled images: the ``Dataset`` protocol, its implementation on a store of images, and the splits of a source."""
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -7,7 +8,8 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
-from allmlp.data.decode import MAX_PIXELS
+from allmlp.data.decode import MAX_PIXELS, UnreadableImage
+from allmlp.data.formats import HEIF_EXTENSIONS, HEIF_REMEDY, can_read_heif
 from allmlp.data.names import concatenate, normal_form, pack
 from allmlp.data.stores import Store
 from allmlp.errors import UserError, printable
@@ -21,7 +23,8 @@ def describe_left_out(left_out: Mapping[str, int]) -> str:
     named = [f"{count:,} {printable(kind)}" for kind, count in kinds[:MAX_KINDS_NAMED]]
     if rest := kinds[MAX_KINDS_NAMED:]:
         named.append(f"{sum(count for _, count in rest):,} of {len(rest):,} other kinds")
-    return f"{sum(left_out.values()):,} files left out: {', '.join(named)}"
+    remedy = "" if can_read_heif() or not HEIF_EXTENSIONS & left_out.keys() else f" (to read HEIF: {HEIF_REMEDY})"
+    return f"{sum(left_out.values()):,} files left out: {', '.join(named)}{remedy}"
 
 
 class Dataset(Protocol):
@@ -56,6 +59,15 @@ class Dataset(Protocol):
             UnreadableImage: the image is missing or cannot be decoded.
         """
         ...
+
+
+def peek(dataset: Dataset) -> None:
+    """Reads some images of 16 bits, as they may be: what there is to say of all is then said by this process alone."""
+    names = () if dataset.in_memory else dataset.names
+    for i in range(0, len(names), max(len(names) // 4, 1)):
+        if names[i].lower().endswith((".png", ".tif", ".tiff", ".pgm", ".jp2")):
+            with contextlib.suppress(UnreadableImage):
+                dataset.read(i)
 
 
 @dataclass(frozen=True, kw_only=True)

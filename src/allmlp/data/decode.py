@@ -4,35 +4,25 @@ Images are untrusted input. Only a few parsers run, the size is checked before a
 with a file raises the same kind of error, with a message of one line.
 """
 
+import functools
 import io
+import logging
 import os
-import re
+import struct
 import textwrap
 from contextlib import suppress
 
 import numpy as np
 from PIL import Image
-from PIL.BmpImagePlugin import BmpImageFile
 from PIL.ExifTags import Base
-from PIL.GifImagePlugin import GifImageFile
-from PIL.JpegImagePlugin import jpeg_factory
 from PIL.PngImagePlugin import PngImageFile
-from PIL.TiffImagePlugin import TiffImageFile
-from PIL.WebPImagePlugin import WebPImageFile
+from PIL.TiffImagePlugin import MAX_SAMPLESPERPIXEL, ImageFileDirectory_v2, TiffImageFile
 
+from allmlp.data.formats import FORMATS, HEIF_REMEDY, can_read_heif, readable_extensions, recognize
 from allmlp.errors import UserError, printable
 
-# First bytes and parser of each format. The parsers are called directly instead of through Image.open, which might run
-# the parser of another format, and which rejects a huge image before its width and height can be read.
-FORMATS = {
-    "JPEG": (re.compile(rb"\xff\xd8\xff"), jpeg_factory),  # and MPO, which many phones write: its first image
-    "PNG": (re.compile(rb"\x89PNG\r\n\x1a\n"), PngImageFile),
-    "WEBP": (re.compile(rb"RIFF....WEBP", re.DOTALL), WebPImageFile),
-    "BMP": (re.compile(rb"BM"), BmpImageFile),
-    "GIF": (re.compile(rb"GIF8[79]a"), GifImageFile),
-    "TIFF": (re.compile(rb"II[*+]\0|MM\0[*+]"), TiffImageFile),
-}
-EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+log = logging.getLogger(__name__)
+
 MAX_PIXELS = 64_000_000
 
 EXIF_KEYS = {"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"}  # of image.info: may hold the orientation
@@ -53,7 +43,7 @@ class UnreadableImage(UserError):
 
 def is_image_name(name: str) -> bool:
     """Whether the name has the extension of an image, in lower or upper case, and is not hidden."""
-    return os.path.splitext(name)[1].lower() in EXTENSIONS and not is_hidden(name)  # noqa: PTH122 (called for each file)
+    return os.path.splitext(name)[1].lower() in readable_extensions() and not is_hidden(name)  # noqa: PTH122 (called for each file)
 
 
 def is_hidden(name: str) -> bool:
@@ -65,7 +55,8 @@ def decode(data: bytes, name: str, max_pixels: int = MAX_PIXELS, min_side: int |
     """Decodes an image to upright 8-bit RGB; if it has several frames or pages, the first.
 
     EXIF orientation is applied, transparent pixels are composited over white, and 16-bit gray is scaled to 8 bits
-    (65535 → 255). Color profiles are not applied, as in the authors' input pipeline.
+    (65535 → 255; 4095 → 255 if no value needs more than 12 bits, as cameras and scanners store them). Color profiles
+    are not applied, as in the authors' input pipeline.
 
     Args:
         data: the bytes of the file.
@@ -80,13 +71,17 @@ def decode(data: bytes, name: str, max_pixels: int = MAX_PIXELS, min_side: int |
     """
     if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
         Image.MAX_IMAGE_PIXELS = max_pixels  # never lowered, so that threads may race here
-    kind, parse = next(((kind, parse) for kind, (start, parse) in FORMATS.items() if start.match(data)), (None, None))
-    if parse is None:
+    kind = recognize(data)
+    if kind is None:
         reason = f"its format is none of {', '.join(FORMATS)}" if data else "the file is empty"
         raise unreadable_image(name, reason)
+    if kind == "HEIF" and not can_read_heif():
+        raise unreadable_image(name, "it is a HEIF image (.heic)", HEIF_REMEDY)
+    if kind == "TIFF":
+        check_bands(data, name)
     above_limit, remedy = f"above the limit of {max_pixels:,}", "--max-pixels N raises the limit"
     try:
-        image = parse(io.BytesIO(data), "")
+        image = parse(kind, data)
         if image.width * image.height > max_pixels:
             raise unreadable_image(name, f"it has {image.width} × {image.height} pixels, {above_limit}", remedy)
         if min_side is not None:
@@ -104,7 +99,62 @@ def decode(data: bytes, name: str, max_pixels: int = MAX_PIXELS, min_side: int |
     except Exception as error:  # on arbitrary bytes, Pillow raises almost any type of exception
         text = textwrap.shorten(str(error), 100) or type(error).__name__
         reason = "the file is truncated" if "truncated" in text.lower() else f"the {kind} is damaged ({text})"
+        if kind == "TIFF" and "unknown pixel mode" in text:
+            raise unreadable_image(name, f"it is {describe_bands(data)}", BANDS_REMEDY) from error
         raise unreadable_image(name, reason) from error
+
+
+def parse(kind: str, data: bytes) -> Image.Image:
+    """An image whose header is read. Texts and profiles of a PNG that Pillow finds too large are left out."""
+    try:
+        return FORMATS[kind].parse(io.BytesIO(data), "")
+    except ValueError:
+        if kind != "PNG":
+            raise
+        return FORMATS[kind].parse(io.BytesIO(without_texts(data)), "")
+
+
+def without_texts(data: bytes) -> bytes:
+    """A PNG without its texts and its color profile. Its orientation, if these hold it, is lost."""
+    kept, at = [data[:8]], 8
+    while at + 8 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, at)
+        if kind not in (b"tEXt", b"zTXt", b"iTXt", b"iCCP"):
+            kept.append(data[at : at + 12 + length])
+        at += 12 + length
+    return b"".join(kept)
+
+
+BANDS_REMEDY = "save three of its bands with 8 bits each as RGB, or one as gray"
+
+
+def check_bands(data: bytes, name: str) -> None:
+    """Raises UnreadableImage for a TIFF of more bands than Pillow reads, of which it would print a line of its own."""
+    bands = 1
+    with suppress(Exception):  # a damaged one is left to the parser
+        bands = tiff_tags(data).get(Base.SamplesPerPixel, 1)
+    if bands > MAX_SAMPLESPERPIXEL:
+        raise unreadable_image(name, f"it is {describe_bands(data)}", BANDS_REMEDY)
+
+
+def describe_bands(data: bytes) -> str:
+    tags = tiff_tags(data)
+    bits, kinds = tags.get(Base.BitsPerSample, (1,)), {1: "", 2: " signed", 3: " floating-point"}
+    kind = kinds.get((tags.get(SAMPLE_FORMAT) or (1,))[0], "")
+    widths = " and ".join(map(str, sorted(set(bits if isinstance(bits, tuple) else (bits,)))))
+    return f"a TIFF of {tags.get(Base.SamplesPerPixel, 1)} band(s) of {widths}{kind} bits"
+
+
+SAMPLE_FORMAT = 339  # TIFF's tag
+
+
+def tiff_tags(data: bytes) -> ImageFileDirectory_v2:
+    big = data[2:4] in (b"+\0", b"\0+")
+    tags = ImageFileDirectory_v2(data[: 16 if big else 8])
+    file = io.BytesIO(data)
+    file.seek(tags.next)
+    tags.load(file)
+    return tags
 
 
 def unreadable_image(name: str, reason: str, remedy: str = "replace it or remove it") -> UnreadableImage:
@@ -157,6 +207,9 @@ def scale_16_bit_gray(image: Image.Image, name: str) -> Image.Image:
         white = 4095 if image.tag_v2.get(Base.BitsPerSample) == (12,) else 65535
         inverted = image.tag_v2.get(Base.PhotometricInterpretation) == 0
     values = np.asarray(image)
+    if white == 65535 and 255 < values.max() <= 4095:
+        white = 4095
+        say_that_12_bits_are_assumed()
     if values.min() < 0 or values.max() > white:
         raise unreadable_image(name, f"it has pixel values outside 0 to {white}", "save it with 8 or 16 bits")
     levels = np.rint(np.arange(white + 1) * (255 / white)).astype(np.uint8)
@@ -164,6 +217,12 @@ def scale_16_bit_gray(image: Image.Image, name: str) -> Image.Image:
     if (transparent := image.info.get("transparency")) is not None:
         gray[values == transparent] = 255
     return Image.fromarray(gray).convert("RGB")
+
+
+@functools.cache
+def say_that_12_bits_are_assumed() -> None:
+    """Said once: processes that are forked later do not repeat it."""
+    log.warning("16-bit images whose values need no more than 12 bits count as 12-bit: 4095 is white")
 
 
 def apply_orientation(image: Image.Image, pixels: Image.Image) -> Image.Image:

@@ -3,6 +3,7 @@
 A store can be pickled and sent to a worker process, which opens a zip again.
 """
 
+import contextlib
 import errno
 import logging
 import lzma
@@ -27,6 +28,9 @@ log = logging.getLogger(__name__)
 MAX_BYTES = 1 << 30  # larger image files are rejected before they are read
 MANY_ENTRIES, BYTES_PER_ENTRY = 1_000_000, 700  # of a zip; ``zipfile`` keeps all of them, as objects
 MAX_LINKED_FOLDERS = 100_000  # folders that are reached through links to folders
+
+
+UNPACK_ERRORS = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, OSError, RuntimeError, EOFError)
 
 
 class Store(Protocol):
@@ -71,6 +75,13 @@ class FolderStore:
             message = f"{path} cannot be read: {error.strerror}; check the file and its permissions"
             raise UnreadableImage(printable(message)) from None
         return decode(data, path, max_pixels, min_side)
+
+    def head(self, name: str, size: int) -> bytes:
+        """The first bytes of a file; none if it cannot be read."""
+        path = os.path.join(self.root, name)  # noqa: PTH118
+        with contextlib.suppress(OSError, UnreadableImage):
+            return read_regular(path, size)
+        return b""
 
     def names(self) -> Iterator[str]:
         """Every file below the root, as a relative path with forward slashes, in the same order on every machine."""
@@ -155,9 +166,19 @@ class ZipStore:
         check_bytes(entry.file_size, label)
         try:
             data = archive.read(entry)
-        except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, OSError, RuntimeError, EOFError) as error:
+        except UNPACK_ERRORS as error:
             raise UnreadableImage(printable(f"{label} cannot be unpacked: {error}; create the zip again")) from None
         return decode(data, label, max_pixels, min_side)
+
+    def head(self, name: str, size: int) -> bytes:
+        """As of a ``FolderStore``."""
+        _, archive, renamed = self.archive()
+        with (
+            contextlib.suppress(*UNPACK_ERRORS),
+            archive.open(renamed.get(self.prefix + name, self.prefix + name)) as file,
+        ):
+            return file.read(size)
+        return b""
 
     def names(self) -> Iterator[str]:
         yield from (name for name in self.entries() if not name.endswith("/"))
@@ -218,16 +239,20 @@ class ArrayStore:
 READ_ONLY = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)  # opening a pipe must not block
 
 
-def read_regular(path: str) -> bytes:
-    """The bytes of a regular file. Uses system calls: Python's file objects cost as much as decoding a small image."""
+def read_regular(path: str, limit: int = MAX_BYTES + 1) -> bytes:
+    """The bytes of a regular file, up to a limit.
+
+    Uses system calls: Python's file objects cost as much as decoding a small image.
+    """
     descriptor = os.open(path, READ_ONLY)
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise UnreadableImage(printable(f"{path} cannot be read: it is not a regular file; remove it"))
-        check_bytes(status.st_size, path)
-        data = os.read(descriptor, status.st_size)
-        while len(data) < status.st_size and (more := os.read(descriptor, status.st_size - len(data))):
+        size = min(status.st_size, limit)
+        check_bytes(size, path)
+        data = os.read(descriptor, size)
+        while len(data) < size and (more := os.read(descriptor, size - len(data))):
             data += more
         return data
     finally:

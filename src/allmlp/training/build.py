@@ -15,7 +15,7 @@ from allmlp.checkpointing.manager import CheckpointManager
 from allmlp.config.batch_size import resolve_micro_batch_size
 from allmlp.config.recipe import DataRecipe, OptimizationRecipe, Recipe
 from allmlp.config.serialize import to_json_object
-from allmlp.data.dataset import Dataset, DatasetSplits
+from allmlp.data.dataset import Dataset, DatasetSplits, peek
 from allmlp.data.loader import Batches, UnreadableImages, default_workers, training_batches
 from allmlp.data.mixup import Mixing
 from allmlp.data.randaugment import RandAugment
@@ -315,7 +315,7 @@ def check_data(recipe: Recipe) -> DatasetSplits:
     log.info("%s: %d classes; images: %s", data.description, len(data.classes), counts)
     for remark in data.remarks():
         log.warning("%s", remark)
-    data.split("train")
+    peek(data.split("train"))
     if len(data.classes) < 2:
         raise UserError(f"{recipe.data.data} has one class, {', '.join(data.classes)}: a classifier needs at least two")
     require_validation(recipe, data)

@@ -12,9 +12,9 @@ from typing import NamedTuple
 import numpy as np
 
 from allmlp.data.dataset import ImageDataset
-from allmlp.data.decode import EXTENSIONS
 from allmlp.data.folders.arrangement import Group, arrange, find_outer_folder, listed
 from allmlp.data.folders.walk import Folder, Tree, enter, walk
+from allmlp.data.formats import readable_extensions
 from allmlp.data.names import Names
 from allmlp.data.stores import FolderStore, ZipStore
 from allmlp.errors import UserError, printable
@@ -66,7 +66,7 @@ def what_is_there(tree: Tree) -> str:
     if tree.unreadable:
         path, problem = next(iter(tree.unreadable.items()))
         return f"{len(tree.unreadable)} of its folders cannot be read, the first is {printable(path[:-1])}: {problem}"
-    return f"{tree.ignored.total()} files{kinds_in(tree.ignored)}, none of {', '.join(sorted(EXTENSIONS))}"
+    return f"{tree.ignored.total()} files{kinds_in(tree.ignored)}, none of {', '.join(sorted(readable_extensions()))}"
 
 
 def kinds_in(kinds: Counter[str]) -> str:

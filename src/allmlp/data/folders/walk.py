@@ -10,6 +10,7 @@ from pathlib import PurePosixPath
 from typing import NamedTuple, TypeVar
 
 from allmlp.data.decode import is_hidden, is_image_name
+from allmlp.data.formats import FIRST_BYTES, looks_like_image, may_be_image
 from allmlp.data.names import Names, normal_form, pack
 from allmlp.data.stores import FolderStore, ZipStore
 from allmlp.errors import UserError, printable
@@ -114,7 +115,7 @@ def visits(store: FolderStore | ZipStore, source: str, ignored: Counter[str], ru
         excluded = excluded_kind(path, runs)
         images, others = [], Counter[str]()
         for file in files:
-            if excluded is None and is_image_name(file):
+            if excluded is None and (is_image_name(file) or is_image_by_content(store, path, file)):
                 images.append(file)
             elif file != LOCK:
                 kind = excluded or file_kind(file)
@@ -123,6 +124,11 @@ def visits(store: FolderStore | ZipStore, source: str, ignored: Counter[str], ru
         if excluded is None:
             ignored.update([UNREADABLE_FOLDERS] if problem is not None else [])
             yield Visit(path, images, others, problem)
+
+
+def is_image_by_content(store: FolderStore | ZipStore, path: str, file: str) -> bool:
+    """Whether a file without a known ending is an image, such as a.jpg?w=100: its first bytes tell."""
+    return may_be_image(file) and not is_hidden(file) and looks_like_image(store.head(path + file, FIRST_BYTES))
 
 
 def excluded_kind(path: str, runs: list[str]) -> str | None:
