@@ -181,8 +181,10 @@ def test_files_are_known_by_content_where_the_ending_is_unknown(
 
 
 def test_each_format_is_recognized_by_its_first_bytes() -> None:
-    pytest.importorskip("pillow_heif").register_heif_opener()
     for kind in FORMATS:
+        if kind == "HEIF":  # its library is not needed for this
+            assert recognize(b"\0\0\0\x18ftypheic" + bytes(20)) == kind
+            continue
         data = encode(Image.new("RGB", (16, 16)), kind)
         assert recognize(data[: formats.FIRST_BYTES]) == kind
         assert looks_like_image(data[: formats.FIRST_BYTES]) == (kind not in formats.FREQUENT_BY_CHANCE)

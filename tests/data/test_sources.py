@@ -84,7 +84,7 @@ def test_splits_that_the_source_lacks_are_split_off_train_never_off_test(tmp_pat
 @pytest.mark.parametrize(
     ("names", "more", "left_out"),
     [
-        ("", ["ant/a.txt", "ant/B.TXT", "bee/t.csv", "ant/README"], {".txt": 2, ".csv": 1, "README": 1}),
+        ("", ["ant/a.txt", "ant/B.TXT", "bee/t.csv", "ant/README.md"], {".txt": 2, ".csv": 1, ".md": 1}),
         ("", ["lying.png", "about.png"], {"images outside the class folders": 2}),
         ("train/", ["extra/ant/1.png", "train/top.png"], {"images outside the class folders": 2}),
         ("", ["ant/._1.png", ".thumbs/ant.png", "ant/.ipynb_checkpoints/1.png"], {"hidden files": 3}),
