@@ -45,7 +45,7 @@ def parse_avif(file: io.BytesIO, name: str) -> Image.Image:
 
 
 def parse_heif(file: io.BytesIO, name: str) -> Image.Image:
-    from pillow_heif.as_plugin import HeifImageFile
+    from pillow_heif.as_plugin import HeifImageFile  # pyright: ignore[reportMissingImports]  # an extra
 
     return HeifImageFile(file, name)
 

@@ -16,6 +16,7 @@ from allmlp.data.folders.walk import image_names
 from allmlp.data.stores import FolderStore, Store, ZipStore
 from allmlp.errors import UserError
 from allmlp.files import as_path
+from allmlp.inference.urls import Download, is_url
 
 log = logging.getLogger(__name__)
 
@@ -28,8 +29,8 @@ class BinaryFile(Protocol):
 
 
 ImageLike: TypeAlias = str | Path | bytes | BinaryFile | Image.Image | np.ndarray | Tensor
-"""A path, the bytes of a file, a file opened for reading bytes, a PIL image, or pixels as uint8: an array (H, W, 3),
-(H, W) or (N, H, W, 3), or a tensor (3, H, W) or (N, 3, H, W). A path may be a folder or .zip of images."""
+"""A path or URL, the bytes of a file, a file opened for reading bytes, a PIL image, or pixels as uint8: an array
+(H, W, 3), (H, W) or (N, H, W, 3), or a tensor (3, H, W) or (N, 3, H, W). A path may be a folder or .zip of images."""
 
 SINGLE = (str, Path, bytes, bytearray, BinaryFile, Image.Image, np.ndarray, Tensor)
 KINDS = (
@@ -64,7 +65,7 @@ def list_images(images: ImageLike | Iterable[ImageLike]) -> Iterator[tuple[Store
     count = 0
     for item in given:
         if isinstance(item, str | Path):
-            for place in find_images(as_path("image", item)):
+            for place in find_named(item):
                 count += 1
                 yield place
         else:
@@ -106,8 +107,30 @@ def check_pixels(shape: Iterable[int], dtype: str, fits: bool) -> None:
         raise UserError(f"pixels of shape {sizes} and type {dtype}: give {KINDS}")
 
 
-def find_images(path: Path) -> Iterator[tuple[Store, str, str]]:
+def find_named(name: str | Path) -> Iterator[tuple[Store, str, str]]:
+    """The image at a URL, or those at a path, as ``find_images`` yields them."""
+    if isinstance(name, str) and is_url(name):
+        yield Download(), name, name
+    else:
+        yield from find_images(as_path("image", name))
+
+
+def find_listed(names: Iterable[str], ignored: Counter[str]) -> Iterator[tuple[Store, str, str]]:
+    """The images of a list: what is not there keeps its place, and is unreadable."""
+    for name in names:
+        path = Path(name)
+        if is_url(name):
+            yield Download(), name, name
+        elif path.is_dir() or path.is_file():
+            yield from find_images(path, ignored)
+        else:
+            yield FolderStore(path.parent), path.name, name
+
+
+def find_images(path: Path, ignored: Counter[str] | None = None) -> Iterator[tuple[Store, str, str]]:
     """Yields (store, name in the store, name to display) of an image file, or of all images in a folder or .zip.
+
+    ``ignored`` counts the files that are no images, by kind.
 
     Raises:
         UserError: the path does not exist, or holds no images.
@@ -123,6 +146,8 @@ def find_images(path: Path) -> Iterator[tuple[Store, str, str]]:
             raise UserError(f"{path} holds no images{holds}: give image files, or a folder or .zip of them")
         if left_out:
             log.warning("%s: %s", path, describe_left_out(left_out))
+            if ignored is not None:
+                ignored.update(left_out)
     elif path.is_file():
         yield FolderStore(path.parent), path.name, str(path)
     else:

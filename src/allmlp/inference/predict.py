@@ -41,8 +41,9 @@ def predict(
     """Classifies images: one, or any iterable of them. Returns a list with one prediction per image, in order.
 
     Args:
-        images: each a path (also of a folder or .zip of images), the bytes of a file, a file object, a PIL image, or
-            uint8 pixels: an array (H, W, 3), (H, W) or (N, H, W, 3), or a tensor (3, H, W) or (N, 3, H, W).
+        images: each a path (also of a folder or .zip of images), a URL (http:// or https://), the bytes of a file, a
+            file object, a PIL image, or uint8 pixels: an array (H, W, 3), (H, W) or (N, H, W, 3), or a tensor (3, H, W)
+            or (N, 3, H, W).
 
     Of the images themselves only a few batches are in memory. See ``predict_stream`` for the other arguments and for
     predictions one by one.

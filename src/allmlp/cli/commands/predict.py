@@ -1,7 +1,9 @@
 """mixer predict"""
 
 import csv
+import functools
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -14,11 +16,13 @@ from allmlp.errors import UserError, printable
 from allmlp.files import to_json
 
 if TYPE_CHECKING:
+    from allmlp.data.stores import Store
     from allmlp.inference.predict import Prediction
 
 DESCRIPTION = """Prints labels and probabilities for images, in the order given, in constant memory.
 
-example: mixer predict runs/photos/model.safetensors a.jpg holiday/ more.zip --format csv"""
+example: mixer predict runs/photos/model.safetensors a.jpg holiday/ more.zip --format csv
+example: find photos -name '*.jpg' | mixer predict runs/photos -"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +30,7 @@ example: mixer predict runs/photos/model.safetensors a.jpg holiday/ more.zip --f
 class Arguments:
     weights: Weights
     images: tyro.conf.Positional[tuple[str, ...]]
-    """Image files, folders of images, .zip files of images."""
+    """Image files, folders of images, .zip files of images, URLs; - for a list of these on standard input."""
     top: int = 5
     """Number of classes to print per image, the most probable first."""
     format: Literal["table", "jsonl", "csv"] = "table"
@@ -49,18 +53,13 @@ def run(args: Sequence[str]) -> None:
         raise UserError("no images: name files, folders or zips, as in mixer predict WEIGHTS a.jpg photos/ more.zip")
     from allmlp.api.progress import progress_bar
     from allmlp.cli.display import describe_unreadable
-    from allmlp.files import as_path
-    from allmlp.inference.images import find_images
     from allmlp.inference.predict import predict_stream
     from allmlp.weights.load import load
 
-    paths = [as_path("image", image) for image in arguments.images]
-    for path in paths:  # so that a mistake is reported before the first row is printed
-        next(find_images(path))
-    images = (image for path in paths for image in find_images(path))
+    left_out: Counter[str] = Counter()
     predictions = predict_stream(
         load(arguments.weights),
-        images,
+        find_all(arguments.images, left_out),
         arguments.top,
         batch_size=arguments.batch_size,
         device=arguments.device,
@@ -81,15 +80,42 @@ def run(args: Sequence[str]) -> None:
             yield prediction
 
     formats = {"table": print_table, "jsonl": print_json_lines, "csv": print_csv}
-    write = print_json if arguments.json else formats[arguments.format]
+    write = functools.partial(print_json, left_out) if arguments.json else formats[arguments.format]
     with progress_bar(
         False if sys.stdout.isatty() else None
     ) as bar:  # on a terminal, the rows themselves show the progress
         write(rows())
+    if not problems and not count:
+        raise UserError("no images: standard input names none")
     if problems and not count:
         raise UserError(next(iter(problems.values())) if len(problems) == 1 else describe_unreadable(list(problems)))
     if problems:
         print(describe_unreadable(list(problems)), file=sys.stderr)
+
+
+def find_all(names: Sequence[str], left_out: Counter[str]) -> "Iterator[tuple[Store, str, str]]":
+    """The images of all arguments, after these are checked: a mistake is reported before the first row is printed."""
+    from allmlp.files import as_path
+    from allmlp.inference.images import find_images, find_listed, find_named
+    from allmlp.inference.listing import read_names
+    from allmlp.inference.urls import is_url
+
+    if names.count("-") > 1:
+        raise UserError("- is given twice: standard input can be read once")
+    if "-" in names and sys.stdin.isatty():
+        print("reading the names of images from the terminal, one a line (Ctrl-D ends the list)", file=sys.stderr)
+    for name in names:
+        if name != "-" and not is_url(name):
+            next(find_images(as_path("image", name)))
+
+    def images() -> "Iterator[tuple[Store, str, str]]":
+        for name in names:
+            if name == "-":
+                yield from find_listed(read_names(sys.stdin.buffer), left_out)
+            else:
+                yield from find_named(name) if is_url(name) else find_images(as_path("image", name), left_out)
+
+    return images()
 
 
 def print_table(rows: Iterator["Prediction"]) -> None:
@@ -114,12 +140,12 @@ def print_csv(rows: Iterator["Prediction"]) -> None:
             writer.writerow([row.image, "", "", "", row.problem])
 
 
-def print_json(rows: Iterator["Prediction"]) -> None:
+def print_json(left_out: Counter[str], rows: Iterator["Prediction"]) -> None:
     """One JSON object, written row by row, so that memory stays constant."""
     print('{"predictions": [', end="")
     for i, row in enumerate(rows):
         print(", " if i else "", to_json(to_dict(row)), sep="", end="")
-    print("]}")
+    print(f'], "left_out": {to_json(dict(left_out))}}}')
 
 
 def to_dict(row: "Prediction") -> dict:
