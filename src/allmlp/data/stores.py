@@ -65,12 +65,7 @@ class FolderStore:
     def open(self, name: str, max_pixels: int, min_side: int | None = None) -> Image.Image:
         path = os.path.join(self.root, name)  # noqa: PTH118 (pathlib is slower than reading a small file)
         try:
-            try:
-                data = read_regular(path)
-            except FileNotFoundError:
-                if name.isascii():
-                    raise
-                data = read_regular(find_in_any_form(self.root, name))
+            data = self.read(name)
         except OSError as error:
             message = f"{path} cannot be read: {error.strerror}; check the file and its permissions"
             raise UnreadableImage(printable(message)) from None
@@ -78,10 +73,17 @@ class FolderStore:
 
     def head(self, name: str, size: int) -> bytes:
         """The first bytes of a file; none if it cannot be read."""
-        path = os.path.join(self.root, name)  # noqa: PTH118
         with contextlib.suppress(OSError, UnreadableImage):
-            return read_regular(path, size)
+            return self.read(name, size)
         return b""
+
+    def read(self, name: str, limit: int = MAX_BYTES + 1) -> bytes:
+        try:
+            return read_regular(os.path.join(self.root, name), limit)  # noqa: PTH118
+        except FileNotFoundError:
+            if name.isascii():
+                raise
+            return read_regular(find_in_any_form(self.root, name), limit)
 
     def names(self) -> Iterator[str]:
         """Every file below the root, as a relative path with forward slashes, in the same order on every machine."""
@@ -239,7 +241,7 @@ class ArrayStore:
 READ_ONLY = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)  # opening a pipe must not block
 
 
-def read_regular(path: str, limit: int = MAX_BYTES + 1) -> bytes:
+def read_regular(path: str, limit: int) -> bytes:
     """The bytes of a regular file, up to a limit.
 
     Uses system calls: Python's file objects cost as much as decoding a small image.
