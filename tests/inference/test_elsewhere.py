@@ -137,7 +137,7 @@ def test_the_connection_goes_to_the_address_that_was_checked(monkeypatch: pytest
         ("/large", "more than 2,000 bytes"),
         ("/endless", "takes more than 0.3 s|more than 2,000 bytes"),
         ("/drip", "could not be fetched"),
-        ("/slow", "could not be fetched .*timed out"),
+        ("/slow", "could not be fetched"),
     ],
 )
 def test_limits(server: str, path: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,7 +206,7 @@ def test_predict_reads_a_list(mixer, color_weights, pictures, tmp_path: Path, st
     pictures(tmp_path / "d", {"red": 2, "blue": 1})
     (tmp_path / "d" / "blue" / "notes.txt").touch()
     monkeypatch.chdir(tmp_path)
-    stdin(b"d/red/001.png\nmissing.png\nd/blue\nd/red/000.png\n")
+    stdin(b"d/red/001.png\nno/missing.png\nd/blue\nd/red/000.png\n")
     answer = mixer("predict", color_weights, "-", "--json")
     assert answer.status == 0
     found = json.loads(answer.out)

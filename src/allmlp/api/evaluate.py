@@ -5,6 +5,7 @@ import logging
 import math
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -19,6 +20,7 @@ from allmlp.device import Precision, select_device, select_precision
 from allmlp.errors import UserError, brief, naming_keywords
 from allmlp.evaluation.classification import Classification, classify
 from allmlp.inference.predict import check_classifier, not_finite
+from allmlp.runs.resume import fingerprint
 from allmlp.sizes import whole_number
 from allmlp.weights.published import synset_names
 
@@ -58,7 +60,6 @@ def evaluate(
         UserError: a model without a trained head, no such data, or classes that the model does not know.
     """
     chosen = check_evaluation(model, device, batch_size, workers)
-    max_pixels = whole_number("max_pixels", max_pixels, 1)
     if not isinstance(data, str | os.PathLike):
         raise UserError(f"data {brief(data)}: give a name, a folder of images, or a .zip of one")
     source = load_as_trained(model, os.fspath(data), max_pixels)
@@ -105,12 +106,21 @@ def evaluate_source(
 
 def load_as_trained(model: Classifier, data: str, max_pixels: int) -> DatasetSplits:
     """The source, with the splits that it does not have made as they were when the model was trained."""
-    trained_on = training_data(model)
+    max_pixels, trained_on = whole_number("max_pixels", max_pixels, 1), training_data(model)
     split = {key: trained_on[key] for key in ("val_fraction", "test_fraction", "split_seed") if key in trained_on}
     source = load_source(data, max_pixels=max_pixels, **split)
     for remark in source.remarks():
         log.warning("%s", remark)
     return source
+
+
+def same_data(model: Classifier, source: DatasetSplits, data: str) -> bool:
+    """Whether a source is the one that the model was trained on: by the names of its images, or by its place."""
+    digest = model.metadata.provenance.get("training_images")
+    if digest is not None and fingerprint(source).get("train", {}).get("sha256") == digest:
+        return True
+    before = training_data(model).get("data")
+    return before == data or (isinstance(before, str) and Path(before).resolve() == Path(data).resolve())
 
 
 def training_data(model: Classifier) -> dict[str, Any]:

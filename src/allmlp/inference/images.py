@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from allmlp.data.dataset import describe_left_out
-from allmlp.data.decode import decode, to_upright_rgb
+from allmlp.data.decode import decode, to_upright_rgb, unreadable_image
 from allmlp.data.folders.walk import image_names
 from allmlp.data.stores import FolderStore, Store, ZipStore
 from allmlp.errors import UserError
@@ -51,6 +51,21 @@ class Picture:
         if isinstance(self.content, bytes):
             return decode(self.content, name, max_pixels, min_side)
         return to_upright_rgb(self.content, name)
+
+    def missing(self, name: str) -> bool:
+        return False
+
+
+class Missing:
+    """A store of what is not there."""
+
+    in_memory = True
+
+    def open(self, name: str, max_pixels: int, min_side: int | None = None) -> Image.Image:
+        raise unreadable_image(name, "No such file", "check the name")
+
+    def missing(self, name: str) -> bool:
+        return True
 
 
 def list_images(images: ImageLike | Iterable[ImageLike]) -> Iterator[tuple[Store, str, str]]:
@@ -124,7 +139,7 @@ def find_listed(names: Iterable[str], ignored: Counter[str]) -> Iterator[tuple[S
         elif path.is_dir() or path.is_file():
             yield from find_images(path, ignored)
         else:
-            yield FolderStore(path.parent), path.name, name
+            yield Missing(), name, name
 
 
 def find_images(path: Path, ignored: Counter[str] | None = None) -> Iterator[tuple[Store, str, str]]:

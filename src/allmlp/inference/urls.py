@@ -56,6 +56,9 @@ class Download:
     def open(self, name: str, max_pixels: int, min_side: int | None = None) -> Image.Image:
         return decode(fetch(name, self.allowed), name, max_pixels, min_side)
 
+    def missing(self, name: str) -> bool:
+        return False
+
 
 def fetch(url: str, allowed: Callable[[str], bool] = is_public) -> bytes:
     """The bytes at a URL.

@@ -25,11 +25,12 @@ from allmlp.runs.resume import (
     check_resumable,
     check_same_data,
     find_checkpoint,
+    fingerprint,
     prepare_folder,
     record_start,
 )
 from allmlp.training.build import Built, build, build_data, build_initializer, build_preemption
-from allmlp.training.compilation import restore_eager
+from allmlp.training.compilation import ensure_cache, restore_eager
 from allmlp.training.memory import keep_freed_memory, peak_memory
 from allmlp.training.preemption import Preemption, deferred_signals
 from allmlp.training.trainer import Evaluator, Progress
@@ -72,7 +73,7 @@ def train(
     Raises:
         UserError: a mistake in the recipe or the data; a folder created by this call is removed again.
         RunError: a loss that is not finite, a batch that does not fit into memory, or a full disk.
-        Stopped: by SIGTERM or SIGINT, after a checkpoint.
+        Stopped: by SIGTERM, SIGHUP or SIGINT, after a checkpoint.
     """
     check_world_size(recipe, context.world_size)
     check_folder(recipe, out, options, context)
@@ -81,6 +82,7 @@ def train(
     initializer = build_initializer(recipe)  # reports mistakes in the sizes before any data is read
     if device.type == "cpu":
         keep_freed_memory()
+    ensure_cache()
     context.heartbeat("reading the data", slow=True)
     data = build_data(recipe, context)
     too_large = device_errors("the model and its optimizer", "train a smaller model, or --shard it over more processes")
@@ -129,7 +131,8 @@ def train(
         summary = summarize(recipe, data, model, built, results, kept_step) | origin
         if context.is_rank0:
             scores: dict[str, Any] = {key: summary[key] for key in ("data", "split", "epochs", "val_top1", "test_top1")}
-            save(model, out / "model.safetensors", **origin, **scores)
+            trained_on = fingerprint(data)["train"]["sha256"]
+            save(model, out / "model.safetensors", **origin, **scores, training_images=trained_on)
             write_text(out / "summary.json", to_json(summary, indent=2) + "\n")
     metrics = built.trainer.records.metrics
     return RunResult(
