@@ -212,7 +212,7 @@ def test_predict_reads_a_list(mixer, color_weights, pictures, tmp_path: Path, st
     found = json.loads(answer.out)
     assert [row["image"] for row in found["predictions"]] == [
         "d/red/001.png",
-        "missing.png",
+        "no/missing.png",
         "d/blue/000.png",
         "d/red/000.png",
     ]
