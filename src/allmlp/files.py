@@ -28,17 +28,22 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
     Raises:
         UserError: ``path`` is a folder.
+        OSError: it cannot be written; ``filename`` is the path, not the temporary file.
     """
     if path.is_dir():
         raise UserError(f"{path} is a folder: give the name of a file")
-    temporary = create_beside(path)
+    temporary = path
     try:
+        temporary = create_beside(path)
         yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+    except BaseException as error:
+        if temporary is not path:
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno is not None and error.filename in (None, str(temporary)):
+            error.filename = str(path)
         raise
 
 
@@ -49,9 +54,14 @@ def create_beside(path: Path) -> Path:
     """
     while True:
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-        with contextlib.suppress(FileExistsError):
+        try:
             os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
             return temporary
+        except FileExistsError:
+            continue
+        except OSError as error:
+            error.filename = str(path)
+            raise
 
 
 def write_text(path: Path, text: str) -> None:

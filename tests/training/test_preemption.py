@@ -18,7 +18,7 @@ from allmlp.training import preemption as module
 from allmlp.training.preemption import Preemption, SignalState, deferred_signals
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="POSIX signals")
-BOTH = TERM, INT = signal.SIGTERM, signal.SIGINT
+ALL = TERM, INT, HUP = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
 
 
 def wait_until(condition: Callable[[], object], seconds: float = 10.0) -> None:
@@ -37,11 +37,11 @@ def test_the_first_signal_is_only_recorded_and_all_handlers_are_restored() -> No
         seen.append(number)
 
     seen: list[int] = []
-    numbers = [*BOTH, signal.SIGUSR1]
+    numbers = [*ALL, signal.SIGUSR1]
     before = [signal.signal(number, mine) for number in numbers]
     threads, files = threading.active_count(), open_files()
     try:
-        for number in BOTH:
+        for number in ALL:
             with deferred_signals() as outer:
                 with deferred_signals() as inner:
                     os.kill(os.getpid(), signal.SIGUSR1)  # another signal is left alone
@@ -55,13 +55,27 @@ def test_the_first_signal_is_only_recorded_and_all_handlers_are_restored() -> No
                 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
                 time.sleep(0.05)
                 assert outer.received == 0
-        assert seen == [signal.SIGUSR1] * 2
-        assert [signal.getsignal(number) for number in numbers] == [mine] * 3
+        assert seen == [signal.SIGUSR1] * 3
+        assert [signal.getsignal(number) for number in numbers] == [mine] * 4
         assert signal.set_wakeup_fd(-1) == -1
         assert (threading.active_count(), open_files()) == (threads, files)
     finally:
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)
+
+
+def test_a_signal_that_is_ignored_stays_ignored() -> None:
+    """As nohup asks for."""
+    before = signal.signal(HUP, signal.SIG_IGN)
+    try:
+        with deferred_signals() as signals:
+            os.kill(os.getpid(), HUP)
+            os.kill(os.getpid(), TERM)
+            wait_until(lambda: signals.received)
+        assert signals.received == TERM
+        assert signal.getsignal(HUP) is signal.SIG_IGN
+    finally:
+        signal.signal(HUP, before)
 
 
 def test_a_signal_is_recorded_while_the_main_thread_computes() -> None:
@@ -75,11 +89,11 @@ def test_a_signal_is_recorded_while_the_main_thread_computes() -> None:
 
 
 def test_outside_the_main_thread_no_handler_is_changed() -> None:
-    seen, before = [], [signal.getsignal(number) for number in BOTH]
+    seen, before = [], [signal.getsignal(number) for number in ALL]
 
     def work() -> None:
         with deferred_signals() as signals:
-            seen.append((signals.received, [signal.getsignal(number) for number in BOTH]))
+            seen.append((signals.received, [signal.getsignal(number) for number in ALL]))
 
     thread = threading.Thread(target=work)
     thread.start()
@@ -92,6 +106,7 @@ def test_outside_the_main_thread_no_handler_is_changed() -> None:
     [
         *((INT, INT, 0.0, 130), (INT, TERM, 0.0, None), (INT, TERM, 2.0, 143)),
         *((TERM, TERM, 0.5, None), (TERM, TERM, 1.5, 143), (TERM, INT, 0.1, 130)),
+        *((HUP, HUP, 0.1, None), (HUP, HUP, 2.0, None), (HUP, TERM, 2.0, 143), (TERM, HUP, 2.0, None)),
     ],
 )
 def test_which_second_signal_ends_the_process(
@@ -144,12 +159,17 @@ def test_a_signal_requests_a_checkpoint_and_the_end_of_the_run(tmp_path: Path) -
     """test_interrupted_runs.py shows the rest."""
     signals = SignalState()
     preemption = preemption_in(tmp_path, signals)
-    assert [*preemption.requests()] == [0, 0, 0, 0]
+    assert [*preemption.requests()] == [0, 0, 0, 0, 0]
     preemption.check()
     signals.receive(INT)
-    assert [*preemption.requests()] == [0, 1, 0, 0]
-    assert preemption.wants_checkpoint([0, 1, 0, 0])
-    for requests, number in (([1, 0, 0, 0], TERM), ([0, 1, 0, 0], INT), ([1, 1, 0, 0], TERM)):  # of all processes
+    assert [*preemption.requests()] == [0, 1, 0, 0, 0]
+    assert preemption.wants_checkpoint([0, 1, 0, 0, 0])
+    for requests, number in (  # of all processes
+        ([1, 0, 0, 0, 0], TERM),
+        ([0, 1, 0, 0, 0], INT),
+        ([1, 1, 0, 0, 1], TERM),
+        ([0, 0, 0, 0, 2], HUP),
+    ):
         with pytest.raises(Stopped, match=rf"{number.name} after step .* --resume it") as caught:
             preemption.raise_if_requested(requests)
         assert caught.value.status == 128 + number
@@ -163,11 +183,11 @@ def test_a_checkpoint_is_due_after_save_seconds_and_restarts_the_clock(
     preemption = preemption_in(tmp_path, save_seconds=60)
     for elapsed, due in ((59, 0), (2, 1), (100, 1)):
         clock[0] += elapsed
-        assert [*preemption.requests()] == [0, 0, due, 0]
+        assert [*preemption.requests()] == [0, 0, due, 0, 0]
         assert preemption.wants_checkpoint([*preemption.requests()]) == bool(due)
     preemption.save(1, {}, {"step": 1}, None)
     preemption.checkpoints.wait()
-    assert [*preemption.requests()] == [0, 0, 0, 0]
+    assert [*preemption.requests()] == [0, 0, 0, 0, 0]
 
 
 def test_a_failed_checkpoint_ends_the_run(tmp_path: Path) -> None:
@@ -176,7 +196,7 @@ def test_a_failed_checkpoint_ends_the_run(tmp_path: Path) -> None:
     preemption.save(1, {}, {"step": 1}, None)
     wait_until(lambda: preemption.checkpoints.failed)
     requests = [*preemption.requests()]
-    assert requests == [0, 0, 0, 1]
+    assert requests == [0, 0, 0, 1, 0]
     assert not preemption.wants_checkpoint(requests)
     with pytest.raises(RunError, match="cannot be written"):
         preemption.raise_if_requested(requests)

@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from allmlp.checkpointing.checkpoint import DamagedCheckpoint, verify_checkpoint, write_checkpoint
 from allmlp.distributed.context import DistributedContext
 from allmlp.distributed.parallelize import local_shard
-from allmlp.errors import RunError
+from allmlp.errors import RunError, reason, remedy
 
 log = logging.getLogger(__name__)
 
@@ -103,8 +103,8 @@ class CheckpointManager:
             self.thread = None
         failure, self.failure = self.failure, None
         if isinstance(failure, OSError):
-            reason = failure.strerror or failure
-            failure = RunError(f"old checkpoints in {self.folder} cannot be removed ({reason}): check the permissions")
+            what = f"old checkpoints in {self.folder} cannot be removed"
+            failure = RunError(f"{what} ({reason(failure)}): {remedy(failure, 'remove them')}")
         failures = [text for text in self.context.all_gather(None if failure is None else str(failure)) if text]
         if failures:
             raise RunError(failures[0]) from failure

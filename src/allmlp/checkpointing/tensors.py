@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_distribut
 
 from allmlp.distributed.context import DistributedContext
 from allmlp.distributed.parallelize import local_shard
-from allmlp.errors import RunError
+from allmlp.errors import RunError, reason, remedy
 
 FILE_BYTES = 2**26  # of the tensors in one file, roughly: safetensors builds each file in memory before it is written
 
@@ -64,11 +64,8 @@ def files_of_rank(folder: Path, rank: int) -> Iterable[Path]:
 
 
 def unwritable(path: Path, error: object) -> RunError:
-    reason = getattr(error, "strerror", None) or error
-    return RunError(
-        f"the checkpoint {path} cannot be written ({reason}): free some space or repair the storage; earlier "
-        "checkpoints are unchanged"
-    )
+    why, mend = (reason(error), remedy(error)) if isinstance(error, OSError) else (error, "repair the storage")
+    return RunError(f"the checkpoint {path} cannot be written ({why}): {mend}; earlier checkpoints are unchanged")
 
 
 class ListedFiles(FileSystem):

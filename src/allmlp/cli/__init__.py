@@ -11,7 +11,9 @@ import threading
 import warnings
 from typing import NoReturn
 
-from allmlp.errors import RunError, Stopped, UserError, printable
+from allmlp.cli.streams import PIPE_CLOSED, OutputError, guarded_streams
+from allmlp.distributed.signals import ENDING_SIGNALS, HANG_UP, not_ignored
+from allmlp.errors import RunError, Stopped, UserError, describe_os_error, printable
 
 COMMANDS = {
     "train": "train a Mixer from scratch: on the embedded digits, or on your images",
@@ -43,70 +45,95 @@ examples:
 WEIGHTS is a file of allmlp, the authors (.npz), timm or lucidrains, or hf-hub:OWNER/NAME.
 
 mixer COMMAND --help shows a command's options, mixer --version the version; --debug shows the traceback of an error.
-exit status: 0 done, 1 the run failed, 2 a mistake in the command, 130 or 143 stopped by a signal.""".format(
+exit status: 0 done, 1 the run failed, 2 a mistake in the command, 129, 130 or 143 stopped by a signal.""".format(
     commands="\n".join(f"  {name:10} {summary}" for name, summary in COMMANDS.items())
 )
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command; returns 0, 1 (the run failed), 2 (a mistake in the command), 130 or 143 (a signal)."""
+    """Runs one command; returns 0, 1 (the run failed), 2 (a mistake in the command), 129, 130 or 143 (a signal)."""
     args = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in args
     args = [arg for arg in args if arg != "--debug"]
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # file names may be invalid UTF-8
-    try:
-        if args[:1] in (["--version"], ["-V"]):
-            print(f"mixer {importlib.import_module('allmlp').__version__}")
-            sys.stdout.flush()
-            return 0
-        if args[:1] == ["help"] and len(args) == 2:
-            args = [args[1], "--help"]
-        if not args or args[0] in ("-h", "--help", "help"):
-            print(HELP)
-            sys.stdout.flush()
-            return 0
-        if args[0] not in COMMANDS:
-            near = difflib.get_close_matches(args[0], COMMANDS, 2)
-            hint = f"did you mean {' or '.join(near)}? " if near else ""
-            raise UserError(f"unknown command {args[0]!r}: {hint}there are {', '.join(COMMANDS)} (mixer --help)")
-        set_up_logging()
-        if threading.current_thread() is threading.main_thread():  # only there can handlers be set
-            signal.signal(signal.SIGTERM, raise_terminated)
-        status = importlib.import_module(f"allmlp.cli.commands.{args[0]}").run(args[1:])
-        sys.stdout.flush()  # here, where a full disk or a closed pipe can still be reported
-        return status or 0
-    except BrokenPipeError:  # the reader of our output has closed it
-        sys.stdout = None
-        return 141
-    except KeyboardInterrupt:
-        return fail("interrupted", 130, debug)
-    except Terminated:
-        return fail("terminated", 143, debug)
-    except Stopped as error:
-        return fail(error, error.status, debug)
-    except UserError as error:
-        return fail(error, 2, debug)
-    except (RunError, OSError) as error:
-        return fail(error, 1, debug)
-    except Exception as error:  # a device that failed, or a bug here or in a library: still one line
-        if "torch" in sys.modules:
-            from allmlp.device import describe_failure, is_device_failure, is_out_of_memory
+    if args[:1] == ["help"] and len(args) > 1:
+        args = [*args[1:], "--help"]
+    elif args[1:] == ["help"]:
+        args = [args[0], "--help"]
+    with guarded_streams():
+        try:
+            if (text := general_text(args)) is not None:
+                print(text)
+                status = 0
+            else:
+                set_up_logging()
+                set_up_signals()
+                status = importlib.import_module(f"allmlp.cli.commands.{args[0]}").run(args[1:]) or 0
+            sys.stdout.flush()  # here, where a full disk or a closed pipe can still be reported
+            return status
+        except SystemExit as end:  # of --help
+            return int(end.code or 0)
+        except OutputError as error:
+            return PIPE_CLOSED if error.status == PIPE_CLOSED else fail(error, error.status, debug)
+        except KeyboardInterrupt:
+            return fail("interrupted", 130, debug)
+        except (Terminated, Stopped) as error:
+            return fail(error, error.status, debug)
+        except UserError as error:
+            return fail(error, 2, debug)
+        except RunError as error:
+            return fail(error, 1, debug)
+        except OSError as error:
+            return fail(describe_os_error(error), 1, debug)
+        except Exception as error:  # a device that failed, or a bug here or in a library: still one line
+            if "torch" in sys.modules:
+                from allmlp.device import describe_failure, is_device_failure, is_out_of_memory
 
-            if is_out_of_memory(error) or is_device_failure(error):
-                return fail(RunError(describe_failure(error)), 1, debug)
-        return fail(error, 1, debug, unexpected=True)
+                if is_out_of_memory(error) or is_device_failure(error):
+                    return fail(RunError(describe_failure(error)), 1, debug)
+            return fail(error, 1, debug, unexpected=True)
+
+
+def general_text(args: list[str]) -> str | None:
+    """What to print where no command is run: the version or the help; None for a command.
+
+    Raises:
+        UserError: there is no such command.
+    """
+    if args[:1] in (["--version"], ["-V"], ["version"]):
+        return f"mixer {importlib.import_module('allmlp').__version__}"
+    if not args or args[0] in ("-h", "--help", "help"):
+        return HELP
+    if args[0] in COMMANDS:
+        return None
+    near = difflib.get_close_matches(args[0], COMMANDS, 2)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    raise UserError(f"unknown command {args[0]!r}: {hint}there are {', '.join(COMMANDS)} (mixer --help)")
 
 
 class Terminated(BaseException):
-    """SIGTERM as an exception, so that unfinished files are cleaned up."""
+    """SIGTERM or SIGHUP as an exception, so that unfinished files are cleaned up."""
 
-    status = 143
+    def __init__(self, number: int) -> None:
+        super().__init__("terminated" if number == signal.SIGTERM else "its terminal was closed")
+        self.status = 128 + number
+
+
+def set_up_signals() -> None:
+    """SIGTERM and SIGHUP raise Terminated, except for those that this process ignores."""
+    if threading.current_thread() is threading.main_thread():  # only there can handlers be set
+        for number in not_ignored(ENDING_SIGNALS):
+            signal.signal(number, raise_terminated)
 
 
 def raise_terminated(number: int, frame: object) -> None:
-    raise Terminated
+    """Handles the first of these signals. A shell sends SIGHUP after the kernel has; a second SIGTERM is in earnest."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if HANG_UP is not None:
+        signal.signal(HANG_UP, signal.SIG_IGN)
+    raise Terminated(number)
 
 
 def fail(error: BaseException | str, status: int, debug: bool, unexpected: bool = False) -> int:

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import sys
 import typing
 from collections.abc import Sequence
 from typing import Annotated, Any, TypeVar
@@ -42,6 +43,7 @@ def parse(kind: type[T], args: Sequence[str], *, command: str, description: str)
             )
     except SystemExit as end:
         if end.code == 0:
+            sys.stdout.flush()  # here, where a full disk or a closed pipe can still be reported
             raise
         raise UserError(f"{one_line(errors.getvalue())} (mixer {command} --help)") from None
     if unknown:

@@ -15,7 +15,10 @@ def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
         table.add_column(printable(column), justify="left" if i == 0 else "right")
     for row in rows:
         table.add_row(*map(printable, row))
-    Console(width=output_width(), markup=False, highlight=False).print(table)
+    console = Console(width=output_width(), markup=False, highlight=False, no_color=True, color_system=None)
+    with console.capture() as text:
+        console.print(table)
+    print(text.get(), end="")
 
 
 def output_width() -> int:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from allmlp.cli.docstrings import help_from_docstrings
+from allmlp.cli.streams import saved_result
 from allmlp.config.batch_size import check_world_size
 from allmlp.config.recipe import Recipe
 from allmlp.errors import UserError
@@ -123,9 +124,20 @@ def resume_with(out: Path, launch: LaunchOptions, context: "DistributedContext")
 
 
 def print_summary(summary: dict[str, Any], out: Path, as_json: bool) -> None:
-    """Prints the scores and what to do next, or the whole summary as JSON."""
+    """Prints the scores and what to do next, or the whole summary as JSON. The run is complete, and its files written.
+
+    Raises:
+        RunError: the JSON cannot be written.
+    """
     from allmlp.cli.display import describe_unreadable
 
+    with saved_result(out / "summary.json", as_json):
+        print_scores(summary, out, as_json)
+    if summary["unreadable"]:
+        print(describe_unreadable(summary["unreadable"]), file=sys.stderr)
+
+
+def print_scores(summary: dict[str, Any], out: Path, as_json: bool) -> None:
     if as_json:
         files = {"out": out, "weights": out / "model.safetensors", "report": out / "report.html"}
         print(to_json({**{name: str(path) for name, path in files.items()}, **summary}))
@@ -143,5 +155,3 @@ def print_summary(summary: dict[str, Any], out: Path, as_json: bool) -> None:
         print(f"report   {out}/report.html")
         if (out / "examples").is_dir():
             print(f"try      mixer predict {out}/model.safetensors {out}/examples")
-    if summary["unreadable"]:
-        print(describe_unreadable(summary["unreadable"]), file=sys.stderr)

@@ -9,6 +9,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import sys
 import tempfile
 import threading
 import time
@@ -281,11 +282,13 @@ def unchanged(batch: T) -> T:
 def prepare_worker(worker: int) -> None:
     """Initializes a worker process, so that the main process handles signals sent to the whole process group.
 
-    SIGINT and the first SIGTERM are ignored. A second SIGTERM, which the loader sends to a worker that does not exit,
-    terminates it as usual.
+    SIGINT, SIGHUP and the first SIGTERM are ignored. A second SIGTERM, which the loader sends to a worker that does not
+    exit, terminates it as usual.
     """
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform != "win32":
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(signal.SIGTERM, signal.SIG_DFL) and None)
     # a batch that cannot be sent would be dropped, and the main process would wait for it
     queues.Queue._on_queue_feeder_error = staticmethod(end_worker)  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,7 +1,7 @@
 """Starts the processes of a run on this machine, and ends them together.
 
-They get the same environment variables as from torchrun. Unlike with torchrun, the exit status is that of the run: 143
-or 130 after a signal, which tells a scheduler that the run can be resumed.
+They get the same environment variables as from torchrun. Unlike with torchrun, the exit status is that of the run: 143,
+130 or 129 after a signal, which tells a scheduler that the run can be resumed.
 """
 
 import contextlib
@@ -18,14 +18,14 @@ from datetime import timedelta
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from allmlp.device import available_cores, first_line
+from allmlp.distributed.signals import STOPPING_SIGNALS, not_ignored
 from allmlp.errors import UserError
 
 PIPE = "ALLMLP_LAUNCHER_PIPE"  # environment variable: a file descriptor that is at its end once the launcher has ended
 GRACE = 15.0  # seconds for the other processes to exit after one has failed
 LAST_SAVE = 3600.0  # seconds for the others to exit after a signal stopped one: they save a checkpoint first
 RENDEZVOUS_TIMEOUT = timedelta(minutes=10)  # how long machines wait for one another
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
-STOPPED = tuple(128 + number for number in SIGNALS)
+STOPPED = tuple(128 + number for number in STOPPING_SIGNALS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +61,7 @@ def launch(config: LaunchConfig, words: Sequence[str]) -> int:
             if child.poll() is None:
                 child.send_signal(number)
 
-    before = {number: signal.signal(number, forward) for number in SIGNALS}
+    before = {number: signal.signal(number, forward) for number in not_ignored(STOPPING_SIGNALS)}
     reader, writer = os.pipe()  # the children inherit the reader; the writer is closed when this process ends
     try:
         for local_rank in range(config.nproc_per_node):
@@ -136,10 +136,10 @@ def wait_for(children: Sequence[subprocess.Popen[bytes]], first_rank: int = 0) -
             if code is None:
                 continue
             del running[rank]
-            if code < 0 and -code not in SIGNALS:
+            if code < 0 and -code not in STOPPING_SIGNALS:
                 report(f"rank {rank} was ended by signal {-code} ({signal.Signals(-code).name})")
             if code and not status:
-                status = code if code > 0 else 128 - code if -code in SIGNALS else 1
+                status = code if code > 0 else 128 - code if -code in STOPPING_SIGNALS else 1
                 deadline = time.monotonic() + (LAST_SAVE if status in STOPPED else GRACE)
     for rank in running:
         report(f"rank {rank} did not end with the others: killed")

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import logging
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from typing import Any
 
 from allmlp.checkpointing.manager import clean_up, remove
 from allmlp.distributed.context import SINGLE_PROCESS, DistributedContext
-from allmlp.errors import RunError, Stopped, UserError
+from allmlp.errors import RunError, Stopped, UserError, describe_os_error, reason, remedy
 from allmlp.files import sync_folder, try_lock
 
 log = logging.getLogger(__name__)
@@ -101,8 +102,11 @@ def is_empty(folder: Path) -> bool:
 
 
 def disk_error(out: Path, error: OSError) -> RunError:
-    reason = error.strerror or error
-    return RunError(f"{out} cannot be written ({reason}): free some space, or name another folder with --out")
+    """The failure to write a run's folder, or to use what else it needs, in one line with its remedy."""
+    path = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else out
+    if path != out and out not in path.parents:
+        return RunError(describe_os_error(error))
+    return RunError(f"{out} cannot be written ({reason(error)}): {remedy(error, 'name another folder with --out')}")
 
 
 def remove_checkpoints(out: Path, summary: dict[str, Any]) -> None:

@@ -1,7 +1,8 @@
-"""SIGTERM and SIGINT during training, and how all ranks save, stop or give up at the same step.
+"""SIGTERM, SIGHUP and SIGINT during training, and how all ranks save, stop or give up at the same step.
 
 A signal is only recorded; the run then finishes its step, saves and stops. A second signal ends the process at once,
-or, where the process belongs to the caller, raises KeyboardInterrupt in the main thread.
+or, where the process belongs to the caller, raises KeyboardInterrupt in the main thread. But a second SIGHUP does
+nothing: shells repeat it when their terminal is closed.
 """
 
 import contextlib
@@ -19,9 +20,9 @@ from torch import Tensor
 
 from allmlp.checkpointing.manager import CheckpointManager
 from allmlp.distributed.context import DistributedContext
+from allmlp.distributed.signals import HANG_UP, STOPPING_SIGNALS, not_ignored
 from allmlp.errors import Stopped
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
 SAME_REQUEST = 1.0  # seconds: a scheduler and a launcher may both send SIGTERM
 
 
@@ -44,7 +45,9 @@ class SignalState:
 
     def is_second(self, number: int) -> bool:
         """Whether a signal repeats the first one's request."""
-        return number != signal.SIGTERM or time.monotonic() - self.received_at > SAME_REQUEST
+        if number == signal.SIGTERM:
+            return time.monotonic() - self.received_at > SAME_REQUEST
+        return number != HANG_UP
 
     def handle(self, number: int, frame: object) -> None:
         """The handler, which Python calls in the main thread, after the thread that records signals or before it."""
@@ -66,7 +69,7 @@ def deferred_signals(may_exit: bool = True) -> Iterator[SignalState]:
 
     Outside the main thread, where Python cannot set handlers, nothing changes.
     """
-    state = SignalState(may_exit)
+    state, handled = SignalState(may_exit), not_ignored(STOPPING_SIGNALS)
     if threading.current_thread() is not threading.main_thread():
         yield state
         return
@@ -75,19 +78,19 @@ def deferred_signals(may_exit: bool = True) -> Iterator[SignalState]:
 
     def listen() -> None:
         while (data := reader.recv(1)) not in (b"", b"\0"):
-            if data[0] in SIGNALS:
+            if data[0] in handled:
                 state.receive(data[0])
 
     thread = threading.Thread(target=listen, name="signals", daemon=True)
     thread.start()
     detach_children()
-    before = [signal.signal(number, state.handle) for number in SIGNALS]
+    before = [signal.signal(number, state.handle) for number in handled]
     wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     try:
         yield state
     finally:
         signal.set_wakeup_fd(wakeup)
-        for number, handler in zip(SIGNALS, before, strict=True):
+        for number, handler in zip(handled, before, strict=True):
             signal.signal(number, handler)
         writer.send(b"\0")
         thread.join()
@@ -102,6 +105,15 @@ class Requests(NamedTuple):
     interrupt: int  # SIGINT was received
     save: int  # a checkpoint is due by the clock
     failed: int  # a checkpoint could not be written
+    hang_up: int  # SIGHUP was received
+
+    @property
+    def signal(self) -> signal.Signals | None:
+        """The signal that stops the run, if there is one."""
+        if self.hang_up and not self.terminate and not self.interrupt:
+            assert HANG_UP is not None
+            return signal.Signals(HANG_UP)
+        return signal.SIGTERM if self.terminate else signal.SIGINT if self.interrupt else None
 
 
 class Preemption:
@@ -134,12 +146,13 @@ class Preemption:
             interrupt=int(self.signals.received == signal.SIGINT),
             save=int(self.context.is_rank0 and time.monotonic() - self.saved_at > self.save_seconds),
             failed=int(self.checkpoints.failed),
+            hang_up=int(self.signals.received not in (0, signal.SIGTERM, signal.SIGINT)),
         )
 
     def wants_checkpoint(self, requests: list[int]) -> bool:
         """Whether all ranks are to save now: a checkpoint is due, or the run is about to stop."""
         total = Requests(*requests)
-        return bool(total.save or total.terminate or total.interrupt)
+        return bool(total.save or total.signal)
 
     def save(
         self, step: int, tensors: dict[str, Tensor], state: dict[str, Any], best: tuple[int, float] | None
@@ -157,15 +170,11 @@ class Preemption:
             RunError: a checkpoint could not be written.
         """
         total = Requests(*requests)
-        stop = total.terminate or total.interrupt
-        if total.failed or stop:
+        if total.failed or total.signal:
             self.checkpoints.wait()
-        if stop:
-            number = signal.SIGTERM if total.terminate else signal.SIGINT
-            last = self.checkpoints.last_step
-            raise Stopped(
-                f"stopped by {number.name} after step {last}: resume with {self.resume_command}", 128 + number
-            )
+        if total.signal:
+            name, status, last = total.signal.name, 128 + total.signal, self.checkpoints.last_step
+            raise Stopped(f"stopped by {name} after step {last}: resume with {self.resume_command}", status)
 
     def check(self) -> None:
         """Exchanges requests outside a step, for instance during an evaluation, and acts on them. Collective."""

@@ -9,11 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from allmlp.errors import RunError, UserError
-from allmlp.files import atomic_write
+from allmlp.errors import UserError
 from allmlp.model import Mixer
 from allmlp.weights.layouts import AUTHORS, TIMM, Layout
-from allmlp.weights.native import PREFIX, make_header, save, write
+from allmlp.weights.native import PREFIX, make_header, save, saved_file, write
 
 log = logging.getLogger(__name__)
 
@@ -51,12 +50,8 @@ def save_as(model: Mixer, path: str | Path, to: Format) -> None:
 def write_npz(model: Mixer, path: Path) -> None:
     warn_of_loss(model, AUTHORS, path)
     arrays = {name: as_array(tensor) for name, tensor in tensors_in_layout(model, AUTHORS).items()}
-    with atomic_write(path) as temporary:
-        try:
-            with temporary.open("wb") as file:
-                np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
-        except OSError as error:
-            raise RunError(f"{path} cannot be written ({error.strerror}): free some space or save elsewhere") from None
+    with saved_file(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
 
 
 def write_timm(model: Mixer, path: Path) -> None:

@@ -5,11 +5,14 @@ preprocessing, provenance) and ``sha256`` over all of these and every tensor, so
 Files of the earlier version can be loaded too: their format is "mlp-mixer", and their metadata's key is ``card``.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from allmlp.errors import RunError, UserError, brief, printable
+from allmlp.errors import RunError, UserError, brief, printable, reason, remedy
 from allmlp.factory import as_mixer, build_meta
 from allmlp.files import as_path, atomic_write, to_json
 from allmlp.metadata import Metadata, Preprocessing
@@ -79,15 +82,25 @@ def make_header(config: dict[str, Any], metadata: Metadata, tensors: Mapping[str
 
 
 def write(path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
-    """Writes a safetensors file atomically; a RunError if the disk is full."""
+    """Writes a safetensors file atomically; a RunError if it cannot be written."""
     by_storage = {tensor.untyped_storage().data_ptr(): name for name, tensor in tensors.items()}
     last = set(by_storage.values())  # others share their memory with one of these, which the format does not allow
     tensors = {name: tensor if name in last else tensor.clone() for name, tensor in tensors.items()}
-    with atomic_write(path) as temporary:
-        try:
-            save_file(tensors, temporary, header)
-        except SafetensorError as error:  # raised on a full disk
-            raise RunError(f"{path} cannot be written ({error}): free some space or save elsewhere") from None
+    with saved_file(path) as temporary:
+        save_file(tensors, temporary, header)
+
+
+@contextlib.contextmanager
+def saved_file(path: Path) -> Iterator[Path]:
+    """``atomic_write`` whose failure (a full disk, a folder that cannot be written) is a RunError with a remedy."""
+    try:
+        with atomic_write(path) as temporary:
+            yield temporary
+    except (OSError, SafetensorError) as error:
+        number = re.search(r"os error (\d+)", str(error))  # safetensors raises no OSError
+        cause = OSError(int(number[1]), os.strerror(int(number[1]))) if number else OSError(str(error))
+        cause = error if isinstance(error, OSError) else cause
+        raise RunError(f"{path} cannot be written ({reason(cause)}): {remedy(cause, 'save elsewhere')}") from None
 
 
 def read(container: Container) -> Mixer:

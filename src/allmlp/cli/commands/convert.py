@@ -12,6 +12,7 @@ import tyro
 from allmlp.api.recipe import height_and_width
 from allmlp.cli.arguments import Weights, parse
 from allmlp.cli.docstrings import help_from_docstrings
+from allmlp.cli.streams import saved_result
 from allmlp.errors import UserError, printable
 from allmlp.files import to_json
 
@@ -60,10 +61,11 @@ def run(args: Sequence[str]) -> None:
     )
     to = arguments.to if arguments.to != "auto" else "npz" if arguments.out.suffix == ".npz" else "native"
     save_as(model, arguments.out, to)
-    if arguments.json:
-        print(to_json({"weights": arguments.weights, "out": str(arguments.out), "to": to}))
-    else:
-        print(f"weights  {arguments.out}")
+    with saved_result(arguments.out, arguments.json):
+        if arguments.json:
+            print(to_json({"weights": arguments.weights, "out": str(arguments.out), "to": to}))
+        else:
+            print(f"weights  {arguments.out}")
 
 
 def per_channel(key: str, values: tuple[float, ...]) -> tuple[float, ...]:

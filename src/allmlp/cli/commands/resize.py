@@ -11,6 +11,7 @@ from allmlp.api.recipe import height_and_width
 from allmlp.cli.arguments import Weights, parse
 from allmlp.cli.costs import compare_costs, print_comparison
 from allmlp.cli.docstrings import help_from_docstrings
+from allmlp.cli.streams import saved_result
 from allmlp.files import to_json
 
 DESCRIPTION = """Writes weights for another image size, ready to be fine-tuned at that size.
@@ -44,8 +45,9 @@ def run(args: Sequence[str]) -> None:
     resized = resize(model, height_and_width(arguments.image_size))
     save(resized, arguments.out)
     costs = compare_costs(model.config, resized.config)
-    if arguments.json:
-        print(to_json({"weights": arguments.weights, "out": str(arguments.out), **costs}))
-    else:
-        print_comparison(costs)
-        print(f"weights  {arguments.out}")
+    with saved_result(arguments.out, arguments.json):
+        if arguments.json:
+            print(to_json({"weights": arguments.weights, "out": str(arguments.out), **costs}))
+        else:
+            print_comparison(costs)
+            print(f"weights  {arguments.out}")
