@@ -3,8 +3,10 @@
 import copy
 import functools
 import logging
+import os
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,9 +21,11 @@ from allmlp.errors import RunError
 from allmlp.model import Mixer
 from allmlp.rng import sample_keys
 from allmlp.training.compilation import (
+    CACHE,
     WORTHWHILE_FLOP,
     compile_blocks,
     compile_model,
+    ensure_cache,
     gelu_by_sigmoid,
     install_fast_mlps,
     restore_eager,
@@ -58,6 +62,18 @@ def raising(error: Exception) -> Callable[[Tensor, Tensor], None]:
         raise error
 
     return on_call
+
+
+def test_a_cache_that_cannot_be_written_is_replaced(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    for folder, kept in ((tmp_path / "new" / "cache", True), (tmp_path / "file" / "cache", False)):
+        monkeypatch.setenv(CACHE, str(folder))
+        ensure_cache()
+        assert (os.environ[CACHE] == str(folder)) is kept
+        assert os.access(os.environ[CACHE], os.W_OK)
+        assert (str(folder) in caplog.text) is not kept
 
 
 def instance_forwards(model: Mixer) -> list[str]:

@@ -180,7 +180,8 @@ class StderrHandler(logging.Handler):
 
 
 def set_up_logging() -> None:
-    """Sends the package's messages to standard error, and silences warnings of libraries that need no action."""
+    """Sends the package's messages to standard error, and silences those of libraries, which need no action."""
+    logging.getLogger().addHandler(logging.NullHandler())  # without any handler, Python prints their warnings
     logger = logging.getLogger("allmlp")
     logger.handlers, logger.propagate = [StderrHandler()], False
     logger.setLevel(logging.INFO)

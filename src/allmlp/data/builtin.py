@@ -139,7 +139,7 @@ def fetch(name: str, class_name: str, root: Path | None, *splits: dict[str, Any]
         import torchvision.datasets as datasets
     except ImportError:
         raise UserError(f"the source {name} needs torchvision: pip install 'allmlp[datasets]'") from None
-    parent = root or Path(os.environ.get("ALLMLP_DATA") or "~/.cache/allmlp").expanduser()
+    parent = root or data_folder()
     folder = parent / FOLDERS[name]
     try:
         return [getattr(datasets, class_name)(parent, download=root is None, **split) for split in splits]
@@ -152,6 +152,14 @@ def fetch(name: str, class_name: str, root: Path | None, *splits: dict[str, Any]
                 "remove damaged files there first"
             )
         raise RunError(f"{name} could not be downloaded or read ({reason}): {remedy}") from None
+
+
+def data_folder() -> Path:
+    """Where datasets are downloaded to."""
+    try:
+        return Path(os.environ.get("ALLMLP_DATA") or "~/.cache/allmlp").expanduser()
+    except RuntimeError:  # the user has none, as in many containers
+        raise UserError("no home folder to download to (HOME is not set): set ALLMLP_DATA to a folder") from None
 
 
 DOWNLOADED = {"cifar10": cifar10, "cifar100": cifar100, "pets": pets, "flowers102": flowers102}

@@ -1,10 +1,14 @@
 """torch.compile for the training step, where it works and saves time; otherwise the model runs in eager mode."""
 
+import atexit
+import contextlib
 import logging
 import math
+import os
+import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -14,10 +18,12 @@ from torch.utils.checkpoint import checkpoint
 from allmlp.device import autocast
 from allmlp.distributed.context import SINGLE_PROCESS, DistributedContext
 from allmlp.distributed.parallelize import replicate
-from allmlp.errors import RunError
+from allmlp.errors import RunError, printable
 from allmlp.model import Mixer, MlpBlock
 
 log = logging.getLogger(__name__)
+
+CACHE = "TORCHINDUCTOR_CACHE_DIR"  # environment variable of torch.compile
 
 # Training FLOP above which compiling, about half a minute, saves time (on 2 cores: a run of about two minutes)
 WORTHWHILE_FLOP = {"cpu": 3e13, "cuda": 3e15, "mps": float("inf")}
@@ -78,6 +84,23 @@ def compile_model(
     return forward, True
 
 
+def ensure_cache() -> None:
+    """Gives torch.compile a temporary folder for compiled code where the one that is set cannot be written.
+
+    PyTorch creates the folder when an optimizer is made, even if nothing is compiled.
+    """
+    if (folder := os.environ.get(CACHE)) is None:  # the default is below the folder for temporary files
+        return
+    with contextlib.suppress(OSError):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK | os.X_OK):
+            return
+    place = tempfile.TemporaryDirectory(prefix="allmlp-compiled-")
+    atexit.register(place.cleanup)
+    os.environ[CACHE] = place.name
+    log.warning("%s=%s cannot be written: compiled code is not kept for other runs", CACHE, printable(folder))
+
+
 def restore_eager(model: Mixer) -> None:
     """Gives all blocks their plain forward pass again, without compilation or recomputation."""
     remove_fast_mlps(model)
@@ -124,7 +147,7 @@ def mlp_blocks(model: Mixer) -> Iterator[MlpBlock]:
     return (module for module in model.modules() if isinstance(module, MlpBlock))
 
 
-@contextmanager
+@contextlib.contextmanager
 def fast_mlp_enabled() -> Iterator[None]:
     """Within the block, torch.compile traces ``fast_mlp`` in its fast form."""
     global _in_compiled_forward

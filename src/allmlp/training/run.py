@@ -29,7 +29,7 @@ from allmlp.runs.resume import (
     record_start,
 )
 from allmlp.training.build import Built, build, build_data, build_initializer, build_preemption
-from allmlp.training.compilation import restore_eager
+from allmlp.training.compilation import ensure_cache, restore_eager
 from allmlp.training.memory import keep_freed_memory, peak_memory
 from allmlp.training.preemption import Preemption, deferred_signals
 from allmlp.training.trainer import Evaluator, Progress
@@ -81,6 +81,7 @@ def train(
     initializer = build_initializer(recipe)  # reports mistakes in the sizes before any data is read
     if device.type == "cpu":
         keep_freed_memory()
+    ensure_cache()
     context.heartbeat("reading the data", slow=True)
     data = build_data(recipe, context)
     too_large = device_errors("the model and its optimizer", "train a smaller model, or --shard it over more processes")
