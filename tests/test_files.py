@@ -1,13 +1,15 @@
 """Atomic writes."""
 
+import errno
 import os
+import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from allmlp.files import atomic_write, write_text
+from allmlp.files import atomic_write, sync_folder, write_text
 
 
 @pytest.fixture
@@ -57,6 +59,25 @@ def test_a_failed_sync_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(OSError, match="disk full"):
         write_text(tmp_path / "a.txt", "new")
     assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"a.txt": "old"}
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOSYS, errno.ENOTSUP])
+def test_a_file_system_that_cannot_sync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    def fail(_handle: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    write_text(tmp_path / "a.txt", "new")
+    sync_folder(tmp_path)
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"a.txt": "new"}
+
+
+def test_an_error_names_the_file_that_was_to_be_written(tmp_path: Path) -> None:
+    write_text(tmp_path / ("a" * 250), "as long as a name may be")
+    for path, number in ((tmp_path / "gone" / "a.txt", errno.ENOENT), (tmp_path / ("a" * 260), errno.ENAMETOOLONG)):
+        with pytest.raises(OSError, match=re.escape(os.strerror(number))) as caught:
+            write_text(path, "x")
+        assert (caught.value.errno, caught.value.filename) == (number, str(path))
 
 
 @pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])

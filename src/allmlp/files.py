@@ -1,6 +1,7 @@
 """Paths as given, atomic file writes, locks, and JSON without NaN."""
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -11,6 +12,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from allmlp.errors import UserError, brief
+
+NOT_OFFERED = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
+"""Errors by which a file system says that it has no locks, or no way to sync: some network drives, FUSE."""
 
 
 def as_path(name: str, value: object) -> Path:
@@ -37,13 +41,13 @@ def atomic_write(path: Path) -> Iterator[Path]:
         temporary = create_beside(path)
         yield temporary
         with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
+            sync(file.fileno())
         temporary.replace(path)
     except BaseException as error:
         if temporary is not path:
             temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno is not None and error.filename in (None, str(temporary)):
-            error.filename = str(path)
+            error.filename, error.filename2 = str(path), None
         raise
 
 
@@ -53,7 +57,7 @@ def create_beside(path: Path) -> Path:
     ``tempfile`` would give it mode 0600, and the umask can be read only by changing it, for all threads at once.
     """
     while True:
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+        temporary = path.with_name(f".{path.name[:40]}.{secrets.token_hex(4)}")  # a name has a limit
         try:
             os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
             return temporary
@@ -79,13 +83,22 @@ def sync_folder(folder: Path) -> None:
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        sync(handle)
     finally:
         os.close(handle)
 
 
-def try_lock(file: IO[str], shared: bool = False) -> bool:
-    """Locks an open file for this process; returns whether it could, or another process has it.
+def sync(descriptor: int) -> None:
+    """``os.fsync``, where the file system has it."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NOT_OFFERED:
+            raise
+
+
+def try_lock(file: IO[str], shared: bool = False) -> bool | None:
+    """Locks an open file for this process; False: another process has it, None: its file system has no locks.
 
     Closing the file, or the end of the process, releases the lock. ``shared``: for a file opened to read.
     """
@@ -101,6 +114,10 @@ def try_lock(file: IO[str], shared: bool = False) -> bool:
             fcntl.lockf(file, kind | fcntl.LOCK_NB)  # unlike flock, not inherited by forked workers
     except (BlockingIOError, PermissionError):
         return False
+    except OSError as error:
+        if error.errno not in NOT_OFFERED:
+            raise
+        return None
     return True
 
 

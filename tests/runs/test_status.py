@@ -1,6 +1,7 @@
 """The status of a run, read from its folder alone, whatever the state of the folder."""
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -105,6 +106,28 @@ def test_the_process_that_trains_keeps_its_lock(out: Path) -> None:
         run_status(out)
         tried = subprocess.run([sys.executable, "-c", TRY_LOCK, out / LOCK], capture_output=True, text=True)
     assert tried.stdout == "locked\n"
+
+
+@LINUX
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_told_and_no_obstacle(
+    out: Path, number: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_words: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.lockf", fail)
+    done = []
+    with locked(out):
+        done.append(run_status(out)["step"])
+    assert done == [6]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"the disk of {out} has no file locks: start no other run in this folder meanwhile"
+    ]
+    assert run_status(out)["state"] == "stopped"
+    number = errno.EIO  # a failure, unlike the others
+    with pytest.raises(OSError, match="Input/output"), locked(out):
+        pass
 
 
 TRY_LOCK = """

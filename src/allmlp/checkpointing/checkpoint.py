@@ -6,7 +6,6 @@ length and SHA-256 of each file. It is written to a temporary folder, synced, an
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -18,7 +17,7 @@ from torch import Tensor
 from allmlp.checkpointing.tensors import files_of_rank, load_tensors, save_tensors, unwritable
 from allmlp.distributed.context import DistributedContext
 from allmlp.errors import RunError, UserError
-from allmlp.files import sync_folder, to_json
+from allmlp.files import sync, sync_folder, to_json
 
 FORMAT = 3  # 1: by the package when it was called mlp_mixer; 1 and 2: with metadata that was pickled
 STATE, MANIFEST = "state.json", "manifest.json"
@@ -105,7 +104,7 @@ def write_synced(path: Path, text: str) -> None:
     with path.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
-        os.fsync(file.fileno())
+        sync(file.fileno())
 
 
 def manifest_text(files: dict[str, Any]) -> str:

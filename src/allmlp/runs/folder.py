@@ -143,7 +143,10 @@ def locked(out: Path, owner: bool = True) -> Iterator[None]:
         return
     with (out / LOCK).open("a") as file:
         for delay in (0.1, 0.4, None):  # `mixer status` takes the lock for a moment
-            if try_lock(file):
+            if locked_now := try_lock(file):
+                break
+            if locked_now is None:
+                log.warning("the disk of %s has no file locks: start no other run in this folder meanwhile", out)
                 break
             if delay is None:
                 raise RunInUse(f"{out} is being trained by another process: wait for it, or end it")
@@ -156,9 +159,9 @@ def locked(out: Path, owner: bool = True) -> Iterator[None]:
 
 
 def is_locked(out: Path) -> bool:
-    """Whether a process is training this run. Nothing is written."""
+    """Whether a process is training this run, as far as the file system has locks. Nothing is written."""
     if out.resolve() in LOCKED_HERE:  # opening and closing the file again would release this process's lock
         return True
     with contextlib.suppress(FileNotFoundError), (out / LOCK).open() as file:
-        return not try_lock(file, shared=True)
+        return try_lock(file, shared=True) is False
     return False

@@ -4,14 +4,13 @@ import contextlib
 import importlib
 import json
 import logging
-import os
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from allmlp.errors import RunError
-from allmlp.files import to_json, write_text
+from allmlp.files import sync, to_json, write_text
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +109,7 @@ class Records:
     def sync(self) -> None:
         """Flushes to disk, before a checkpoint that relies on these lines is written."""
         for file in self.files:
-            os.fsync(file.fileno())
+            sync(file.fileno())
 
 
 def truncate(path: Path, keep: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
