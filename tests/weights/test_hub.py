@@ -3,9 +3,11 @@
 import hashlib
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -350,6 +352,28 @@ def test_an_error_of_the_hub_is_one_line(cache: Any, monkeypatch: pytest.MonkeyP
         load(f"{ADDRESS}@v9")
 
 
+@pytest.mark.parametrize("server", ["refuses", "says nothing"])
+def test_a_hub_that_cannot_be_reached_is_asked_once(tmp_path: Path, server: str) -> None:
+    """The library alone would ask twelve times, for 50 seconds, and tell each time."""
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        if server == "says nothing":
+            listening.listen()
+        variables = {"HF_ENDPOINT": f"http://127.0.0.1:{listening.getsockname()[1]}", "HF_HOME": str(tmp_path)}
+        variables |= {"HF_HUB_ETAG_TIMEOUT": "1", "HF_HUB_OFFLINE": "", "NO_PROXY": "*"}
+        program = "import sys; from allmlp.cli import main; sys.exit(main(sys.argv[1:]))"
+        words = [sys.executable, "-c", program, "info", ADDRESS]
+        started = time.monotonic()
+        done = subprocess.run(words, env=os.environ | variables, capture_output=True, text=True, check=False)
+    assert time.monotonic() - started < 20
+    assert done.returncode == 1
+    assert re.fullmatch(
+        r"mixer: owner/name: model.safetensors is not in the cache, and the hub cannot be reached \(.+\): connect "
+        r"once, or give a local file\n",
+        done.stderr,
+    )
+
+
 def test_files_are_requested_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """model.safetensors, then pytorch_model.bin, then config.json at the commit of the weights, if it can be had."""
     snapshot, asked = tmp_path / "snapshots" / COMMIT, []
@@ -365,6 +389,7 @@ def test_files_are_requested_in_order(tmp_path: Path, monkeypatch: pytest.Monkey
         raise of_status(404, E.RemoteEntryNotFoundError)()
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda *_args, **_options: None)
     assert_same_bits(load(ADDRESS), make())
     assert asked == [
         (REPO, "model.safetensors", None),

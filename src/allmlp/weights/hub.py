@@ -1,6 +1,7 @@
 """Weights from the Hugging Face hub, pinned to a revision."""
 
 import json
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from allmlp.errors import RunError, UserError
 
 HUB_PREFIX = "hf-hub:"
+ANSWER_SECONDS = 5.0  # after which the hub counts as unreachable
 WEIGHTS_NAMES = ("model.safetensors", "pytorch_model.bin")  # in order of preference
 
 
@@ -34,10 +36,11 @@ def download(address: str) -> WeightsFile:
     if match is None:
         raise UserError(f"{address!r}: give {HUB_PREFIX}OWNER/NAME or {HUB_PREFIX}OWNER/NAME@REVISION")
     repo, revision = match.groups()
+    offline = why_unreachable(repo, revision)
     path, unreachable = None, None
     for name in WEIGHTS_NAMES:
         try:
-            path = fetch(repo, name, revision)
+            path = fetch(repo, name, revision, offline)
         except RunError as error:  # offline; the cache may still have the other file
             unreachable = unreachable or error
         if path is not None:
@@ -48,7 +51,7 @@ def download(address: str) -> WeightsFile:
     commit = path.parent.name  # the cache's path is snapshots/COMMIT/FILE, also for a branch or tag
     missing = ""
     try:
-        config_path = fetch(repo, "config.json", commit)
+        config_path = fetch(repo, "config.json", commit, offline)
     except RunError as error:  # the weights can be loaded without it
         config_path, missing = None, str(error)
     try:
@@ -60,18 +63,34 @@ def download(address: str) -> WeightsFile:
     return WeightsFile(path=path, source=source, config=config, config_missing=missing)
 
 
-def fetch(repo: str, name: str, revision: str | None) -> Path | None:
-    """A file's path in the hub's cache, downloaded if necessary; None if the repository has no such file."""
+def why_unreachable(repo: str, revision: str | None) -> str:
+    """Why the hub does not answer, asked once; "" if it does. ``hf_hub_download`` would ask each time, for 25 s."""
+    hub = import_huggingface_hub()
+    seconds = float(os.environ.get("HF_HUB_ETAG_TIMEOUT") or ANSWER_SECONDS)
+    try:
+        hub.get_hf_file_metadata(hub.hf_hub_url(repo, WEIGHTS_NAMES[0], revision=revision), timeout=seconds)
+    except (hub.errors.HfHubHTTPError, hub.errors.HFValidationError):  # an answer, or reported by ``fetch``
+        return ""
+    except (hub.errors.HTTPError, OSError) as error:  # the HTTP library's errors may not be OSErrors
+        return first_line(error)
+    return ""
+
+
+def fetch(repo: str, name: str, revision: str | None, offline: str = "") -> Path | None:
+    """A file's path in the hub's cache, downloaded if necessary; None if the repository has no such file.
+
+    ``offline``: why the hub cannot be reached, so that only the cache is looked at.
+    """
     hub = import_huggingface_hub()
     errors = hub.errors
     try:
-        return Path(hub.hf_hub_download(repo, name, revision=revision))
+        return Path(hub.hf_hub_download(repo, name, revision=revision, local_files_only=bool(offline)))
     except errors.LocalEntryNotFoundError as error:
         if hub.try_to_load_from_cache(repo, name, revision=revision) is hub._CACHED_NO_EXIST:
             return None
         raise RunError(
-            f"{repo}: {name} is not in the cache, and the hub cannot be reached ({first_line(error)}): connect once, "
-            "or give a local file"
+            f"{repo}: {name} is not in the cache, and the hub cannot be reached ({offline or first_line(error)}): "
+            "connect once, or give a local file"
         ) from None
     except errors.EntryNotFoundError:
         return None
