@@ -1,7 +1,9 @@
 """Batches: order and pixels depend on the seed alone, not on the workers; unreadable images keep their position."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,9 +16,10 @@ from allmlp.data.dataset import ImageDataset
 from allmlp.data.decode import UnreadableImage
 from allmlp.data.loader import PADDING, Batch, UnreadableImages, default_workers, evaluation_batches, training_batches
 from allmlp.data.randaugment import RandAugment
+from allmlp.data.sources import load_source
 from allmlp.data.stores import ArrayStore, FolderStore
 from allmlp.data.transforms import EvaluationTransform, TrainingTransform
-from allmlp.errors import UserError
+from allmlp.errors import RunError, UserError
 from allmlp.metadata import Preprocessing
 
 EXACT = Preprocessing(crop_ratio=1.0)
@@ -146,6 +149,50 @@ def test_unreadable_images_count_once_each_up_to_a_limit() -> None:
         unreadable.add([(5, ""), (9, "9 is broken")])
     with pytest.raises(UserError, match="1 of 1000 images"):
         UnreadableImages(dataset_of(1000), limit=0).add([(3, "")])
+
+
+@pytest.mark.parametrize("loss", ["renamed", "deleted", "emptied", "replaced", "a class"])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_folder_that_goes_away_is_a_failure_and_no_mistake(
+    tmp_path: Path, pictures: Any, loss: str, workers: int
+) -> None:
+    """Each image fails alike, but it is the folder that is told of, and no limit that could be raised."""
+    root = pictures(tmp_path / "data", {"red": 4, "blue": 4})
+    splits = load_source(str(root), val_fraction=0, test_fraction=0)
+    dataset = splits.split("train")
+    assert dataset.read(0)
+    match loss:
+        case "renamed":
+            root.rename(tmp_path / "other")
+        case "deleted":
+            shutil.rmtree(root)
+        case "replaced":  # as by unmounting: there is a folder, but another one
+            root.rename(tmp_path / "other")
+            root.mkdir()
+        case "emptied":
+            for path in root.rglob("*.png"):
+                path.unlink()
+        case "a class":
+            shutil.rmtree(root / "red")
+            shutil.rmtree(root / "blue")
+    said = (
+        "was deleted meanwhile: put them back" if loss == "emptied" else r"is gone: put it back, and repeat or resume"
+    )
+    with pytest.raises(RunError, match=said):
+        for batch in evaluation_batches(dataset, EVALUATION, batch_size=4, workers=workers):
+            UnreadableImages(dataset, limit=0.1).add(batch.problems)
+
+
+def test_one_deleted_image_is_left_out_and_a_broken_link_is_a_mistake(tmp_path: Path, pictures: Any) -> None:
+    root = pictures(tmp_path / "data", {"red": 4, "blue": 4})
+    (root / "red" / "link.png").symlink_to(tmp_path / "nowhere.png")
+    dataset = load_source(str(root), val_fraction=0, test_fraction=0).split("train")
+    (root / "blue" / "000.png").unlink()
+    (batch,) = evaluation_batches(dataset, EVALUATION, batch_size=16, workers=0)
+    assert len(UnreadableImages(dataset, limit=0.5).add(batch.problems)) == 2
+    link = [(index, text) for index, text in batch.problems if "link.png" in text]
+    with pytest.raises(UserError, match="--max-unreadable-fraction"):
+        UnreadableImages(dataset, limit=0.1).add(link)
 
 
 def test_images_in_memory_or_few_need_no_workers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -57,7 +57,12 @@ class Dataset(Protocol):
 
         Raises:
             UnreadableImage: the image is missing or cannot be decoded.
+            RunError: the folder or zip is gone.
         """
+        ...
+
+    def missing(self, index: int) -> bool:
+        """Whether the file of an image, which was there when it was listed, is gone."""
         ...
 
 
@@ -92,6 +97,9 @@ class ImageDataset:
 
     def read(self, index: int, min_side: int | None = None) -> Image.Image:
         return self.store.open(self.names[index], self.max_pixels, min_side)
+
+    def missing(self, index: int) -> bool:
+        return self.store.missing(self.names[index])
 
     def subset(self, indices: np.ndarray) -> "ImageDataset":
         return replace(self, names=pack(self.names).subset(indices), labels=self.labels[indices])

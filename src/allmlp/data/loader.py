@@ -7,7 +7,7 @@ batch, and any worker can make any batch. The augmentation of a sample is drawn 
 
 import contextlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -21,7 +21,7 @@ from allmlp.data.shared import Shared
 from allmlp.data.transforms import EvaluationTransform, TrainingTransform
 from allmlp.data.workers import load_in_workers, plan_workers
 from allmlp.device import available_cores
-from allmlp.errors import UserError
+from allmlp.errors import RunError, UserError, printable
 from allmlp.rng import rng_stream
 
 PADDING = -1  # index of a padded sample, which is no image
@@ -270,6 +270,15 @@ def default_workers(dataset: Dataset, processes: int = 1) -> int:
     return min(max(available_cores() // processes, 1), 8)
 
 
+def check_not_deleted(dataset: Dataset, unreadable: Mapping[int, str]) -> None:
+    """Raises a RunError if the last of the unreadable images was deleted since the dataset was listed."""
+    if unreadable and dataset.missing(last := [*unreadable][-1]):
+        raise RunError(
+            f"{len(unreadable)} of {len(dataset)} images cannot be read, and the last, "
+            f"{printable(dataset.names[last])}, was deleted meanwhile: put them back, and repeat or resume"
+        )
+
+
 class UnreadableImages:
     """Counts the images that could not be read, each once, and stops a run when their fraction exceeds the limit."""
 
@@ -282,10 +291,12 @@ class UnreadableImages:
 
         Raises:
             UserError: more images than allowed cannot be read.
+            RunError: so many, and the last one was deleted since the run began.
         """
         new = {index: problem for index, problem in problems if index not in self.problems}
         self.problems |= new
         if len(self.problems) > self.limit * len(self.dataset):
+            check_not_deleted(self.dataset, self.problems)
             raise UserError(
                 f"{len(self.problems)} of {len(self.dataset)} images cannot be read, "
                 f"more than the limit of {self.limit:.3g} of them: repair or remove them, "

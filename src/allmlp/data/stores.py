@@ -21,7 +21,7 @@ from PIL import Image
 from allmlp.data.decode import UnreadableImage, decode
 from allmlp.data.names import normal_form
 from allmlp.data.zip_names import renamed_entries
-from allmlp.errors import RunError, UserError, printable
+from allmlp.errors import ELSEWHERE, RunError, UserError, describe_os_error, printable, remedy
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +44,12 @@ class Store(Protocol):
 
         Raises:
             UnreadableImage: the image is missing or cannot be decoded.
+            RunError: the folder or zip is gone.
         """
+        ...
+
+    def missing(self, name: str) -> bool:
+        """Whether the file of an image, which was there when it was listed, is gone."""
         ...
 
 
@@ -60,14 +65,17 @@ class FolderStore:
     in_memory = False
 
     def __init__(self, root: Path) -> None:
-        self.root = root
+        self.root, self.identity = root, identity(root)
 
     def open(self, name: str, max_pixels: int, min_side: int | None = None) -> Image.Image:
         path = os.path.join(self.root, name)  # noqa: PTH118 (pathlib is slower than reading a small file)
         try:
             data = self.read(name)
         except OSError as error:
-            message = f"{path} cannot be read: {error.strerror}; check the file and its permissions"
+            if error.errno in ELSEWHERE:
+                raise RunError(describe_os_error(error)) from None
+            self.check_still_there(path)
+            message = f"{path} cannot be read: {error.strerror}; {remedy(error)}"
             raise UnreadableImage(printable(message)) from None
         return decode(data, path, max_pixels, min_side)
 
@@ -84,6 +92,19 @@ class FolderStore:
             if name.isascii():
                 raise
             return read_regular(find_in_any_form(self.root, name), limit)
+
+    def check_still_there(self, path: str) -> None:
+        """Raises a RunError if not one file but its folder is gone: deleted, renamed, or its disk unmounted."""
+        for folder, before in ((self.root, self.identity), (Path(path).parent, None)):
+            now = identity(folder)
+            if now is None or (before is not None and now != before):
+                raise RunError(f"{printable(str(folder))} is gone: put it back, and repeat or resume")
+
+    def missing(self, name: str) -> bool:
+        try:
+            return not os.path.lexists(find_in_any_form(self.root, name))
+        except OSError:
+            return True
 
     def names(self) -> Iterator[str]:
         """Every file below the root, as a relative path with forward slashes, in the same order on every machine."""
@@ -182,6 +203,9 @@ class ZipStore:
             return file.read(size)
         return b""
 
+    def missing(self, name: str) -> bool:
+        return not self.path.is_file()
+
     def names(self) -> Iterator[str]:
         yield from (name for name in self.entries() if not name.endswith("/"))
 
@@ -236,6 +260,9 @@ class ArrayStore:
 
     def open(self, name: str, max_pixels: int, min_side: int | None = None) -> Image.Image:
         return Image.fromarray(self.pixels[self.index[name]])
+
+    def missing(self, name: str) -> bool:
+        return False
 
 
 READ_ONLY = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)  # opening a pipe must not block
@@ -293,6 +320,17 @@ def scan(location: str) -> tuple[list[str], dict[str, str], int]:
             taken.add(name)
     files.sort()
     return files, folders, links
+
+
+def identity(path: Path) -> tuple[int, int] | None:
+    """The device and number of a folder; None: it is not there. An unmounted disk leaves another, empty folder."""
+    try:
+        status = path.stat()
+    except PermissionError:  # a mistake from the start, not a loss
+        return 0, 0
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 def find_in_any_form(root: Path, name: str) -> str:

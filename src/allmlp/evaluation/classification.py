@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from allmlp.classifier import Classifier, evaluation_mode
 from allmlp.data.dataset import Dataset
-from allmlp.data.loader import default_workers, evaluation_batches
+from allmlp.data.loader import check_not_deleted, default_workers, evaluation_batches
 from allmlp.data.transforms import EvaluationTransform, check_channels, normalize
 from allmlp.device import autocast, current_device, device_errors
 from allmlp.distributed.context import SINGLE_PROCESS, DistributedContext
@@ -97,6 +97,7 @@ def classify(
 
     Raises:
         UserError: the model has no head, or none of the images can be read.
+        RunError: the folder or zip of the images is gone.
     """
     check_head(model)
     batches = evaluation_batches(
@@ -118,14 +119,16 @@ def classify(
             losses = F.cross_entropy(logits, batch.labels.to(logits.device), reduction="none")
             top = logits.softmax(-1).topk(min(TOP_CLASSES, logits.shape[1]))
             columns = (batch.indices, batch.labels, top.indices.cpu(), top.values.cpu(), losses.cpu())
-            problems = {dataset.names[index]: problem for index, problem in batch.problems}
-            results.append(([column[batch.valid].numpy() for column in columns], problems))
+            results.append(([column[batch.valid].numpy() for column in columns], dict(batch.problems)))
             done += len(batch.valid) * context.world_size
             on_progress(min(done, len(dataset)), len(dataset))
     by_rank = context.all_gather(results)
     in_order = [by_rank[i % context.world_size][i // context.world_size] for i in range(sum(map(len, by_rank)))]
-    unreadable = {name: problem for _, problems in in_order for name, problem in problems.items()}
+    unreadable: dict[int, str] = {}
+    for _, problems in in_order:
+        unreadable |= problems
     if len(unreadable) == len(dataset):
+        check_not_deleted(dataset, unreadable)
         first = f"; the first: {next(iter(unreadable.values()))}" if unreadable else ""
         raise UserError(f"none of the {len(dataset)} images can be read{first}")
     indices, labels, best, probabilities, losses = (
@@ -138,7 +141,7 @@ def classify(
         best=best,
         probabilities=probabilities,
         loss=float(losses.astype(np.float64).sum() / len(losses)),
-        unreadable=unreadable,
+        unreadable={dataset.names[index]: problem for index, problem in unreadable.items()},
     )
 
 

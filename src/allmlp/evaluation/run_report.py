@@ -8,7 +8,9 @@ import numpy as np
 from PIL import Image
 
 from allmlp.config.serialize import to_json_object
+from allmlp.data.decode import UnreadableImage
 from allmlp.data.transforms import EvaluationTransform, resize_for_crop
+from allmlp.errors import RunError
 from allmlp.evaluation.classification import Classification, ClassScore
 from allmlp.evaluation.report import PER_CLASS_FILE, THUMBNAIL, Example, write_report
 from allmlp.files import atomic_write
@@ -45,8 +47,8 @@ def write_files(run: RunResult[Classification]) -> None:
         summary=run.summary,
         metrics=run.metrics,
         result=result,
-        examples=[examples[row] for row in chosen],
-        mistakes=[examples[row] for row in wrong],
+        examples=[examples[row] for row in chosen if row in examples],
+        mistakes=[examples[row] for row in wrong if row in examples],
         split=split,
     )  # written last: a run with a report is complete
 
@@ -69,7 +71,9 @@ def find_mistakes(result: Classification, count: int = GRID_IMAGES) -> list[int]
 def read_examples(
     run: RunResult[Classification], result: Classification, rows: Sequence[int], saved: Sequence[int]
 ) -> dict[int, Example]:
-    """Row → example. Each image is read once, at the size for evaluation, and only its thumbnail is kept.
+    """Row → example, of the images that are still there.
+
+    Each image is read once, at the size for evaluation, and only its thumbnail is kept.
 
     The images of the rows ``saved`` are written to the folder ``examples`` of the run, named by number and true class.
     """
@@ -78,10 +82,13 @@ def read_examples(
     folder.mkdir(exist_ok=True)
     examples = {}
     for row in dict.fromkeys(rows):
-        image = result.dataset.read(int(result.indices[row]), transform.min_side)
+        try:
+            image = result.dataset.read(int(result.indices[row]), transform.min_side)
+        except (UnreadableImage, RunError):  # deleted since it was evaluated; the run is complete without it
+            continue
         if row in saved:
             label = result.dataset.classes[int(result.labels[row])]
-            name = "".join(c if c.isalnum() or c in "-_ " else "_" for c in label)[:80]
+            name = "".join(c if c.isalnum() or c in "-_ " else "_" for c in label)[:60]  # a name has a limit, in bytes
             shrink(image, transform).save(folder / f"{saved.index(row)}-{name}.png")
         image.thumbnail((THUMBNAIL, THUMBNAIL))
         examples[row] = make_example(result, row, image)

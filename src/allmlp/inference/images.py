@@ -52,6 +52,9 @@ class Picture:
             return decode(self.content, name, max_pixels, min_side)
         return to_upright_rgb(self.content, name)
 
+    def missing(self, name: str) -> bool:
+        return False
+
 
 def list_images(images: ImageLike | Iterable[ImageLike]) -> Iterator[tuple[Store, str, str]]:
     """Yields (store, name in the store, name to display) of each image; those in memory are called "image 0" and so on.
