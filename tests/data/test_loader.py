@@ -175,12 +175,14 @@ def test_a_folder_that_goes_away_is_a_failure_and_no_mistake(
         case "a class":
             shutil.rmtree(root / "red")
             shutil.rmtree(root / "blue")
-    said = (
-        "was deleted meanwhile: put them back" if loss == "emptied" else r"is gone: put it back, and repeat or resume"
-    )
-    with pytest.raises(RunError, match=said):
+
+    def read_all() -> None:
         for batch in evaluation_batches(dataset, EVALUATION, batch_size=4, workers=workers):
             UnreadableImages(dataset, limit=0.1).add(batch.problems)
+
+    said = "was deleted meanwhile: put them back" if loss == "emptied" else "is gone: put it back, and repeat or resume"
+    with pytest.raises(RunError, match=said):
+        read_all()
 
 
 def test_one_deleted_image_is_left_out_and_a_broken_link_is_a_mistake(tmp_path: Path, pictures: Any) -> None:

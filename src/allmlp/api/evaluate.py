@@ -5,6 +5,7 @@ import logging
 import math
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -19,6 +20,7 @@ from allmlp.device import Precision, select_device, select_precision
 from allmlp.errors import UserError, brief, naming_keywords
 from allmlp.evaluation.classification import Classification, classify
 from allmlp.inference.predict import check_classifier, not_finite
+from allmlp.runs.resume import fingerprint
 from allmlp.sizes import whole_number
 from allmlp.weights.published import synset_names
 
@@ -111,6 +113,15 @@ def load_as_trained(model: Classifier, data: str, max_pixels: int) -> DatasetSpl
     for remark in source.remarks():
         log.warning("%s", remark)
     return source
+
+
+def same_data(model: Classifier, source: DatasetSplits, data: str) -> bool:
+    """Whether a source is the one that the model was trained on: by the names of its images, or by its place."""
+    digest = model.metadata.provenance.get("training_images")
+    if digest is not None and fingerprint(source).get("train", {}).get("sha256") == digest:
+        return True
+    before = training_data(model).get("data")
+    return before == data or (isinstance(before, str) and Path(before).resolve() == Path(data).resolve())
 
 
 def training_data(model: Classifier) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from allmlp.runs.resume import (
     check_resumable,
     check_same_data,
     find_checkpoint,
+    fingerprint,
     prepare_folder,
     record_start,
 )
@@ -130,7 +131,8 @@ def train(
         summary = summarize(recipe, data, model, built, results, kept_step) | origin
         if context.is_rank0:
             scores: dict[str, Any] = {key: summary[key] for key in ("data", "split", "epochs", "val_top1", "test_top1")}
-            save(model, out / "model.safetensors", **origin, **scores)
+            trained_on = fingerprint(data)["train"]["sha256"]
+            save(model, out / "model.safetensors", **origin, **scores, training_images=trained_on)
             write_text(out / "summary.json", to_json(summary, indent=2) + "\n")
     metrics = built.trainer.records.metrics
     return RunResult(

@@ -53,7 +53,7 @@ class Arguments:
 
 def run(args: Sequence[str]) -> None:
     arguments = parse(Arguments, args, command="evaluate", description=DESCRIPTION)
-    from allmlp.api.evaluate import check_evaluation, evaluate_source, load_as_trained, training_data
+    from allmlp.api.evaluate import check_evaluation, evaluate_source, load_as_trained, same_data
     from allmlp.cli.display import describe_unreadable
 
     model = load_resized(arguments.weights, arguments.image_size)
@@ -77,7 +77,7 @@ def run(args: Sequence[str]) -> None:
         )
     else:
         print_result(result, f"{arguments.part} split of {source.description}")
-        if arguments.part != "all" and training_data(model).get("data") != arguments.data:
+        if arguments.part != "all" and not same_data(model, source, arguments.data):
             print("(these weights were trained on other data: --part all evaluates on every image of this source)")
     if result.unreadable:
         print(describe_unreadable(list(result.unreadable)), file=sys.stderr)
