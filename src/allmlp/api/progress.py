@@ -25,9 +25,12 @@ class Bar:
 
 @contextmanager
 def progress_bar(wanted: bool | None = None) -> Iterator[Bar]:
-    """A bar to update within the block; ``wanted`` None: only in a terminal or a notebook."""
+    """A bar to update within the block; ``wanted`` None: only in a notebook, or a terminal that moves its cursor.
+
+    A bar is nothing but escape codes, so that there is none where ``NO_COLOR`` is set or ``TERM`` is dumb.
+    """
     console = Console(stderr=True)
-    visible = console.is_terminal or console.is_jupyter
+    visible = console.is_jupyter or (console.is_terminal and not console.is_dumb_terminal and not console.no_color)
     if wanted is False or (wanted is None and not visible):
         yield Bar(None)
         return

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import os
 import sys
 import typing
 from collections.abc import Sequence
@@ -30,9 +31,10 @@ def parse(kind: type[T], args: Sequence[str], *, command: str, description: str)
     Raises:
         UserError: a mistake in the arguments; for an unknown option, the message lists the nearest.
     """
-    errors = io.StringIO()
+    errors, help_text = io.StringIO(), io.StringIO()
+    plain = contextlib.redirect_stdout(help_text) if os.environ.get("NO_COLOR") else contextlib.nullcontext()
     try:
-        with contextlib.redirect_stderr(errors):
+        with contextlib.redirect_stderr(errors), plain:
             arguments, unknown = tyro.cli(
                 kind,
                 prog=f"mixer {command}",
@@ -43,6 +45,7 @@ def parse(kind: type[T], args: Sequence[str], *, command: str, description: str)
             )
     except SystemExit as end:
         if end.code == 0:
+            print(help_text.getvalue(), end="")
             sys.stdout.flush()  # here, where a full disk or a closed pipe can still be reported
             raise
         raise UserError(f"{one_line(errors.getvalue())} (mixer {command} --help)") from None

@@ -4,6 +4,7 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from allmlp.api.recipe import height_and_width
@@ -76,7 +77,9 @@ def run(args: Sequence[str]) -> None:
             )
         )
     else:
-        print_result(result, f"{arguments.part} split of {source.description}")
+        page = Path(arguments.weights).parent / "report.html"  # of a run, with its own held-out images
+        where = f"--json lists all; {page} draws those of the run" if page.is_file() else "--json lists all"
+        print_result(result, f"{arguments.part} split of {source.description}", where)
         if arguments.part != "all" and not same_data(model, source, arguments.data):
             print("(these weights were trained on other data: --part all evaluates on every image of this source)")
     if result.unreadable:
@@ -106,7 +109,8 @@ def describe(result: "Classification") -> dict:
     }
 
 
-def print_result(result: "Classification", images: str) -> None:
+def print_result(result: "Classification", images: str, where: str) -> None:
+    """Prints the scores; ``where``: a hint to what the tables leave out."""
     from allmlp.cli.display import print_table
     from allmlp.evaluation.classification import wilson
 
@@ -116,40 +120,28 @@ def print_result(result: "Classification", images: str) -> None:
     print(f"top-1 {result.top1:.4f} (95 % interval {low:.4f} to {high:.4f}){top5}, cross-entropy {result.loss:.4f}")
     scores, title = result.per_class(), "per class"
     if len(scores) > MAX_CLASSES:
-        title = f"per class: {MAX_ROWS} of {len(scores):,} classes, lowest recall first (--json lists all)"
+        title = f"per class: {MAX_ROWS} of {len(scores):,} classes, lowest recall first ({where})"
         scores = sorted(scores, key=lambda score: math.inf if score.recall is None else score.recall)[:MAX_ROWS]
     rows = [[r.name, f"{r.images:,}", format_fraction(r.recall), format_fraction(r.precision)] for r in scores]
     print_table(title, ["class", "images", "recall", "precision"], rows)
-    print_confusion(result.dataset.classes, result.confusion_counts)
+    print_confusion(result.dataset.classes, result.confusion_counts, where)
 
 
-def print_confusion(names: Sequence[str], counts: "np.ndarray") -> None:
-    """Prints (M, 3) counts: for few classes as a matrix, in parts if it is wide, else the most frequent mistakes."""
-    from rich.cells import cell_len
+def print_confusion(names: Sequence[str], counts: "np.ndarray", where: str) -> None:
+    """Prints (M, 3) counts: for few classes as a matrix, else the most frequent mistakes, and where all of them are."""
+    from allmlp.cli.display import print_matrix, print_table
 
-    from allmlp.cli.display import output_width, print_table
-
-    if len(names) > MAX_ROWS:
-        mistakes = counts[counts[:, 0] != counts[:, 1]]
-        most = mistakes[(-mistakes[:, 2]).argsort(kind="stable")[:MAX_ROWS]].tolist()
-        title = f"confusion: {len(most)} of {len(mistakes):,} confused pairs, most frequent first (--json lists all)"
-        pairs = [[names[true], names[predicted], f"{images:,}"] for true, predicted, images in most]
-        print_table(title, ["true class", "predicted as", "images"], pairs)
-        return
-    header, rows = ["", *names], [[name, *["0"] * len(names)] for name in names]
-    for true, predicted, images in counts.tolist():
-        rows[true][predicted + 1] = str(images)
-    first, *widths = [max(map(cell_len, column)) + 3 for column in zip(header, *rows, strict=True)]
-    parts, room = [[0]], output_width() - 1 - first
-    for column, width in enumerate(widths, 1):
-        if width > room and len(parts[-1]) > 1:
-            parts.append([0])
-            room = output_width() - 1 - first
-        parts[-1].append(column)
-        room -= width
-    for part in parts:
-        cells = [[row[column] for column in part] for row in rows]
-        print_table("confusion: true class down, predicted across", [header[column] for column in part], cells)
+    if len(names) <= MAX_ROWS:
+        rows = [["0"] * len(names) for _ in names]
+        for true, predicted, images in counts.tolist():
+            rows[true][predicted] = str(images)
+        if print_matrix("confusion: true class down, predicted across", list(names), rows):
+            return
+    mistakes = counts[counts[:, 0] != counts[:, 1]]
+    most = mistakes[(-mistakes[:, 2]).argsort(kind="stable")[:MAX_ROWS]].tolist()
+    pairs = [[names[true], names[predicted], f"{images:,}"] for true, predicted, images in most]
+    title = f"confusion: {len(most)} of {len(mistakes):,} confused pairs, most frequent first ({where})"
+    print_table(title, ["true class", "predicted as", "images"], pairs, names=2)
 
 
 def format_fraction(value: float | None) -> str:
