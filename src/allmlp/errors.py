@@ -62,6 +62,15 @@ def with_keywords(message: str) -> str:
     return re.sub(r"\bmixer [^,:;)]*|--([a-z][a-z-]*)", keyword, message)
 
 
+def with_options(message: str) -> str:
+    """``image_size = 20: must be`` becomes ``--image-size 20: must be``, for a message that begins so."""
+
+    def option(found: re.Match[str]) -> str:
+        return f"--{found[1].replace('_', '-')} "
+
+    return re.sub(r"^([a-z]+(?:_[a-z]+)*) = (?=.*: must be )", option, message)
+
+
 def printable(text: str) -> str:
     """Escapes control and other unprintable characters of outside text (a file or class name) to fit in one line."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

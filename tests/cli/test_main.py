@@ -37,7 +37,13 @@ def test_version_and_help_of_a_command(mixer) -> None:
         assert (answer.status, answer.out) == (0, f"mixer {allmlp.__version__}\n")
     assert re.fullmatch(r"\d+\.\d+\.\d+.*|from source", allmlp.__version__)
     assert mixer("help", "info").out == mixer("info", "--help").out
-    assert mixer("help", "ifno").errors
+    assert mixer("info", "help").out == mixer("info", "--help").out
+    assert mixer("version").out == mixer("--version").out
+    assert mixer("help").out == mixer("--help").out == mixer().out
+    assert "recipe photos" in mixer("help", "train", "photos").out
+    for words in (("help", "ifno"), ("ifno", "help")):
+        assert mixer(*words).status == 2
+        assert "did you mean info?" in mixer(*words).last
 
 
 def test_sigterm_ends_a_run_with_143_and_leaves_nothing_half_written(tmp_path: Path) -> None:

@@ -2,17 +2,19 @@
 
 import dataclasses
 import typing
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from allmlp.api.recipe import override, override_finetune, override_model
-from allmlp.cli.arguments import option_names
-from allmlp.cli.commands import finetune, train
+from allmlp.cli.arguments import SYNONYMS, option_names
+from allmlp.cli.commands import evaluate, finetune, predict, train
 from allmlp.cli.overrides import recipe_groups
+from allmlp.cli.training import recipe_or_data
 from allmlp.config.recipe import ModelRecipe, Recipe
 from allmlp.errors import UserError
-from allmlp.recipes import get_finetune_recipe, get_recipe
+from allmlp.recipes import RECIPES, get_finetune_recipe, get_recipe
 
 SECTIONS = ("model", "data", "optimization", "run")
 
@@ -48,6 +50,77 @@ def test_only_what_was_given_is_returned() -> None:
     assert given("--global_batch_size", "8", "--ema_decay=0.9") == {
         "optimization": {"global_batch_size": 8, "ema_decay": 0.9}
     }
+
+
+@pytest.mark.parametrize("words", [("--lr", "0.5", "-b", "8"), ("--batch-size=8", "--lr=0.5"), ("--batch_size", "8")])
+def test_customary_names_are_understood(words: tuple[str, ...]) -> None:
+    fields = given(*words)["optimization"]
+    assert fields == {"global_batch_size": 8} | ({"learning_rate": 0.5} if len(words) != 2 or "=" in words[0] else {})
+    assert transferred(*words).recipe.optimization.global_batch_size == 8
+    assert transferred("--lr", "0.2").search.learning_rates == ()
+
+
+@pytest.mark.parametrize(
+    ("option", "ours"),
+    [
+        ("--img-size", "--image-size"),
+        ("--img_size=224", "--image-size"),
+        ("--wd", "--weight-decay"),
+        ("--bs", "--global-batch-size"),
+        ("--num_train_epochs", "--epochs"),
+        ("-j", "--workers"),
+        ("--output_dir", "--out"),
+        ("--drop-path", "--stochastic-depth"),
+    ],
+)
+def test_options_of_other_programs_are_told_by_ours(option: str, ours: str) -> None:
+    for verb in (train, finetune):
+        with pytest.raises(UserError, match=rf"unknown option {option.partition('=')[0]}: did you mean {ours}\?"):
+            verb.parse_arguments(["x", option, "3"])
+
+
+def test_synonyms_name_options_that_exist() -> None:
+    known = {name for group in recipe_groups(Recipe()).values() for name in option_names(group)}
+    known |= {name for verb in (train, finetune, evaluate, predict) for name in option_names(verb.Arguments)}
+    assert SYNONYMS.keys() <= known
+    assert not known & {other for words in SYNONYMS.values() for other in words.split()}
+
+
+MEANINGS: list[tuple[str, str | None, str | None, str]] = [  # word, the recipe, the data, what is told
+    ("flowers/", None, "flowers/", ""),
+    ("photos/", None, "photos/", ""),
+    ("digits/", None, "digits/", ""),
+    ("./flowers", None, "./flowers", ""),
+    ("flowers\\", None, "flowers", ""),
+    ("/nowhere", None, "/nowhere", ""),
+    ("flowers", None, "flowers", "taken as --data flowers"),
+    ("flowers.zip", None, "flowers.zip", "taken as --data flowers.zip"),
+    ("deep/er", None, "deep/er", "taken as --data deep/er"),
+    ("photos", "photos", None, "for the folder of that name, give photos/"),
+    ("digits", "digits", None, "for the folder of that name, give digits/"),
+    ("cifar10", "cifar10", None, ""),
+    ("B/16", "B/16", None, ""),  # which is unknown, and told as such
+]
+
+
+@pytest.mark.parametrize(("word", "recipe", "data", "told"), MEANINGS)
+def test_a_recipe_or_the_data(
+    word: str, recipe: str | None, data: str | None, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for place in ("photos", "flowers", "pets", "digits", "deep/er"):
+        (tmp_path / place).mkdir(parents=True)
+    (tmp_path / "flowers.zip").touch()
+    fields: dict[str, dict[str, Any]] = {"data": {}}
+    choice = recipe_or_data(word, RECIPES, fields)
+    assert (choice.recipe, fields["data"].get("data")) == (recipe, data)
+    assert told in choice.note
+    assert bool(told) == bool(choice.note)
+    if data is not None:
+        with pytest.raises(UserError, match="and --data other: give one of them"):
+            recipe_or_data(word, RECIPES, {"data": {"data": "other"}})
+    with pytest.raises(UserError, match="give --data pets for the data set, or pets/ for the folder"):
+        recipe_or_data("pets", RECIPES, {"data": {}})
 
 
 def test_every_field_is_an_option_with_its_docstring_as_help(mixer) -> None:

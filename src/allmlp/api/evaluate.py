@@ -60,7 +60,6 @@ def evaluate(
         UserError: a model without a trained head, no such data, or classes that the model does not know.
     """
     chosen = check_evaluation(model, device, batch_size, workers)
-    max_pixels = whole_number("max_pixels", max_pixels, 1)
     if not isinstance(data, str | os.PathLike):
         raise UserError(f"data {brief(data)}: give a name, a folder of images, or a .zip of one")
     source = load_as_trained(model, os.fspath(data), max_pixels)
@@ -107,7 +106,7 @@ def evaluate_source(
 
 def load_as_trained(model: Classifier, data: str, max_pixels: int) -> DatasetSplits:
     """The source, with the splits that it does not have made as they were when the model was trained."""
-    trained_on = training_data(model)
+    max_pixels, trained_on = whole_number("max_pixels", max_pixels, 1), training_data(model)
     split = {key: trained_on[key] for key in ("val_fraction", "test_fraction", "split_seed") if key in trained_on}
     source = load_source(data, max_pixels=max_pixels, **split)
     for remark in source.remarks():

@@ -13,7 +13,7 @@ from typing import NoReturn
 
 from allmlp.cli.streams import PIPE_CLOSED, OutputError, guarded_streams
 from allmlp.distributed.signals import ENDING_SIGNALS, HANG_UP, not_ignored
-from allmlp.errors import RunError, Stopped, UserError, describe_os_error, printable
+from allmlp.errors import RunError, Stopped, UserError, describe_os_error, printable, with_options
 
 COMMANDS = {
     "train": "train a Mixer from scratch: on the embedded digits, or on your images",
@@ -80,13 +80,12 @@ def main(argv: list[str] | None = None) -> int:
         except KeyboardInterrupt:
             return fail("interrupted", 130, debug)
         except (Terminated, Stopped) as error:
+            ignore_hang_up()
             return fail(error, error.status, debug)
         except UserError as error:
             return fail(error, 2, debug)
-        except RunError as error:
+        except (RunError, OSError) as error:
             return fail(error, 1, debug)
-        except OSError as error:
-            return fail(describe_os_error(error), 1, debug)
         except Exception as error:  # a device that failed, or a bug here or in a library: still one line
             if "torch" in sys.modules:
                 from allmlp.device import describe_failure, is_device_failure, is_out_of_memory
@@ -129,16 +128,24 @@ def set_up_signals() -> None:
 
 
 def raise_terminated(number: int, frame: object) -> None:
-    """Handles the first of these signals. A shell sends SIGHUP after the kernel has; a second SIGTERM is in earnest."""
+    """Handles the first of these signals; a second SIGTERM has its usual effect."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if HANG_UP is not None:
-        signal.signal(HANG_UP, signal.SIG_IGN)
+    ignore_hang_up()
     raise Terminated(number)
+
+
+def ignore_hang_up() -> None:
+    """Keeps a second SIGHUP from ending this process, which ends anyway, before it has told how."""
+    if HANG_UP is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(HANG_UP, signal.SIG_IGN)
 
 
 def fail(error: BaseException | str, status: int, debug: bool, unexpected: bool = False) -> int:
     """Prints the error in one line on standard error, after its traceback if ``debug``; returns the status."""
-    message = printable(" ".join(str(error).split())) or type(error).__name__
+    text = describe_os_error(error) if isinstance(error, OSError) else str(error)
+    message = printable(" ".join(text.split())) or type(error).__name__
+    if isinstance(error, UserError):
+        message = with_options(message)
     if unexpected:
         message = f"{type(error).__name__}: {message}"
     if os.environ.get("WORLD_SIZE", "1") != "1" and "RANK" in os.environ:

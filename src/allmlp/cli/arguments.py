@@ -25,11 +25,37 @@ Weights = Annotated[
 ]
 
 
+SYNONYMS = {  # ours → options of that meaning in other programs
+    "--batch-size": "--bs -b --batch --batchsize",
+    "--clip-norm": "--clip-grad --max-grad-norm --grad-clip",
+    "--data": "--data-dir --dataset --data-path --train-dir -d",
+    "--device": "--gpu --cpu --cuda",
+    "--dropout": "--drop",
+    "--ema-decay": "--model-ema --model-ema-decay --ema",
+    "--epochs": "--num-epochs --num-train-epochs --max-epochs -e",
+    "--global-batch-size": "--bs --batch --batchsize --train-batch-size",
+    "--image-size": "--img-size --imgsz --input-size --resolution --img",
+    "--label-smoothing": "--smoothing",
+    "--micro-batch-size": "--per-device-train-batch-size --gradient-accumulation-steps --grad-accum-steps",
+    "--optimizer": "--opt --optim",
+    "--out": "--output --output-dir --save-dir -o",
+    "--part": "--split",
+    "--precision": "--amp --bf16 --fp16 --half",
+    "--processes": "--gpus --ngpus --nproc-per-node --num-processes",
+    "--steps": "--max-steps --num-steps",
+    "--stochastic-depth": "--drop-path",
+    "--top": "--topk --top-k -k",
+    "--warmup-steps": "--warmup --num-warmup-steps",
+    "--weight-decay": "--wd --decay-weight",
+    "--workers": "--num-workers --dataloader-num-workers -j",
+}
+
+
 def parse(kind: type[T], args: Sequence[str], *, command: str, description: str) -> T:
     """The command's arguments. ``--help`` prints the description and ends the process.
 
     Raises:
-        UserError: a mistake in the arguments; for an unknown option, the message lists the nearest.
+        UserError: a mistake in the arguments; for an unknown option, the message names ours, or the nearest.
     """
     errors, help_text = io.StringIO(), io.StringIO()
     plain = contextlib.redirect_stdout(help_text) if os.environ.get("NO_COLOR") else contextlib.nullcontext()
@@ -69,7 +95,9 @@ def describe_unknown(word: str, options: list[str]) -> str:
     if not word.startswith("-"):
         return f"unexpected argument {word!r}"
     option = word.partition("=")[0]
-    near = difflib.get_close_matches(option, options, 3)
+    same = option.replace("_", "-")
+    near = [ours for ours, others in SYNONYMS.items() if ours in options and same in others.split()]
+    near = near or difflib.get_close_matches(option, options, 3)
     return f"unknown option {option}" + (f": did you mean {', '.join(near)}?" if near else "")
 
 

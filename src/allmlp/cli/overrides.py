@@ -8,6 +8,8 @@ import tyro
 from allmlp.cli.docstrings import field_docstrings
 from allmlp.config.recipe import Recipe
 
+ALIASES = {"learning_rate": ("--lr",), "global_batch_size": ("--batch-size", "-b")}  # customary names of fields
+
 
 class Option(NamedTuple):
     """One option of the command line; ``default`` is only shown, in its help."""
@@ -28,7 +30,10 @@ def options_of(section: Any) -> dict[str, Option]:
 def option_group(title: str | None, options: dict[str, Option]) -> Any:
     """A TypedDict of optional keys for these options: parsing one returns only the keys that were given."""
     fields = {
-        name: Annotated[option.hint, tyro.conf.arg(help=option.help, help_behavior_hint=show_default(option.default))]
+        name: Annotated[
+            option.hint,
+            tyro.conf.arg(help=option.help, help_behavior_hint=show_default(option.default), aliases=ALIASES.get(name)),
+        ]
         for name, option in options.items()
     }
     group: Any = typing.TypedDict("OptionGroup", fields, total=False)  # pyright: ignore

@@ -5,16 +5,17 @@ import logging
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from allmlp.api.recipe import Overrides
 from allmlp.cli.docstrings import help_from_docstrings
 from allmlp.cli.streams import saved_result
 from allmlp.config.batch_size import check_world_size
 from allmlp.config.recipe import Recipe
-from allmlp.errors import UserError
+from allmlp.errors import UserError, printable
 from allmlp.files import to_json
 
 if TYPE_CHECKING:
@@ -49,6 +50,42 @@ def requested_folder(out: Path | None, launch: LaunchOptions) -> Path | None:
     if out is not None and out != Path(launch.resume):
         raise UserError(f"--resume {launch.resume} and --out {out}: a run stays in its folder, so leave out --out")
     return Path(launch.resume)
+
+
+class Choice(NamedTuple):
+    """What a positional argument names: a recipe; None: data to train on."""
+
+    recipe: str | None
+    note: str = ""  # how it was understood, where that may surprise
+
+
+def recipe_or_data(word: str | None, recipes: Container[str], given: Overrides) -> Choice:
+    """What ``word`` means: a path is data, and so is a folder or zip that is there, unless a recipe has its name.
+
+    The data is added to the fields ``given``.
+
+    Raises:
+        UserError: data that is given twice, or a name of both a folder and a built-in data set.
+    """
+    if word is None:
+        return Choice(None)
+    path, data = Path(word), given["data"].get("data")
+    if word in recipes:
+        told = path.is_dir() and data is None
+        return Choice(word, f"{word} is a recipe; for the folder of that name, give {word}/" if told else "")
+    is_path = word.endswith(("/", "\\")) or word.startswith(("./", "../", ".\\", "..\\")) or path.is_absolute()
+    if not is_path and not path.is_dir() and not (path.suffix.lower() == ".zip" and path.is_file()):
+        return Choice(word)
+    if data is not None:
+        raise UserError(f"both {word!r} and --data {data}: give one of them")
+    given["data"]["data"] = word if path.exists() else word.rstrip("\\")
+    if is_path:
+        return Choice(None)
+    from allmlp.data.builtin import BUILT_IN
+
+    if word in BUILT_IN:
+        raise UserError(f"{word!r} is no recipe: give --data {word} for the data set, or {word}/ for the folder")
+    return Choice(None, f"{printable(word)} is no recipe, but is there to train on: taken as --data {printable(word)}")
 
 
 def must_launch(recipe: Recipe, launch: LaunchOptions) -> bool:

@@ -1,6 +1,7 @@
 """mixer finetune"""
 
 import dataclasses
+import logging
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,16 +20,20 @@ from allmlp.cli.training import (
     launch_processes,
     must_launch,
     print_summary,
+    recipe_or_data,
     requested_folder,
     resume_with,
 )
 from allmlp.errors import UserError
 from allmlp.recipes import FINETUNE_RECIPES, get_finetune_recipe, list_names
 
+log = logging.getLogger(__name__)
+
 DESCRIPTION = """Trains weights further on your own classes: the head starts at zero, the rest from the weights.
 
 usage: mixer finetune WEIGHTS [RECIPE] [OPTIONS], where RECIPE is one of {recipes}; without one, photos, for a small
-machine. Each has a small version, RECIPE-small.
+machine. Each has a small version, RECIPE-small. In place of RECIPE, a path that ends in / or begins with ./ or / is a
+folder to train on.
 
 examples: mixer finetune Mixer-B_16.npz --data photos/ --image-size 448
           mixer finetune Mixer-B_16.npz pets --micro-batch-size 32
@@ -57,7 +62,10 @@ def run(args: Sequence[str]) -> int:
     arguments, given = parse_arguments(args)
     if not arguments.weights:
         raise UserError("no weights: name a file, or hf-hub:OWNER/NAME (mixer finetune --help)")
-    plan = override_finetune(get_finetune_recipe(arguments.recipe), arguments.weights, given)
+    choice = recipe_or_data(arguments.recipe, FINETUNE_RECIPES, given)
+    plan = override_finetune(get_finetune_recipe(choice.recipe or "photos"), arguments.weights, given)
+    if choice.note and not plan.recipe.data.data:
+        raise UserError(f"no --data: {choice.note}")
     check_data(plan.recipe)
     launch = arguments.launch
     launch = dataclasses.replace(launch, resume=launch.resume or ("auto" if arguments.out else None))
@@ -70,6 +78,8 @@ def run(args: Sequence[str]) -> int:
     from allmlp.training.run import RunOptions
 
     with distributed_run(plan.recipe) as context, claimed_folder(out, plan.recipe.name, context) as folder:
+        if choice.note:
+            log.info("%s", choice.note)
         again = command if out else f"{command} --out {shlex.quote(str(folder))}"
         options = RunOptions(
             command=command,

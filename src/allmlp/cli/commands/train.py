@@ -1,5 +1,7 @@
 """mixer train"""
 
+import dataclasses
+import logging
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,6 +20,7 @@ from allmlp.cli.training import (
     launch_processes,
     must_launch,
     print_summary,
+    recipe_or_data,
     requested_folder,
     resume_with,
 )
@@ -26,12 +29,16 @@ from allmlp.config.serialize import from_json
 from allmlp.errors import UserError
 from allmlp.recipes import RECIPES, get_recipe, list_names
 
+log = logging.getLogger(__name__)
+
 DESCRIPTION = """Trains a Mixer from scratch and writes a folder with its weights, metrics and report.html.
 
 usage: mixer train [RECIPE] [OPTIONS], where RECIPE is one of {recipes}; without one, photos for a --data that is a
-folder or zip, else digits. The paper's recipes have small versions, RECIPE-small. Options override their fields.
+folder or zip, else digits. The paper's recipes have small versions, RECIPE-small. Options override their fields. In
+place of RECIPE, a path that ends in / or begins with ./ or / is a folder to train on.
 
-examples: mixer train photos --data flowers.zip --image-size 160 --epochs 50
+examples: mixer train flowers/
+          mixer train photos --data flowers.zip --image-size 160 --epochs 50
           mixer train imagenet-b16 --data imagenet/ --micro-batch-size 128
           mixer train imagenet-b16 --data imagenet/ --processes 8 --out runs/b16 --resume auto
 
@@ -54,7 +61,8 @@ class Arguments:
 
 def run(args: Sequence[str]) -> int:
     arguments, given = parse_arguments(args)
-    recipe = choose_recipe(arguments, given)
+    choice = recipe_or_data(arguments.recipe, RECIPES, given)
+    recipe = choose_recipe(dataclasses.replace(arguments, recipe=choice.recipe), given)
     recipe = override(recipe, override_model(recipe.model, given["model"]), given)
     launch, out = arguments.launch, requested_folder(arguments.out, arguments.launch)
     if must_launch(recipe, launch):
@@ -64,6 +72,8 @@ def run(args: Sequence[str]) -> int:
     from allmlp.training.run import RunOptions
 
     with distributed_run(recipe) as context, claimed_folder(out, recipe.name, context) as folder:
+        if choice.note and recipe.data.data != arguments.recipe:
+            log.info("%s", choice.note)
         options = RunOptions(
             command=shlex.join(["mixer", "train", *args]),
             resume=launch.resume is not None,
