@@ -64,7 +64,7 @@ def finetune(
         UserError: an unknown recipe or keyword (the message names the nearest), an invalid value, or a folder that
             holds something else.
         RunError: the run failed.
-        Stopped: by SIGINT or SIGTERM, after a checkpoint. A second SIGINT raises KeyboardInterrupt.
+        Stopped: by SIGINT, SIGTERM or SIGHUP, after a checkpoint. A second SIGINT raises KeyboardInterrupt.
     """
     check_single_process()
     given = finetune_fields(fields if data is None else fields | {"data": data}, image_size)

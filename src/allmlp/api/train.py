@@ -57,7 +57,7 @@ def train(
         UserError: an unknown recipe or keyword (the message names the nearest), an invalid value, or a folder that
             holds something else.
         RunError: the run failed.
-        Stopped: by SIGINT or SIGTERM, after a checkpoint. A second SIGINT raises KeyboardInterrupt.
+        Stopped: by SIGINT, SIGTERM or SIGHUP, after a checkpoint. A second SIGINT raises KeyboardInterrupt.
     """
     check_single_process()
     given = by_section(fields, SECTIONS)

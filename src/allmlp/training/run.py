@@ -73,7 +73,7 @@ def train(
     Raises:
         UserError: a mistake in the recipe or the data; a folder created by this call is removed again.
         RunError: a loss that is not finite, a batch that does not fit into memory, or a full disk.
-        Stopped: by SIGTERM or SIGINT, after a checkpoint.
+        Stopped: by SIGTERM, SIGHUP or SIGINT, after a checkpoint.
     """
     check_world_size(recipe, context.world_size)
     check_folder(recipe, out, options, context)
