@@ -14,7 +14,7 @@ from typing import Any
 
 PROGRAM = r"""
 import json, multiprocessing, os, signal, sys, time
-import allmlp.api.evaluate, allmlp.api.finetune, allmlp.inference.predict, allmlp.runs.records
+import allmlp.api.evaluate, allmlp.inference.predict, allmlp.training.run  # and not matplotlib, which asks for HOME
 import torch.utils.data, torch._dynamo, torch.utils.tensorboard
 from allmlp.cli import main
 
