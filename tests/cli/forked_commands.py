@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import Any
 
 PROGRAM = r"""
 import json, multiprocessing, os, signal, sys, time
-import allmlp.api.evaluate, allmlp.api.finetune, allmlp.inference.predict, allmlp.runs.records
+import allmlp.api.evaluate, allmlp.inference.predict, allmlp.training.run  # and not matplotlib, which asks for HOME
 import torch.utils.data, torch._dynamo, torch.utils.tensorboard
 from allmlp.cli import main
 
@@ -28,7 +29,7 @@ def become(job):
             reader, writer = os.pipe()
             os.close(reader)
         elif target is not None:
-            writer = os.open(target, os.O_WRONLY | os.O_CREAT, 0o666)
+            writer = os.open(target, os.O_RDWR | os.O_CREAT, 0o666)  # a terminal becomes that of the session
         if target is not None and writer != descriptor:
             os.dup2(writer, descriptor)
             os.close(writer)
@@ -58,6 +59,9 @@ for line in iter(sys.stdin.readline, ""):
 """
 
 
+TIMEOUT = 90.0  # seconds after which a command that has not ended is killed
+
+
 @dataclass(frozen=True)
 class Ended:
     """How a command ended, and what it left."""
@@ -81,7 +85,10 @@ class Started:
 
     def wait(self) -> list[Ended]:
         assert self.server.stdout is not None
+        watchdog = threading.Timer(TIMEOUT, lambda: [os.killpg(pid, signal.SIGKILL) for pid in self.pids])
+        watchdog.start()
         statuses = [int(status) for status in self.server.stdout.readline().split()]
+        watchdog.cancel()
         texts = {name: path.read_text("utf-8") if path.is_file() else "" for name, path in self.files.items()}
         return [Ended(status, **texts) for status in statuses]
 

@@ -1,9 +1,17 @@
 """Output that is closed or full, no home folder, signals, clocks, data that goes away: how each command ends."""
 
+import contextlib
+import fcntl
 import json
+import os
+import pty
 import re
+import select
 import signal
+import struct
 import sys
+import termios
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -200,6 +208,57 @@ def test_a_closed_terminal_stops_a_run_after_it_has_saved(
     name = signal.Signals(status - 128).name
     assert how.get("err") or re.search(rf"stopped by {name} after step \d+: resume with ", ended.err.splitlines()[-1])
     assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*")]
+
+
+@pytest.fixture
+def terminal() -> Iterator[tuple[int, str]]:
+    """A terminal of 40 columns: the descriptor of its other end, which may be closed, and its name."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 40, 0, 0))
+    try:
+        yield ours, os.ttyname(theirs)
+    finally:
+        os.close(theirs)
+        with contextlib.suppress(OSError):
+            os.close(ours)
+
+
+def test_a_run_whose_terminal_is_closed_saves(long_run: Any, tmp_path: Path, terminal: tuple[int, str]) -> None:
+    ours, name = terminal
+    started = long_run("train", "--workers", 1, out=name, err=name, env={"TERM": "xterm"})
+    os.close(ours)
+    (ended,) = started.wait()
+    assert ended.status == 129
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*")]
+
+
+def shown(server: Server, words: list[object], terminal: tuple[int, str], env: dict[str, str | None]) -> str:
+    """What the command shows on the terminal, standard error included."""
+    ours, name = terminal
+    text, ended = [], threading.Event()
+
+    def read() -> None:
+        while select.select([ours], [], [], 0.1)[0] or not ended.is_set():
+            if select.select([ours], [], [], 0)[0]:
+                text.append(os.read(ours, 1 << 16))
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    assert server.run(words, out=name, err=name, env={"TERM": "xterm", "COLUMNS": None} | env).status == 0
+    ended.set()
+    reader.join()
+    return b"".join(text).decode()
+
+
+@pytest.mark.parametrize("env", [{"NO_COLOR": "1"}, {"TERM": "dumb"}, {}], ids=["NO_COLOR", "dumb", "any"])
+def test_escape_codes_are_for_terminals_that_want_them(
+    server: Server, words: Any, terminal: tuple[int, str], env: dict[str, str | None]
+) -> None:
+    texts = [shown(server, line, terminal, env) for line in (words("evaluate"), ["help", "info"])]
+    assert ["\x1b" in text for text in texts] == [not env, not env]
+    table = texts[0].partition("per class")[2].partition("confusion:")[0].replace("\r", "")
+    assert max(map(len, table.splitlines())) <= 40
+    assert re.search(r"^red +8 +\d\.\d{4} +\d\.\d{4}$", table, re.MULTILINE)
 
 
 @pytest.mark.parametrize("workers", [0, 1])

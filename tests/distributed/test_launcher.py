@@ -78,7 +78,7 @@ def test_a_killed_rank_is_named_even_if_others_failed_because_of_it(capsys: pyte
     assert "mixer: rank 1 was ended by signal 9 (SIGKILL)\n" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_a_rank_ended_by_a_signal_before_it_has_a_handler_was_stopped(number: signal.Signals, status: int) -> None:
     """While Python starts there is no handler yet: the exit status is still that of a run that can be resumed."""
     child = start_python(f"import os, signal; signal.signal({number}, signal.SIG_DFL); os.kill(os.getpid(), {number})")
