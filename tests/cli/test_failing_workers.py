@@ -28,6 +28,12 @@ SECONDS = 30
 FORKED = pytest.mark.skipif(sys.platform != "linux", reason="the fault reaches the workers by fork")
 
 
+@pytest.fixture(autouse=True)
+def quick_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch looks for dead workers every 5 s; here more often."""
+    monkeypatch.setattr(workers.LoaderIterator._try_get_data, "__defaults__", (0.5,))
+
+
 def fail(kind: str) -> None:
     match kind:
         case "raises":

@@ -32,6 +32,12 @@ SECONDS = 20  # in which every iteration ends
 PLENTY = float("inf")
 
 
+@pytest.fixture(autouse=True)
+def quick_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch looks for dead workers every 5 s; here more often."""
+    monkeypatch.setattr(workers.LoaderIterator._try_get_data, "__defaults__", (0.5,))
+
+
 def forever() -> None:
     time.sleep(1000)
 

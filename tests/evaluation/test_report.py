@@ -250,7 +250,7 @@ def test_the_classes_of_imagenet21k(write, capsys):
     assert len(rows(page, "per-class")) == 1000
     assert "20,843 of 21,843 classes" in page.text
     out = capsys.readouterr().out
-    assert len(out.splitlines()) < 60
+    assert len(out.splitlines()) < 100  # some rows take two lines
     assert "20 of 21,843 classes" in out
     assert sum(count for _, _, count in described["confusion_counts"]) == len(labels)
     assert described["per_class"][99]["recall"] is None

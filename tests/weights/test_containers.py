@@ -431,6 +431,7 @@ OTHERS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
 def test_what_is_no_weights_file(tmp_path: Path) -> None:
     refused(tmp_path / "none.npz", "does not exist", "hf-hub:")
     refused(tmp_path, "is a folder")

@@ -105,7 +105,7 @@ OTHER_EXTENSIONS = {  # of files that are not opened to see whether they are ima
         ".cfg",
     ),
     *(".toml", ".log", ".py", ".ipynb", ".sh", ".js", ".css", ".c", ".h", ".doc", ".docx", ".xls", ".xlsx", ".ppt"),
-    *(".npy", ".npz", ".mat", ".pkl", ".pickle", ".parquet", ".arrow", ".db", ".sqlite", ".h5", ".hdf5", ".index"),
+    *(".npy", ".npz", ".mat", ".pkl", ".parquet", ".arrow", ".db", ".sqlite", ".h5", ".hdf5", ".index"),
     *(".pt", ".pth", ".ckpt", ".onnx", ".safetensors", ".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar"),
     *(".mp3", ".wav", ".mp4", ".mov", ".avi", ".mkv", ".webm", ".lnk", ".url", ".exe", ".dll", ".so", ".bak", ".tmp"),
     *(".svg", ".psd", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raw", ".dcm", ".nii", ".xmp", ".aae", ".part"),

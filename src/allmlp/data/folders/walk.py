@@ -27,6 +27,7 @@ SYSTEM_FOLDERS = {  # in lower case: of operating systems, network storage, phot
 }
 UNREADABLE_FOLDERS = "folders that cannot be read"
 REPLACED_ENTRIES = "entries of the zip whose name is there twice"
+MAX_PROBES = 1000  # files of an ending that are no images, after which the others of that ending are not opened
 MAX_KINDS, OTHER_FILES = 1000, "other files"  # kinds of ignored files that are told apart while they are counted
 
 
@@ -115,10 +116,14 @@ def visits(store: FolderStore | ZipStore, source: str, ignored: Counter[str], ru
         excluded = excluded_kind(path, runs)
         images, others = [], Counter[str]()
         for file in files:
-            if excluded is None and (is_image_name(file) or is_image_by_content(store, path, file)):
+            if excluded is None and is_image_name(file):
                 images.append(file)
             elif file != LOCK:
                 kind = excluded or file_kind(file)
+                probe = excluded is None and ignored[kind] + others[kind] < MAX_PROBES
+                if probe and is_image_by_content(store, path, file):
+                    images.append(file)
+                    continue
                 others[kind if kind in ignored or len(ignored) + len(others) < MAX_KINDS else OTHER_FILES] += 1
         ignored.update(others)
         if excluded is None:
