@@ -12,7 +12,7 @@ PARTS = {
 PART_OF_WORD = {word: part for part, words in PARTS.items() for word in words}
 NOUN = r"(?:sets?|data|datasets?|images?|imgs?|splits?|parts?|folders?|dir)"
 WORDS = "|".join(sorted(PART_OF_WORD, key=len, reverse=True))
-NAME = re.compile(rf"(?P<word>{WORDS})(?:_?{NOUN})?")
+NAME = re.compile(rf"(?P<word>{WORDS})(?:_?{NOUN})?(?:_?\d{{1,2}})?")
 AFFIXED = re.compile(rf"(?P<prefix>(?:.*_)?)(?P<word>{WORDS})(?P<suffix>(?:_?{NOUN})?(?:_.*|\d+)?)")
 
 
@@ -26,13 +26,16 @@ class Affixes(NamedTuple):
 def find_parts(names: Iterable[str]) -> dict[str, str]:
     """The folders among ``names`` that are parts: name → "train", "val" or "test". Folders of one parent.
 
-    The usual words count in any case and with the usual endings (Training, test_set). With something before or after
-    them they count where several parts have the same: seg_train beside seg_test, train2017 beside val2017.
+    The usual words count in any case and with the usual endings (Training, test_set, test1). With something before or
+    after them they count where several parts have the same, as seg_train beside seg_test, or train2017 beside val2017,
+    and where all folders begin with such a word, as test_a beside test_b.
     """
     found: dict[str, str] = {}
     affixed: dict[Affixes, dict[str, str]] = {}
+    names = list(names)
     for name in names:
-        plain = re.sub(r"[\W_]+", "_", name.casefold()).strip("_")
+        words = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name)  # of trainA
+        plain = re.sub(r"[\W_]+", "_", words.casefold()).strip("_")
         if match := NAME.fullmatch(plain):
             found[name] = PART_OF_WORD[match["word"]]
         elif match := AFFIXED.fullmatch(plain):
@@ -41,4 +44,5 @@ def find_parts(names: Iterable[str]) -> dict[str, str]:
     for alike in affixed.values():
         if len(set(alike.values())) > 1:
             found |= alike
-    return found
+    beginning = {name: part for (prefix, _), alike in affixed.items() if not prefix for name, part in alike.items()}
+    return beginning | found if found.keys() | beginning.keys() == set(names) else found
