@@ -146,7 +146,7 @@ def test_a_process_that_exits_does_not_wait_for_its_workers() -> None:
         (1 << 40, 8, Plan(4, 4), ""),
         (200, 1, Plan(4, 2), ""),  # of 10 bytes each; two fifths of the room are for one loader
         (100, 1, Plan(4, 1), ""),
-        (100, 2, Plan(2, 1), "by 2 processes instead of 4: .* little room"),
+        (100, 2, Plan(2, 1), "with --workers 2 instead of 4: .* little room"),
         (20, 1, Plan(0, 1), r"in the main process \(--workers 0\): .* little room"),
     ],
 )

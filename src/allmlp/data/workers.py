@@ -76,7 +76,7 @@ def plan_workers(workers: int, batch_bytes: int, processes: int) -> Plan:
     }
     reason, possible = min(limits.items(), key=lambda item: item[1])
     if possible < workers:
-        instead = f"by {possible} processes instead of {workers}" if possible else "in the main process (--workers 0)"
+        instead = f"with --workers {possible} instead of {workers}" if possible else "in the main process (--workers 0)"
         log.warning("images are loaded %s: %s", instead, reason)
     ahead = min(room, MAX_BYTES_AHEAD) // (batch_bytes * max(possible, 1))
     return Plan(possible, int(min(max(ahead, 1), MAX_BATCHES_AHEAD)))

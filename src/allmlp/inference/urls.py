@@ -113,7 +113,7 @@ def connect(parts: SplitResult, url: str, allowed: Callable[[str], bool]) -> htt
     addresses = [str(found[4][0]) for found in socket.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)]
     private = [address for address in addresses if not allowed(address)]
     if private or not addresses:
-        reason = f"{parts.hostname} is {private[0]}, which is not a public address" if private else "it has no address"
+        reason = f"{parts.hostname} ({private[0]}) is not a public address" if private else "its host has no address"
         raise unreadable_image(url, reason, "download it, and give the file")
     raw = socket.create_connection((addresses[0], port), timeout=SECONDS_TO_CONNECT)
     connection = http.client.HTTPConnection(parts.hostname, port, timeout=SECONDS_TO_CONNECT)
