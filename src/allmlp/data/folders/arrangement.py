@@ -50,9 +50,11 @@ def arrange(tree: Tree, source: str) -> Arrangement:
             groups = [Group("train", "", frozenset(parts))]
         else:
             groups = []
-            check_flat_train([name for name in unlabeled if parts[name] == "train"], tops, source)
+            for name in unlabeled:
+                if parts[name] == "train":
+                    raise no_classes(f"{source}/{name}", tops[name].images)
             check_lone_part(labeled, others, tops, source)
-        groups += [Group(part, inner_prefix(tree, name, part), frozenset()) for name, part in labeled.items()]
+        groups += [Group(part, inner_prefix(tree, name, part)) for name, part in labeled.items()]
         return Arrangement(sorted(groups, key=lambda group: group.part != "train"), unlabeled, [])
     if not others:
         first = next(iter(parts), None)
@@ -110,11 +112,6 @@ def check_unique(labeled: Mapping[str, str], source: str) -> None:
                 f"{source} has the folders {' and '.join(map(printable, same))} for the same split, {part}: keep one "
                 "of them"
             )
-
-
-def check_flat_train(names: list[str], tops: Mapping[str, Contents], source: str) -> None:
-    for name in names:
-        raise no_classes(f"{source}/{name}", tops[name].images)
 
 
 def check_lone_part(labeled: Mapping[str, str], others: list[str], tops: Mapping[str, Contents], source: str) -> None:

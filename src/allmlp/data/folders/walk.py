@@ -118,12 +118,12 @@ def visits(store: FolderStore | ZipStore, source: str, ignored: Counter[str], ru
         for file in files:
             if excluded is None and is_image_name(file):
                 images.append(file)
+                continue
+            kind = excluded or file_kind(file)
+            probed = excluded is None and ignored[kind] + others[kind] < MAX_PROBES
+            if probed and is_image_by_content(store, path, file):
+                images.append(file)
             elif file != LOCK:
-                kind = excluded or file_kind(file)
-                probe = excluded is None and ignored[kind] + others[kind] < MAX_PROBES
-                if probe and is_image_by_content(store, path, file):
-                    images.append(file)
-                    continue
                 others[kind if kind in ignored or len(ignored) + len(others) < MAX_KINDS else OTHER_FILES] += 1
         ignored.update(others)
         if excluded is None:
