@@ -11,7 +11,7 @@ from PIL import Image
 from trees import WHOLE, make_folder, make_zip, picture
 
 from allmlp.data import decode as decoder
-from allmlp.data import formats
+from allmlp.data import formats, stores
 from allmlp.data.decode import UnreadableImage, decode
 from allmlp.data.formats import FORMATS, looks_like_image, may_be_image, recognize
 from allmlp.data.sources import load_source
@@ -192,3 +192,16 @@ def test_each_format_is_recognized_by_its_first_bytes() -> None:
     assert [may_be_image(name) for name in ("a", "a.jpg?x", "a.dat", "a.txt", "a.TXT", "a.json")] == [True] * 3 + [
         False
     ] * 3
+
+
+def test_many_files_of_an_unknown_ending_are_not_all_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("allmlp.data.folders.walk.MAX_PROBES", 3)
+    folder, opened = make_folder(tmp_path, ["a/0.png", "b/0.png"]), []
+    for i in range(10):
+        (folder / "a" / f"{i}.weird").write_bytes(b"no image")
+    head = stores.FolderStore.head
+    monkeypatch.setattr(
+        stores.FolderStore, "head", lambda self, name, size: opened.append(name) or head(self, name, size)
+    )
+    assert load_source(str(folder), **WHOLE).left_out == {".weird": 10}
+    assert len(opened) == 3
