@@ -10,7 +10,6 @@ import logging
 import os
 import sys
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any, TextIO, cast
 
 from allmlp.errors import RunError, reason, remedy
@@ -39,7 +38,7 @@ class GuardedStream:
     """
 
     def __init__(self, stream: TextIO | None, raises: bool) -> None:
-        self.stream = Path(os.devnull).open("w", encoding="utf-8") if stream is None else stream  # noqa: SIM115
+        self.stream = open(os.devnull, "w", encoding="utf-8") if stream is None else stream  # noqa: SIM115, PTH123
         self.closed_before, self.raises = stream is None, raises
         self.failed = False
 
