@@ -135,7 +135,7 @@ def raise_terminated(number: int, frame: object) -> None:
 
 
 def ignore_hang_up() -> None:
-    """Keeps a second SIGHUP from ending this process, which ends anyway, before it has told how."""
+    """From here on, SIGHUP does nothing: this process is ending, and still has to print why."""
     if HANG_UP is not None and threading.current_thread() is threading.main_thread():
         signal.signal(HANG_UP, signal.SIG_IGN)
 

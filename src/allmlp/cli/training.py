@@ -71,8 +71,8 @@ def recipe_or_data(word: str | None, recipes: Container[str], given: Overrides) 
         return Choice(None)
     path, data = Path(word), given["data"].get("data")
     if word in recipes:
-        told = path.is_dir() and data is None
-        return Choice(word, f"{word} is a recipe; for the folder of that name, give {word}/" if told else "")
+        ambiguous = path.is_dir() and data is None
+        return Choice(word, f"{word} is a recipe; for the folder of that name, give {word}/" if ambiguous else "")
     is_path = word.endswith(("/", "\\")) or word.startswith(("./", "../", ".\\", "..\\")) or path.is_absolute()
     if not is_path and not path.is_dir() and not (path.suffix.lower() == ".zip" and path.is_file()):
         return Choice(word)

@@ -67,7 +67,7 @@ FORMATS = {
     "AVIF": Format(starts_with(rb"....ftypavi[fs]"), parse_avif, (".avif",)),
     "HEIF": Format(starts_with(rb"....ftyp(?:he[ivm][cxsm]|mif1|msf1)"), parse_heif, tuple(sorted(HEIF_EXTENSIONS))),
 }
-FREQUENT_BY_CHANCE = {"BMP", "PPM"}  # two bytes of text may look like these: not told by content alone
+FREQUENT_BY_CHANCE = {"BMP", "PPM"}  # a text may begin with their two bytes: the ending must agree
 
 
 @functools.cache

@@ -106,12 +106,6 @@ class FolderStore:
         except OSError:
             return True
 
-    def names(self) -> Iterator[str]:
-        """Every file below the root, as a relative path with forward slashes, in the same order on every machine."""
-        for folder, files, _ in self.walk():
-            for file in files:
-                yield folder + file
-
     def walk(self) -> Iterator[Listing]:
         """Every folder, parents first and empty ones included.
 
@@ -205,9 +199,6 @@ class ZipStore:
 
     def missing(self, name: str) -> bool:
         return not self.path.is_file()
-
-    def names(self) -> Iterator[str]:
-        yield from (name for name in self.entries() if not name.endswith("/"))
 
     def walk(self) -> Iterator[Listing]:
         """As the walk of a ``FolderStore``."""

@@ -127,7 +127,7 @@ class Tasks(TorchDataset, Generic[K, T]):
             return self.load(key)
         except (UserError, RunError) as error:
             return Failure(UserError if isinstance(error, UserError) else RunError, str(error))
-        except Exception as error:
+        except Exception as error:  # whatever it is, the main process reports it in one line
             return Failure(RunError, describe(error))
 
 
@@ -208,7 +208,7 @@ class Processes:
         self.waiting_since = time.monotonic()
         try:
             return next(iterator, None)
-        except Exception as error:
+        except Exception as error:  # PyTorch raises errors of many types when a worker has died
             if self.stuck:
                 raise RunError(
                     f"the processes that load images have delivered nothing for {STUCK_SECONDS} s: check the disk or "

@@ -28,7 +28,7 @@ SYSTEM_FOLDERS = {  # in lower case: of operating systems, network storage, phot
 UNREADABLE_FOLDERS = "folders that cannot be read"
 REPLACED_ENTRIES = "entries of the zip whose name is there twice"
 MAX_PROBES = 1000  # files of an ending that are no images, after which the others of that ending are not opened
-MAX_KINDS, OTHER_FILES = 1000, "other files"  # kinds of ignored files that are told apart while they are counted
+MAX_KINDS, OTHER_FILES = 1000, "other files"  # kinds of ignored files that are counted separately
 
 
 class Folder(NamedTuple):
