@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from allmlp.data.builtin import FOLDERS
+from allmlp.data.builtin.copies import FOLDERS
 from allmlp.data.dataset import ImageDataset
 from allmlp.data.decode import UnreadableImage
 from allmlp.data.sources import load_source

@@ -81,7 +81,7 @@ def recipe_or_data(word: str | None, recipes: Container[str], given: Overrides) 
     given["data"]["data"] = word if path.exists() else word.rstrip("\\")
     if is_path:
         return Choice(None)
-    from allmlp.data.builtin import BUILT_IN
+    from allmlp.data.builtin.catalog import BUILT_IN
 
     if word in BUILT_IN:
         raise UserError(f"{word!r} is no recipe: give --data {word} for the data set, or {word}/ for the folder")

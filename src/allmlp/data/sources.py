@@ -11,7 +11,8 @@ from contextvars import ContextVar
 from dataclasses import replace
 from pathlib import Path
 
-from allmlp.data.builtin import BUILT_IN, DOWNLOADED, FOLDERS
+from allmlp.data.builtin.catalog import BUILT_IN, DOWNLOADED
+from allmlp.data.builtin.copies import FOLDERS
 from allmlp.data.dataset import DatasetSplits
 from allmlp.data.decode import MAX_PIXELS
 from allmlp.data.folders.layout import Found, read_tree
@@ -53,7 +54,7 @@ def load_source(
     """Finds the labeled images of a SOURCE and makes the splits that it does not have.
 
     Args:
-        source: "digits" or another built-in name (``data/builtin.py``), a folder, or a .zip file.
+        source: "digits" or another built-in name (``data/builtin/catalog.py``), a folder, or a .zip file.
         val_fraction: fraction of the training images for validation, if the source has no validation split.
         test_fraction: fraction of all images for testing, if the source has no splits at all.
         split_seed: seed of both splits.

@@ -1,0 +1,1 @@
+"""Sources by name: the digits, and the data sets that torchvision reads."""

@@ -1,0 +1,58 @@
+"""Copies of data sets in torchvision's format: found, or downloaded by its classes.
+
+They are in the folder ALLMLP_DATA, by default ``~/.cache/allmlp``.
+"""
+
+import os
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+
+from allmlp.errors import RunError, UserError
+
+FOLDERS = {  # the subfolder in which torchvision keeps each dataset
+    "cifar10": "cifar-10-batches-py",
+    "cifar100": "cifar-100-python",
+    "pets": "oxford-iiit-pet",
+    "flowers102": "flowers-102",
+}
+
+
+def fetch(name: str, class_name: str, root: Path | None, *splits: dict[str, Any]) -> list[Any]:
+    """Makes one torchvision dataset for each of the splits.
+
+    Args:
+        name: name of the source.
+        class_name: name of the dataset's class in ``torchvision.datasets``.
+        root: a folder that holds a copy, which is not downloaded; None: the data folder, downloaded if missing.
+        splits: arguments of the class that select a split.
+
+    Raises:
+        UserError: torchvision is not installed.
+        RunError: the download failed, or the copy is damaged.
+    """
+    try:
+        import torchvision.datasets as datasets
+    except ImportError:
+        raise UserError(f"the source {name} needs torchvision: pip install 'allmlp[datasets]'") from None
+    parent = root or data_folder()
+    folder = parent / FOLDERS[name]
+    try:
+        return [getattr(datasets, class_name)(parent, download=root is None, **split) for split in splits]
+    except (OSError, RuntimeError, ValueError, HTTPException) as error:  # ValueError: a truncated list of files
+        reason = (str(error) or type(error).__name__).splitlines()[0].partition(" You can use download")[0]
+        remedy = f"copy all of {folder} again"
+        if root is None:
+            remedy = (
+                f"check the network, or copy the dataset to {folder} (ALLMLP_DATA sets another folder); "
+                "remove damaged files there first"
+            )
+        raise RunError(f"{name} could not be downloaded or read ({reason}): {remedy}") from None
+
+
+def data_folder() -> Path:
+    """Where datasets are downloaded to."""
+    try:
+        return Path(os.environ.get("ALLMLP_DATA") or "~/.cache/allmlp").expanduser()
+    except RuntimeError:  # the user has none, as in many containers
+        raise UserError("no home folder to download to (HOME is not set): set ALLMLP_DATA to a folder") from None
