@@ -18,10 +18,12 @@ from made_results import classified, with_confusion
 from matplotlib.axes import Axes
 from PIL import Image
 
-from allmlp.cli.commands.evaluate import describe, print_result
+from allmlp.cli.commands.evaluate import print_result
 from allmlp.evaluation.charts import downsample, draw_confusion_image, extract_curve, smooth
-from allmlp.evaluation.report import Example, data_uri, format_duration, write_report
-from allmlp.evaluation.run_report import choose_examples
+from allmlp.evaluation.examples import Example, choose_examples
+from allmlp.evaluation.page import data_uri, format_duration
+from allmlp.evaluation.report import write_report
+from allmlp.evaluation.scores import to_json_object
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 ATTACK = "<script>alert(1)</script>"
@@ -240,7 +242,7 @@ def test_the_classes_of_imagenet21k(write, capsys, monkeypatch):
         start = time.process_time()
         page = write(result=result)
         choose_examples(result)
-        described = describe(result)
+        described = to_json_object(result)
         print_result(result, "test split", "--json lists all")
         seconds, peak = time.process_time() - start, tracemalloc.get_traced_memory()[1]
     finally:

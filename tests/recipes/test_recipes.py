@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_runs import Silent, evaluator_of
+from small_runs import EVEN, Silent, evaluator_of
 
 import allmlp
 from allmlp.config.recipe import FinetuneRecipe, Recipe
@@ -205,7 +205,7 @@ def one_step(recipe: Recipe, out: Path) -> RunResult[Any]:
     """Trains the recipe's first step; the evaluations are made up."""
     laptop = {"device": "cpu", "precision": "float32", "compile": "off"}
     recipe = changed(changed(recipe, "optimization", steps=1), "run", **laptop)
-    evaluate = evaluator_of(lambda *_, **__: SimpleNamespace(top1=0.5, loss=1.0, unreadable={}))
+    evaluate = evaluator_of(lambda *_, **__: SimpleNamespace(top1=0.5, loss=1.0, majority=EVEN, unreadable={}))
     done = train(recipe, out, evaluate, Silent())
     start = build_initializer(recipe)(done.data.classes)
     assert done.summary["steps"] == 1

@@ -17,6 +17,7 @@ import pytest
 from safetensors.torch import load_file
 from small_runs import (
     CLASSES,
+    EVEN,
     FROM_WEIGHTS,
     NOISY,
     InterruptAt,
@@ -63,7 +64,7 @@ class ScriptedScores:
             assert not self.frozen, "weights that the uninterrupted run did not have"
             self.by_weights[digest] = self.scores[min(len(self.by_weights), len(self.scores) - 1)]
         on_progress(2, 2)
-        return SimpleNamespace(top1=self.by_weights[digest], loss=1.0, unreadable={})
+        return SimpleNamespace(top1=self.by_weights[digest], loss=1.0, majority=EVEN, unreadable={})
 
 
 @pytest.fixture(autouse=True)

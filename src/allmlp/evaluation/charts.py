@@ -14,6 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
+from allmlp.evaluation.calibration import Calibration
+
 CURVE_POINTS = 2000
 # Placeholders: `to_svg` inserts the colors of the page
 INK, TRAIN, VALIDATION = "#010203", "#010204", "#010205"
@@ -74,9 +76,10 @@ def smooth(values: np.ndarray) -> np.ndarray:
 def draw_curves(metrics: Sequence[Mapping]) -> list[tuple[str, Markup]]:
     """Caption and chart of each quantity that was recorded at least once, all with the same horizontal axis."""
     last = max((record["step"] for record in metrics if "step" in record), default=0)
+    accuracies = [("val_top1", "validation", VALIDATION, 100), ("val_majority", "commonest class", TRAIN, 100)]
     plots = [  # caption, label of the vertical axis, its scale, lines: (key, name, color, factor)
         ("Loss", "loss (nats)", "linear", [("loss", "training", TRAIN, 1), ("val_loss", "validation", VALIDATION, 1)]),
-        ("Validation top-1", "correct (%)", "linear", [("val_top1", "validation", VALIDATION, 100)]),
+        ("Validation top-1", "correct (%)", "linear", accuracies),
         ("Learning rate", "learning rate", "linear", [("learning_rate", "learning rate", TRAIN, 1)]),
         ("Gradient norm", "ℓ2 norm, logarithmic", "log", [("gradient_norm", "gradient norm", TRAIN, 1)]),
     ]
@@ -142,3 +145,34 @@ def draw_confusion_image(pairs: np.ndarray, size: int) -> Markup:
         axes.imshow(pixels, extent=(0, len(counts) * block, len(counts) * block, 0), interpolation="none")
         diagonal = "correct predictions" if block == 1 else "predictions of a class in the same block"
         return to_svg(figure, "confusion", f"Confusion matrix of {size} classes; {diagonal} on the diagonal")
+
+
+def draw_reliability(calibration: Calibration, name: str) -> Markup:
+    """The reliability diagram: accuracy by the probability of the predicted class, with the share of images below.
+
+    ``name`` makes the ids of the SVG unique on the page.
+    """
+    bins, filled = len(calibration.images), calibration.images > 0
+    centers = (np.arange(bins) + 0.5) / bins
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(4.5, 4.2), layout="constrained")
+        upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+        upper.set(ylabel="correct (%)", xlim=(0, 100), ylim=(0, 100))
+        upper.plot([0, 100], [0, 100], color=INK, linewidth=0.8, linestyle="--", label="calibrated")
+        upper.bar(
+            100 * centers[filled], 100 * calibration.accuracy[filled], 90 / bins, color=TRAIN, alpha=0.35, linewidth=0
+        )
+        upper.plot(
+            100 * calibration.confidence[filled],
+            100 * calibration.accuracy[filled],
+            color=TRAIN,
+            marker="o",
+            markersize=3,
+            label="this model",
+        )
+        upper.legend(loc="upper left")
+        lower.bar(
+            100 * centers, 100 * calibration.images / calibration.images.sum(), 90 / bins, color=TRAIN, linewidth=0
+        )
+        lower.set(xlabel="probability of the predicted class (%)", ylabel="images (%)")
+        return to_svg(figure, name, f"Reliability diagram; expected calibration error {calibration.ece:.3f}")

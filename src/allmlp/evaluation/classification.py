@@ -1,6 +1,5 @@
 """Classification of a labeled dataset: every image once; sums are divided once, after all ranks have finished."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -15,7 +14,11 @@ from allmlp.data.loader import check_not_deleted, default_workers, evaluation_ba
 from allmlp.data.transforms import EvaluationTransform, check_channels, normalize
 from allmlp.device import autocast, current_device, device_errors
 from allmlp.distributed.context import SINGLE_PROCESS, DistributedContext
-from allmlp.errors import UserError
+from allmlp.errors import UserError, printable
+from allmlp.evaluation.calibration import Calibration, calibrate
+from allmlp.evaluation.real_labels import RealScore
+from allmlp.evaluation.significance import Pair, compare
+from allmlp.metadata import Preprocessing
 
 TOP_CLASSES = 5  # predicted classes that are kept for each image
 
@@ -31,10 +34,16 @@ class Classification:
     probabilities: np.ndarray  # (N, ≤ 5) float32, of those classes
     loss: float  # mean cross-entropy, in nats
     unreadable: dict[str, str]  # name → reason, of the images that were excluded because they could not be read
+    real: RealScore | None = None  # on ImageNet's validation images, where the ReaL labels were asked for
+
+    @property
+    def correct(self) -> np.ndarray:
+        """(N,) bool: whether the first class is the label."""
+        return self.best[:, 0] == self.labels
 
     @property
     def top1(self) -> float:
-        return float(np.mean(self.best[:, 0] == self.labels))
+        return float(np.mean(self.correct))
 
     @property
     def top5(self) -> float | None:
@@ -42,6 +51,26 @@ class Classification:
         if len(self.dataset.classes) <= TOP_CLASSES:
             return None
         return float(np.mean((self.best == self.labels[:, None]).any(axis=1)))
+
+    @property
+    def balanced_accuracy(self) -> float:
+        """The mean recall of the classes that have images."""
+        images = np.bincount(self.labels)
+        return float(np.mean(np.bincount(self.labels, self.correct)[images > 0] / images[images > 0]))
+
+    @property
+    def calibration(self) -> Calibration:
+        return calibrate(self.probabilities[:, 0], self.correct)
+
+    @property
+    def majority(self) -> "Majority":
+        """What always answering the commonest of the labels would score on these images."""
+        images = np.bincount(self.labels)
+        commonest = int(images.argmax())
+        answers = self.labels == commonest
+        return Majority(
+            self.dataset.classes[commonest], float(images[commonest] / len(answers)), compare(self.correct, answers)
+        )
 
     @property
     def confusion_counts(self) -> np.ndarray:
@@ -66,6 +95,26 @@ class Classification:
         ]
 
 
+class Majority(NamedTuple):
+    """Always answering the commonest class, compared with the model on the same images."""
+
+    name: str
+    top1: float
+    model: Pair  # the model, and then this answer
+
+    @property
+    def verdict(self) -> str | None:
+        """What to say of a model that is no better, or not certainly better; None for one that is."""
+        if self.model.difference <= 0:
+            return f"no better than always answering {printable(self.name)!r}, which scores {self.top1:.4f}"
+        if self.model.p_value > 0.05:
+            return (
+                f"not certainly better than always answering {printable(self.name)!r}, which scores {self.top1:.4f} "
+                f"(McNemar's test: p = {self.model.p_value:.2g})"
+            )
+        return None
+
+
 class ClassScore(NamedTuple):
     name: str
     images: int
@@ -79,6 +128,7 @@ def classify(
     *,
     device: torch.device,
     precision: torch.dtype,
+    preprocessing: Preprocessing | None = None,
     batch_size: int = 256,
     workers: int | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
@@ -90,6 +140,7 @@ def classify(
         model: an ``nn.Module`` is moved to the device and kept in evaluation mode while it classifies.
         dataset: the labeled images.
         device, precision: where the logits are computed, and the precision of matrix products.
+        preprocessing: how images are resized, cropped and normalized; None: as the model's metadata say.
         batch_size: number of images that are computed together.
         workers: processes that load images; None: ``default_workers``.
         on_progress: called after each batch with the number of images done, and of all images.
@@ -100,9 +151,10 @@ def classify(
         RunError: the folder or zip of the images is gone.
     """
     check_head(model)
+    preprocessing = preprocessing or model.metadata.preprocessing
     batches = evaluation_batches(
         dataset,
-        EvaluationTransform(image_size=model.image_size, preprocessing=model.metadata.preprocessing),
+        EvaluationTransform(image_size=model.image_size, preprocessing=preprocessing),
         batch_size=batch_size,
         workers=default_workers(dataset, context.local_world_size) if workers is None else workers,
         rank=context.rank,
@@ -114,7 +166,7 @@ def classify(
     with current_device(device), too_large, evaluation_mode(model, device), torch.inference_mode():
         for batch in batches:
             with autocast(device, precision):
-                images = normalize(batch.images.to(device), model.metadata.preprocessing, model.in_channels)
+                images = normalize(batch.images.to(device), preprocessing, model.in_channels)
                 logits = model(images).float()
             losses = F.cross_entropy(logits, batch.labels.to(logits.device), reduction="none")
             top = logits.softmax(-1).topk(min(TOP_CLASSES, logits.shape[1]))
@@ -152,21 +204,6 @@ def check_head(model: Classifier) -> None:
     check_channels(model.in_channels)
 
 
-def wilson(correct: int, total: int) -> tuple[float, float]:
-    """The 95 % score interval of a proportion, as fractions; (0, 1) if ``total`` is 0.
-
-    Source: Wilson 1927, "Probable inference, the law of succession, and statistical inference", JASA 22 (158). Unlike
-    p ± 1.96 σ, it stays within [0, 1] and does not shrink to a point when all or none are correct.
-    """
-    if total == 0:
-        return 0.0, 1.0
-    z = 1.959964
-    p, shrink = correct / total, 1 + z * z / total
-    center = (p + z * z / (2 * total)) / shrink
-    half = z * math.sqrt(p * (1 - p) / total + (z / (2 * total)) ** 2) / shrink
-    return max(center - half, 0.0), min(center + half, 1.0)
-
-
 class SplitEvaluator:
     """Evaluates models on one split, for the evaluations of a training run.
 
@@ -193,7 +230,10 @@ class SplitEvaluator:
         self.result: Classification | None = None  # of the last evaluation
 
     def __call__(self, model: Classifier) -> dict[str, float]:
-        """Evaluates the model; returns its accuracy and its mean cross-entropy (nats), {name}_top1 and {name}_loss."""
+        """Evaluates the model; returns {name}_top1, {name}_loss (mean cross-entropy in nats) and {name}_majority.
+
+        The last is the accuracy of always answering the commonest class.
+        """
         self.result = result = classify(
             model,
             self.dataset,
@@ -203,4 +243,8 @@ class SplitEvaluator:
             on_progress=self.on_batch,
             context=self.context,
         )
-        return {f"{self.name}_top1": result.top1, f"{self.name}_loss": result.loss}
+        return {
+            f"{self.name}_top1": result.top1,
+            f"{self.name}_loss": result.loss,
+            f"{self.name}_majority": result.majority.top1,
+        }

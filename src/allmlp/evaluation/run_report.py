@@ -4,20 +4,17 @@ import csv
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
 from allmlp.config.serialize import to_json_object
-from allmlp.data.decode import UnreadableImage
 from allmlp.data.transforms import EvaluationTransform, resize_for_crop
-from allmlp.errors import RunError
 from allmlp.evaluation.classification import Classification, ClassScore
-from allmlp.evaluation.report import PER_CLASS_FILE, THUMBNAIL, Example, write_report
+from allmlp.evaluation.examples import Example, choose_examples, find_mistakes, make_example, read_images
+from allmlp.evaluation.report import PER_CLASS_FILE, write_report
 from allmlp.files import atomic_write
 from allmlp.runs.folder import disk_error
 from allmlp.runs.result import RunResult
 
-GRID_IMAGES = 24  # images in each grid of the report
 SAVED_IMAGES = 8  # of the examples, to try ``mixer predict`` on
 
 
@@ -40,7 +37,7 @@ def write_files(run: RunResult[Classification]) -> None:
     examples = {}
     if result:
         write_scores(run.folder / PER_CLASS_FILE, result.per_class())
-        examples = read_examples(run, result, [*chosen, *wrong], saved=chosen[:SAVED_IMAGES])
+        examples = keep_examples(run, result, [*chosen, *wrong], saved=chosen[:SAVED_IMAGES])
     write_report(
         run.folder / "report.html",
         recipe=to_json_object(run.recipe),
@@ -53,27 +50,10 @@ def write_files(run: RunResult[Classification]) -> None:
     )  # written last: a run with a report is complete
 
 
-def choose_examples(result: Classification, count: int = GRID_IMAGES) -> list[int]:
-    """Rows of the result that cover the classes evenly: the first image of each class, then the second, and so on."""
-    by_label = np.argsort(result.labels, kind="stable")
-    _, starts, sizes = np.unique(result.labels[by_label], return_index=True, return_counts=True)
-    rank = np.empty(len(by_label), dtype=int)
-    rank[by_label] = np.arange(len(by_label)) - np.repeat(starts, sizes)
-    return np.lexsort((result.labels, rank))[:count].tolist()
-
-
-def find_mistakes(result: Classification, count: int = GRID_IMAGES) -> list[int]:
-    """Rows of the result with wrong predictions, in order of decreasing confidence."""
-    wrong = np.flatnonzero(result.best[:, 0] != result.labels)
-    return wrong[np.argsort(-result.probabilities[wrong, 0], kind="stable")][:count].tolist()
-
-
-def read_examples(
+def keep_examples(
     run: RunResult[Classification], result: Classification, rows: Sequence[int], saved: Sequence[int]
 ) -> dict[int, Example]:
-    """Row → example, of the images that are still there.
-
-    Each image is read once, at the size for evaluation, and only its thumbnail is kept.
+    """Row → example, of the images that are still there. Each is read once, at the size for evaluation.
 
     The images of the rows ``saved`` are written to the folder ``examples`` of the run, named by number and true class.
     """
@@ -81,29 +61,13 @@ def read_examples(
     folder = run.folder / "examples"
     folder.mkdir(exist_ok=True)
     examples = {}
-    for row in dict.fromkeys(rows):
-        try:
-            image = result.dataset.read(int(result.indices[row]), transform.min_side)
-        except (UnreadableImage, RunError):  # deleted since it was evaluated; the run is complete without it
-            continue
+    for row, image in read_images(result, rows, transform.min_side):
         if row in saved:
             label = result.dataset.classes[int(result.labels[row])]
             name = "".join(c if c.isalnum() or c in "-_ " else "_" for c in label)[:60]  # a name has a limit, in bytes
             shrink(image, transform).save(folder / f"{saved.index(row)}-{name}.png")
-        image.thumbnail((THUMBNAIL, THUMBNAIL))
         examples[row] = make_example(result, row, image)
     return examples
-
-
-def make_example(result: Classification, row: int, image: Image.Image) -> Example:
-    index, classes = int(result.indices[row]), result.dataset.classes
-    best = zip(result.best[row, :3], result.probabilities[row, :3], strict=True)
-    return Example(
-        image=image,
-        name=result.dataset.names[index],
-        label=classes[int(result.labels[row])],
-        predictions=tuple((classes[int(label)], float(probability)) for label, probability in best),
-    )
 
 
 def shrink(image: Image.Image, transform: EvaluationTransform) -> Image.Image:

@@ -9,6 +9,19 @@ from allmlp.data.dataset import DatasetSplits
 from allmlp.model import Mixer
 
 
+class Majority(Protocol):
+    """Always answering the commonest class of a split."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def top1(self) -> float: ...
+    @property
+    def verdict(self) -> str | None:
+        """What to say of a model that is no better; None for one that is."""
+        ...
+
+
 class Result(Protocol):
     """The evaluation of a model on one split."""
 
@@ -16,6 +29,8 @@ class Result(Protocol):
     def top1(self) -> float: ...
     @property
     def loss(self) -> float: ...
+    @property
+    def majority(self) -> Majority: ...
     @property
     def unreadable(self) -> dict[str, str]:
         """Name of each image that could not be read → the reason."""

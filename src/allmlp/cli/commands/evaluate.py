@@ -5,22 +5,35 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+
+import tyro
 
 from allmlp.api.recipe import height_and_width
-from allmlp.cli.arguments import Weights, parse
+from allmlp.cli.arguments import WEIGHTS_HELP, parse
 from allmlp.cli.docstrings import help_from_docstrings
+from allmlp.cli.processes import join_processes, launch_evaluation
+from allmlp.errors import UserError
 from allmlp.files import to_json
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from allmlp.api.evaluate import EvaluationOptions
+    from allmlp.distributed.context import DistributedContext
     from allmlp.evaluation.classification import Classification
+    from allmlp.evaluation.comparison import NamedPair
+    from allmlp.evaluation.evaluation_report import Evaluated
     from allmlp.model import Mixer
 
 DESCRIPTION = """Evaluates weights on labeled images: every image counts once, classes are matched by name.
 
-example: mixer evaluate runs/digits/model.safetensors --data digits
+examples: mixer evaluate runs/digits/model.safetensors --data digits
+          mixer evaluate a.safetensors b.safetensors --data photos/ --page comparison.html
+          mixer evaluate runs/pets runs/flowers --data pets flowers102
+
+Several weights on one source are compared on the same images, each pair with McNemar's test. As many sources as weights
+evaluate each weights on its own source, and average.
 
 A source without splits is split as it was for training, so that no test image was trained on."""
 MAX_CLASSES = 200  # with more classes, the table of scores shows only those with the lowest recall
@@ -30,13 +43,28 @@ MAX_ROWS = 20  # of the other tables
 @dataclass(frozen=True, kw_only=True)
 @help_from_docstrings
 class Arguments:
-    weights: Weights
-    data: str
-    """SOURCE: digits, cifar10, cifar100, pets, flowers102, a folder of images, or a .zip of one."""
+    weights: Annotated[
+        tuple[str, ...],
+        tyro.conf.Positional,
+        tyro.conf.arg(metavar="WEIGHTS…", help=WEIGHTS_HELP, help_behavior_hint="(required)"),
+    ]
+    data: tuple[str, ...]
+    """SOURCE: digits, cifar10, cifar100, pets, flowers102, a folder of images, or a .zip of one. As many sources as
+    weights: one for each."""
     image_size: tuple[int, ...] = ()
     """Resize the weights to this size in pixels, one number, or height and width; by default, their own size."""
     part: Literal["test", "val", "train", "all"] = "test"
     """Split of the source to evaluate on."""
+    crop: Literal["resmall", "resize"] | None = None
+    """resmall resizes the shorter side (the paper's Table 3), resize both sides (Table 2); None: as for the weights."""
+    crop_ratio: float | None = None
+    """Image size / size before the central crop, 0.875 in the paper; None: as for the weights."""
+    real_labels: Path | None = None
+    """The real.json of ImageNet-ReaL, for ImageNet's validation images; None: the labels that timm contains."""
+    page: Path | None = None
+    """Also write an HTML page to this file: metrics, reliability diagrams, confusion matrix, hardest mistakes."""
+    processes: int = 1
+    """Number of processes on this machine, one per GPU, that share the images."""
     batch_size: int = 256
     """Images per forward pass."""
     workers: int | None = None
@@ -52,38 +80,67 @@ class Arguments:
     that occurs; classes are positions in its list of classes."""
 
 
-def run(args: Sequence[str]) -> None:
-    arguments = parse(Arguments, args, command="evaluate", description=DESCRIPTION)
-    from allmlp.api.evaluate import check_evaluation, evaluate_source, load_as_trained, same_data
-    from allmlp.cli.display import describe_unreadable
+class Evaluation(NamedTuple):
+    """The predictions of one model, and on what."""
 
-    model = load_resized(arguments.weights, arguments.image_size)
-    device = check_evaluation(model, arguments.device, arguments.batch_size, arguments.workers)
-    source = load_as_trained(model, arguments.data, arguments.max_pixels)
-    result = evaluate_source(
-        model, source, arguments.part, device, arguments.precision, arguments.batch_size, arguments.workers
+    weights: str
+    image_size: tuple[int, int]
+    data: str  # description of the source
+    left_out: dict[str, int]
+    own_data: bool  # whether the weights were trained on this source
+    result: "Classification"
+
+
+def run(args: Sequence[str]) -> int:
+    arguments = parse(Arguments, args, command="evaluate", description=DESCRIPTION)
+    check_arguments(arguments)
+    if (status := launch_evaluation(arguments.processes, arguments.device, ["evaluate", *args])) is not None:
+        return status
+    from allmlp.api.evaluate import EvaluationOptions
+
+    options = EvaluationOptions(
+        part=arguments.part,
+        crop=arguments.crop,
+        crop_ratio=arguments.crop_ratio,
+        batch_size=arguments.batch_size,
+        workers=arguments.workers,
+        device=arguments.device,
+        precision=arguments.precision,
+        max_pixels=arguments.max_pixels,
     )
-    if arguments.json:
-        print(
-            to_json(
-                {
-                    "weights": arguments.weights,
-                    "image_size": list(model.image_size),
-                    "data": source.description,
-                    "part": arguments.part,
-                    "left_out": source.left_out,
-                    **describe(result),
-                }
-            )
-        )
-    else:
-        page = Path(arguments.weights).parent / "report.html"  # of a run, with its own held-out images
-        where = f"--json lists all; {page} draws those of the run" if page.is_file() else "--json lists all"
-        print_result(result, f"{arguments.part} split of {source.description}", where)
-        if arguments.part != "all" and not same_data(model, source, arguments.data):
-            print("(these weights were trained on other data: --part all evaluates on every image of this source)")
-    if result.unreadable:
-        print(describe_unreadable(list(result.unreadable)), file=sys.stderr)
+    sources = arguments.data if len(arguments.data) > 1 else arguments.data * len(arguments.weights)
+    with join_processes(arguments.device) as context:
+        evaluations = [
+            evaluate_one(weights, source, arguments, options, context)
+            for weights, source in zip(arguments.weights, sources, strict=True)
+        ]
+        if context.is_rank0:
+            report(evaluations, arguments)
+    return 0
+
+
+def check_arguments(arguments: Arguments) -> None:
+    weights, sources = len(arguments.weights), len(arguments.data)
+    if not weights or not sources:
+        raise UserError(f"{weights} weights and {sources} sources: give at least one of each (mixer evaluate --help)")
+    if sources not in (1, weights):
+        raise UserError(f"{sources} sources for {weights} weights: give --data one source, or one for each weights")
+    if sources > 1 and arguments.page is not None:
+        raise UserError(f"--page {arguments.page}: a page shows models on the same images; give one source")
+    if arguments.page is not None and not arguments.page.parent.is_dir():
+        raise UserError(f"--page {arguments.page}: there is no folder {arguments.page.parent}; create it first")
+
+
+def evaluate_one(
+    weights: str, data: str, arguments: Arguments, options: "EvaluationOptions", context: "DistributedContext"
+) -> Evaluation:
+    from allmlp.api.evaluate import evaluate_source, load_as_trained, same_data
+
+    model = load_resized(weights, arguments.image_size)
+    source = context.local_rank0_first(lambda: load_as_trained(model, data, options))
+    result = evaluate_source(model, source, options, arguments.real_labels, context)
+    own_data = same_data(model, source, data)
+    return Evaluation(weights, model.image_size, source.description, source.left_out, own_data, result)
 
 
 def load_resized(weights: str, image_size: tuple[int, ...]) -> "Mixer":
@@ -95,29 +152,84 @@ def load_resized(weights: str, image_size: tuple[int, ...]) -> "Mixer":
     return resize(model, height_and_width(image_size)) if image_size else model
 
 
-def describe(result: "Classification") -> dict:
-    return {
-        "images": len(result.labels),
-        "top1": result.top1,
-        "top5": result.top5,
-        "loss": result.loss,
-        "classes": list(result.dataset.classes),
-        "per_class": [row._asdict() for row in result.per_class()],
-        "confusion_counts": result.confusion_counts.tolist(),
-        "unreadable_images": len(result.unreadable),
-        "unreadable": result.unreadable,
-    }
+def report(evaluations: list[Evaluation], arguments: Arguments) -> None:
+    """Prints the results, as text or JSON, and writes the page."""
+    from allmlp.evaluation.comparison import compare_all
+    from allmlp.evaluation.evaluation_report import Evaluated, write_evaluation_report
+
+    several_sources, images = len(arguments.data) > 1, f"{arguments.part} split of {evaluations[0].data}"
+    pairs = [] if several_sources else compare_all([evaluation.result for evaluation in evaluations])
+    named = [Evaluated(one.weights, one.result) for one in evaluations]
+    if arguments.page is not None:
+        write_evaluation_report(arguments.page, named, pairs, images)
+    if arguments.json:
+        print(to_json(describe(evaluations, pairs, arguments)))
+    elif several_sources:
+        print_tasks(evaluations, arguments)
+    elif len(evaluations) > 1:
+        print(f"{len(named[0].result.labels):,} images: the {images}")
+        print_models(named, pairs)
+    else:
+        print_one(evaluations[0], images, arguments)
+    if arguments.page is not None and not arguments.json:
+        print(f"page     {arguments.page}")
+    print_unreadable(evaluations)
+
+
+def describe(evaluations: list[Evaluation], pairs: Sequence["NamedPair"], arguments: Arguments) -> dict[str, Any]:
+    """The results as JSON values: of one model, of several on the same images, or of one on each source."""
+    from allmlp.evaluation.scores import to_json_object
+
+    each = [
+        {
+            "weights": one.weights,
+            "image_size": list(one.image_size),
+            "data": one.data,
+            "part": arguments.part,
+            "left_out": one.left_out,
+            **to_json_object(one.result),
+        }
+        for one in evaluations
+    ]
+    if len(each) == 1:
+        return each[0]
+    if len(arguments.data) == 1:
+        return {"models": each, "pairs": [pair.to_json_object(arguments.weights) for pair in pairs]}
+    return {"tasks": each, **average(evaluations, arguments)}
+
+
+def average(evaluations: list[Evaluation], arguments: Arguments) -> dict[str, float | None]:
+    """The mean accuracy of the sources, and the paper's "Avg. 5" if they are its five."""
+    from allmlp.evaluation.scores import AVERAGE_OF_FIVE, average_of_five
+
+    top1 = dict(zip(arguments.data, (one.result.top1 for one in evaluations), strict=True))
+    mean = sum(one.result.top1 for one in evaluations) / len(evaluations)
+    return {"mean_top1": mean, "average_of_five": average_of_five(top1) if set(top1) == set(AVERAGE_OF_FIVE) else None}
+
+
+def print_one(evaluation: Evaluation, images: str, arguments: Arguments) -> None:
+    page = Path(evaluation.weights).parent / "report.html"  # of a run, with its own held-out images
+    where = f"--json lists all; {page} draws those of the run" if page.is_file() else "--json lists all"
+    print_result(evaluation.result, images, where)
+    if arguments.part != "all" and not evaluation.own_data:
+        print("(these weights were trained on other data: --part all evaluates on every image of this source)")
 
 
 def print_result(result: "Classification", images: str, where: str) -> None:
     """Prints the scores; ``where``: a hint to what the tables leave out."""
     from allmlp.cli.display import print_table
-    from allmlp.evaluation.classification import wilson
+    from allmlp.evaluation.scores import list_scores
 
-    low, high = wilson(round(result.top1 * len(result.labels)), len(result.labels))
-    top5 = "" if result.top5 is None else f", top-5 {result.top5:.4f}"
     print(f"{len(result.labels):,} images: the {images}")
-    print(f"top-1 {result.top1:.4f} (95 % interval {low:.4f} to {high:.4f}){top5}, cross-entropy {result.loss:.4f}")
+    for score in list_scores(result):
+        print(f"{score.label} {score.value:.4f} ({format_interval(score.interval)})")
+    if result.real is not None and result.real.without_label:
+        print(f"(ReaL has no label for {result.real.without_label:,} of the images: they do not count there)")
+    print(f"cross-entropy {result.loss:.4f}, expected calibration error {result.calibration.ece:.4f}")
+    majority = result.majority
+    print(f"always answering {majority.name!r}: top-1 {majority.top1:.4f}")
+    if majority.verdict is not None:
+        print(f"this model is {majority.verdict}")
     scores, title = result.per_class(), "per class"
     if len(scores) > MAX_CLASSES:
         title = f"per class: {MAX_ROWS} of {len(scores):,} classes, lowest recall first ({where})"
@@ -125,6 +237,69 @@ def print_result(result: "Classification", images: str, where: str) -> None:
     rows = [[r.name, f"{r.images:,}", format_fraction(r.recall), format_fraction(r.precision)] for r in scores]
     print_table(title, ["class", "images", "recall", "precision"], rows)
     print_confusion(result.dataset.classes, result.confusion_counts, where)
+
+
+def print_models(models: Sequence["Evaluated"], pairs: Sequence["NamedPair"]) -> None:
+    """Prints the scores of several models on the same images, and how each two of them differ."""
+    from allmlp.cli.display import print_table
+    from allmlp.evaluation.scores import list_scores
+
+    scores = [{score.key: score for score in list_scores(result)} for _, result in models]
+    columns = {score.key: score.label for one in scores for score in one.values()}
+    rows = [
+        [
+            name,
+            *(f"{one[key].value:.4f}" if key in one else "–" for key in columns),
+            f"{one['top1'].interval[0]:.4f} to {one['top1'].interval[1]:.4f}",
+            f"{result.calibration.ece:.4f}",
+            f"{result.loss:.4f}",
+        ]
+        for (name, result), one in zip(models, scores, strict=True)
+    ]
+    heads = ["weights", *columns.values(), "top-1, 95 % interval", "calibration error", "cross-entropy"]
+    print_table("models", heads, rows)
+    majority = models[0].result.majority
+    print(f"always answering {majority.name!r}: top-1 {majority.top1:.4f}")
+    for name, result in models:
+        if (verdict := result.majority.verdict) is not None:
+            print(f"{name} is {verdict}")
+    rows = [
+        [
+            models[first].name,
+            models[second].name,
+            f"{pair.difference:+.4f}",
+            f"{pair.interval[0]:+.4f} to {pair.interval[1]:+.4f}",
+            f"{pair.only_first:,}",
+            f"{pair.only_second:,}",
+            f"{pair.p_value:.2g}",
+        ]
+        for first, second, pair in pairs
+    ]
+    title = "differences in top-1; p-values of McNemar's exact test, not corrected for the number of pairs"
+    heads = ["first", "second", "difference", "95 % interval", "only first correct", "only second correct", "p-value"]
+    print_table(title, heads, rows, names=2)
+
+
+def print_tasks(evaluations: list[Evaluation], arguments: Arguments) -> None:
+    """Prints the accuracy of each weights on its own source, and the mean."""
+    from allmlp.cli.display import print_table
+    from allmlp.evaluation.scores import list_scores
+
+    rows = []
+    for source, one in zip(arguments.data, evaluations, strict=True):
+        top1, majority = list_scores(one.result)[0], one.result.majority
+        interval = f"{top1.interval[0]:.4f} to {top1.interval[1]:.4f}"
+        images = f"{len(one.result.labels):,}"
+        rows.append([source, one.weights, images, f"{top1.value:.4f}", interval, f"{majority.top1:.4f}"])
+    heads = ["data", "weights", "images", "top-1", "95 % interval", "commonest class"]
+    print_table(f"{arguments.part} split of each source", heads, rows, names=2)
+    for source, one in zip(arguments.data, evaluations, strict=True):
+        if (verdict := one.result.majority.verdict) is not None:
+            print(f"on {source}, {one.weights} is {verdict}")
+    means = average(evaluations, arguments)
+    print(f"mean of {len(evaluations)} sources: top-1 {means['mean_top1']:.4f}")
+    if means["average_of_five"] is not None:
+        print('these are the five tasks of the paper\'s "Avg. 5"')
 
 
 def print_confusion(names: Sequence[str], counts: "np.ndarray", where: str) -> None:
@@ -142,6 +317,18 @@ def print_confusion(names: Sequence[str], counts: "np.ndarray", where: str) -> N
     pairs = [[names[true], names[predicted], f"{images:,}"] for true, predicted, images in most]
     title = f"confusion: {len(most)} of {len(mistakes):,} confused pairs, most frequent first ({where})"
     print_table(title, ["true class", "predicted as", "images"], pairs, names=2)
+
+
+def print_unreadable(evaluations: list[Evaluation]) -> None:
+    from allmlp.cli.display import describe_unreadable
+
+    names = dict.fromkeys(name for one in evaluations for name in one.result.unreadable)
+    if names:
+        print(describe_unreadable(list(names)), file=sys.stderr)
+
+
+def format_interval(interval: tuple[float, float]) -> str:
+    return f"95 % interval {interval[0]:.4f} to {interval[1]:.4f}"
 
 
 def format_fraction(value: float | None) -> str:

@@ -5,6 +5,7 @@ import logging
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -14,16 +15,14 @@ from allmlp.api.recipe import FINETUNE_MODEL_FIELDS, Overrides, check_data, over
 from allmlp.cli.arguments import Weights, parse_with_overrides
 from allmlp.cli.docstrings import help_from_docstrings
 from allmlp.cli.overrides import Option, option_group, options_of, recipe_groups, section_group
+from allmlp.cli.processes import LaunchOptions, join_processes, launch_processes, must_launch
 from allmlp.cli.training import (
-    LaunchOptions,
-    distributed_run,
-    launch_processes,
-    must_launch,
     print_summary,
     recipe_or_data,
     requested_folder,
     resume_with,
 )
+from allmlp.config.batch_size import check_world_size
 from allmlp.errors import UserError
 from allmlp.recipes import FINETUNE_RECIPES, get_finetune_recipe, list_names
 
@@ -70,14 +69,17 @@ def run(args: Sequence[str]) -> int:
     launch = arguments.launch
     launch = dataclasses.replace(launch, resume=launch.resume or ("auto" if arguments.out else None))
     out = requested_folder(arguments.out, launch)
-    if must_launch(plan.recipe, launch):
+    if must_launch(launch, plan.recipe.run.device, partial(check_world_size, plan.recipe)):
         return launch_processes(launch, ["finetune", *args])
     command = shlex.join(["mixer", "finetune", *args])
     from allmlp.api.finetune import finetune_and_report
     from allmlp.runs.folder import claimed_folder
     from allmlp.training.run import RunOptions
 
-    with distributed_run(plan.recipe) as context, claimed_folder(out, plan.recipe.name, context) as folder:
+    with (
+        join_processes(plan.recipe.run.device, plan.recipe.run.timeout_seconds) as context,
+        claimed_folder(out, plan.recipe.name, context) as folder,
+    ):
         if choice.note:
             log.info("%s", choice.note)
         again = command if out else f"{command} --out {shlex.quote(str(folder))}"

@@ -5,6 +5,7 @@ import logging
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -14,16 +15,14 @@ from allmlp.api.recipe import Overrides, base_recipe, override, override_model
 from allmlp.cli.arguments import parse_with_overrides
 from allmlp.cli.docstrings import help_from_docstrings
 from allmlp.cli.overrides import recipe_groups
+from allmlp.cli.processes import LaunchOptions, join_processes, launch_processes, must_launch
 from allmlp.cli.training import (
-    LaunchOptions,
-    distributed_run,
-    launch_processes,
-    must_launch,
     print_summary,
     recipe_or_data,
     requested_folder,
     resume_with,
 )
+from allmlp.config.batch_size import check_world_size
 from allmlp.config.recipe import Recipe
 from allmlp.config.serialize import from_json
 from allmlp.errors import UserError
@@ -65,13 +64,16 @@ def run(args: Sequence[str]) -> int:
     recipe = choose_recipe(dataclasses.replace(arguments, recipe=choice.recipe), given)
     recipe = override(recipe, override_model(recipe.model, given["model"]), given)
     launch, out = arguments.launch, requested_folder(arguments.out, arguments.launch)
-    if must_launch(recipe, launch):
+    if must_launch(launch, recipe.run.device, partial(check_world_size, recipe)):
         return launch_processes(launch, ["train", *args])
     from allmlp.api.train import train_and_report
     from allmlp.runs.folder import claimed_folder
     from allmlp.training.run import RunOptions
 
-    with distributed_run(recipe) as context, claimed_folder(out, recipe.name, context) as folder:
+    with (
+        join_processes(recipe.run.device, recipe.run.timeout_seconds) as context,
+        claimed_folder(out, recipe.name, context) as folder,
+    ):
         if choice.note and recipe.data.data != arguments.recipe:
             log.info("%s", choice.note)
         options = RunOptions(
