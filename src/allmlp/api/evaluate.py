@@ -172,6 +172,7 @@ def with_real(result: Classification, path: Path | None) -> Classification:
 
 def load_as_trained(model: Classifier, data: str, options: EvaluationOptions) -> DatasetSplits:
     """The source, with the splits that it does not have made as they were when the model was trained."""
+    options.preprocessing(model)  # so that a mistake is reported before any data is read
     trained_on = training_data(model)
     split = {key: trained_on[key] for key in ("val_fraction", "test_fraction", "split_seed") if key in trained_on}
     source = load_source(data, max_pixels=options.max_pixels, **split)
