@@ -22,7 +22,7 @@ from common import NoProgress, machine, print_table, write_results
 
 from allmlp.config.recipe import DataRecipe, FinetuneRecipe, ModelRecipe, OptimizationRecipe, Recipe, RunRecipe
 from allmlp.evaluation.classification import SplitEvaluator
-from allmlp.evaluation.run_report import write_run_report
+from allmlp.evaluation.pages.run_report import write_run_report
 from allmlp.recipes import get_finetune_recipe
 from allmlp.training.run import train
 from allmlp.training.sweep import sweep

@@ -10,7 +10,7 @@ from allmlp.data.decode import UnreadableImage
 from allmlp.data.loader import UnreadableImages, evaluation_batches, training_batches
 from allmlp.data.transforms import EvaluationTransform, TrainingTransform
 from allmlp.evaluation.classification import classify
-from allmlp.evaluation.examples import choose_examples, make_example
+from allmlp.evaluation.pages.examples import choose_examples, make_example
 from allmlp.metadata import Metadata, Preprocessing
 
 EXACT = Preprocessing(crop_ratio=1.0)

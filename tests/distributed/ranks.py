@@ -26,7 +26,7 @@ TIMEOUT = 60.0  # seconds for one call
 PRELOADED = (
     "torch", "torch._decomp.decompositions_for_rng", "torch._dynamo", "torch.distributed.fsdp",
     "torch.distributed.tensor", "torch.utils.tensorboard", "allmlp.cli.commands.train", "allmlp.cli.display",
-    "allmlp.evaluation.run_report", "allmlp.training.run",
+    "allmlp.evaluation.pages.run_report", "allmlp.training.run",
 )  # fmt: skip
 
 

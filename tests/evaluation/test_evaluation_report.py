@@ -6,7 +6,7 @@ from pathlib import Path
 from made_results import classified
 
 from allmlp.evaluation.comparison import compare_all
-from allmlp.evaluation.evaluation_report import Evaluated, write_evaluation_report
+from allmlp.evaluation.pages.evaluation_report import Evaluated, write_evaluation_report
 
 ATTACK = "<script>alert(1)</script>"
 LABELS = [0] * 6 + [1] * 3 + [2]

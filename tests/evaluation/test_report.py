@@ -19,10 +19,10 @@ from matplotlib.axes import Axes
 from PIL import Image
 
 from allmlp.cli.commands.evaluate import print_result
-from allmlp.evaluation.charts import downsample, draw_confusion_image, extract_curve, smooth
-from allmlp.evaluation.examples import Example, choose_examples
-from allmlp.evaluation.page import data_uri, format_duration
-from allmlp.evaluation.report import write_report
+from allmlp.evaluation.pages.charts import downsample, draw_confusion_image, extract_curve, smooth
+from allmlp.evaluation.pages.examples import Example, choose_examples
+from allmlp.evaluation.pages.page import data_uri, format_duration
+from allmlp.evaluation.pages.report import write_report
 from allmlp.evaluation.scores import to_json_object
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}

@@ -21,8 +21,8 @@ from allmlp.data.dataset import ImageDataset
 from allmlp.data.sources import load_source
 from allmlp.data.stores import FolderStore
 from allmlp.evaluation.classification import Classification, classify
-from allmlp.evaluation.examples import choose_examples, find_mistakes
-from allmlp.evaluation.run_report import write_run_report
+from allmlp.evaluation.pages.examples import choose_examples, find_mistakes
+from allmlp.evaluation.pages.run_report import write_run_report
 from allmlp.metadata import Preprocessing
 
 CPU = torch.device("cpu")

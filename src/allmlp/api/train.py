@@ -13,7 +13,7 @@ from allmlp.config.serialize import from_json
 from allmlp.distributed.context import SINGLE_PROCESS, DistributedContext
 from allmlp.errors import UserError, brief, naming_keywords
 from allmlp.evaluation.classification import SplitEvaluator
-from allmlp.evaluation.run_report import write_run_report
+from allmlp.evaluation.pages.run_report import write_run_report
 from allmlp.files import as_path
 from allmlp.model import Mixer
 from allmlp.runs.folder import claimed_folder

@@ -7,15 +7,15 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from allmlp.classifier import Classifier, evaluation_mode
+from allmlp.classifier import Classifier
 from allmlp.data.dataset import Dataset
-from allmlp.data.loader import check_not_deleted, default_workers, evaluation_batches
-from allmlp.data.transforms import EvaluationTransform, check_channels, normalize
-from allmlp.device import autocast, current_device, device_errors
+from allmlp.data.transforms import check_channels
 from allmlp.distributed.context import SINGLE_PROCESS, DistributedContext
 from allmlp.errors import UserError, printable
 from allmlp.evaluation.calibration import Calibration, calibrate
+from allmlp.evaluation.forward import compute_all
 from allmlp.evaluation.real_labels import RealScore
 from allmlp.evaluation.significance import Pair, compare
 from allmlp.metadata import Preprocessing
@@ -136,55 +136,30 @@ def classify(
 ) -> Classification:
     """Classifies every image of a dataset whose labels are positions in the model's logits (see ``relabeled``).
 
-    Args:
-        model: an ``nn.Module`` is moved to the device and kept in evaluation mode while it classifies.
-        dataset: the labeled images.
-        device, precision: where the logits are computed, and the precision of matrix products.
-        preprocessing: how images are resized, cropped and normalized; None: as the model's metadata say.
-        batch_size: number of images that are computed together.
-        workers: processes that load images; None: ``default_workers``.
-        on_progress: called after each batch with the number of images done, and of all images.
-        context: the ranks share the work. Each returns the complete result, bit-identical to that of one process.
+    The other arguments are those of ``compute_all``. Each rank returns the complete result.
 
     Raises:
         UserError: the model has no head, or none of the images can be read.
         RunError: the folder or zip of the images is gone.
     """
     check_head(model)
-    preprocessing = preprocessing or model.metadata.preprocessing
-    batches = evaluation_batches(
+
+    def predict(images: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+        logits = model(images).float()
+        top = logits.softmax(-1).topk(min(TOP_CLASSES, logits.shape[1]))
+        return top.indices, top.values, F.cross_entropy(logits, labels.to(logits.device), reduction="none")
+
+    indices, labels, (best, probabilities, losses), unreadable = compute_all(
+        model,
         dataset,
-        EvaluationTransform(image_size=model.image_size, preprocessing=preprocessing),
+        predict,
+        device=device,
+        precision=precision,
+        preprocessing=preprocessing,
         batch_size=batch_size,
-        workers=default_workers(dataset, context.local_world_size) if workers is None else workers,
-        rank=context.rank,
-        world_size=context.world_size,
-        processes=context.local_world_size,
-    )
-    results, done = [], 0  # of each batch: its columns, and its unreadable images
-    too_large = device_errors(f"{batch_size} images at a time", "use a smaller batch size, or another device")
-    with current_device(device), too_large, evaluation_mode(model, device), torch.inference_mode():
-        for batch in batches:
-            with autocast(device, precision):
-                images = normalize(batch.images.to(device), preprocessing, model.in_channels)
-                logits = model(images).float()
-            losses = F.cross_entropy(logits, batch.labels.to(logits.device), reduction="none")
-            top = logits.softmax(-1).topk(min(TOP_CLASSES, logits.shape[1]))
-            columns = (batch.indices, batch.labels, top.indices.cpu(), top.values.cpu(), losses.cpu())
-            results.append(([column[batch.valid].numpy() for column in columns], dict(batch.problems)))
-            done += len(batch.valid) * context.world_size
-            on_progress(min(done, len(dataset)), len(dataset))
-    by_rank = context.all_gather(results)
-    in_order = [by_rank[i % context.world_size][i // context.world_size] for i in range(sum(map(len, by_rank)))]
-    unreadable: dict[int, str] = {}
-    for _, problems in in_order:
-        unreadable |= problems
-    if len(unreadable) == len(dataset):
-        check_not_deleted(dataset, unreadable)
-        first = f"; the first: {next(iter(unreadable.values()))}" if unreadable else ""
-        raise UserError(f"none of the {len(dataset)} images can be read{first}")
-    indices, labels, best, probabilities, losses = (
-        np.concatenate(parts) for parts in zip(*(columns for columns, _ in in_order), strict=True)
+        workers=workers,
+        on_progress=on_progress,
+        context=context,
     )
     return Classification(
         dataset=dataset,
@@ -193,7 +168,7 @@ def classify(
         best=best,
         probabilities=probabilities,
         loss=float(losses.astype(np.float64).sum() / len(losses)),
-        unreadable={dataset.names[index]: problem for index, problem in unreadable.items()},
+        unreadable=unreadable,
     )
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from allmlp.distributed.context import DistributedContext
     from allmlp.evaluation.classification import Classification
     from allmlp.evaluation.comparison import NamedPair
-    from allmlp.evaluation.evaluation_report import Evaluated
+    from allmlp.evaluation.pages.evaluation_report import Evaluated
     from allmlp.model import Mixer
 
 DESCRIPTION = """Evaluates weights on labeled images: every image counts once, classes are matched by name.
@@ -155,7 +155,7 @@ def load_resized(weights: str, image_size: tuple[int, ...]) -> "Mixer":
 def report(evaluations: list[Evaluation], arguments: Arguments) -> None:
     """Prints the results, as text or JSON, and writes the page."""
     from allmlp.evaluation.comparison import compare_all
-    from allmlp.evaluation.evaluation_report import Evaluated, write_evaluation_report
+    from allmlp.evaluation.pages.evaluation_report import Evaluated, write_evaluation_report
 
     several_sources, images = len(arguments.data) > 1, f"{arguments.part} split of {evaluations[0].data}"
     pairs = [] if several_sources else compare_all([evaluation.result for evaluation in evaluations])

@@ -9,8 +9,8 @@ from PIL import Image
 from allmlp.config.serialize import to_json_object
 from allmlp.data.transforms import EvaluationTransform, resize_for_crop
 from allmlp.evaluation.classification import Classification, ClassScore
-from allmlp.evaluation.examples import Example, choose_examples, find_mistakes, make_example, read_images
-from allmlp.evaluation.report import PER_CLASS_FILE, write_report
+from allmlp.evaluation.pages.examples import Example, choose_examples, find_mistakes, make_example, read_images
+from allmlp.evaluation.pages.report import PER_CLASS_FILE, write_report
 from allmlp.files import atomic_write
 from allmlp.runs.folder import disk_error
 from allmlp.runs.result import RunResult

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from allmlp.evaluation.charts import draw_reliability
 from allmlp.evaluation.classification import Classification
 from allmlp.evaluation.comparison import NamedPair, hardest
-from allmlp.evaluation.confusion import describe_confusion, worst_classes
-from allmlp.evaluation.examples import GRID_IMAGES, read_examples
-from allmlp.evaluation.page import format_percent, write_page
+from allmlp.evaluation.pages.charts import draw_reliability
+from allmlp.evaluation.pages.confusion import describe_confusion, worst_classes
+from allmlp.evaluation.pages.examples import GRID_IMAGES, read_examples
+from allmlp.evaluation.pages.page import format_percent, write_page
 from allmlp.evaluation.scores import Score, list_scores
 from allmlp.evaluation.significance import Interval
 

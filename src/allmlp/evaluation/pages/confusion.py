@@ -4,8 +4,8 @@ import math
 
 import numpy as np
 
-from allmlp.evaluation.charts import draw_confusion_image
 from allmlp.evaluation.classification import Classification, ClassScore
+from allmlp.evaluation.pages.charts import draw_confusion_image
 
 MAX_TABLE_CLASSES = 30  # with more classes, a confusion matrix is drawn as an image instead of a table of counts
 MAX_CLASS_ROWS = 1000  # with more classes, only those with the lowest recall have a row in the table of scores

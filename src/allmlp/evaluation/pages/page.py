@@ -41,7 +41,7 @@ def write_page(path: Path, template: str, **values: Any) -> None:
 
 
 def read_template(name: str) -> str:
-    return resources.files("allmlp.evaluation").joinpath(name).read_text("utf-8")
+    return resources.files("allmlp.evaluation.pages").joinpath(name).read_text("utf-8")
 
 
 def format_percent(fraction: float | None, digits: int = 1) -> str:

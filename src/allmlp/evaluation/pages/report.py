@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from allmlp.errors import printable
-from allmlp.evaluation.charts import draw_curves
 from allmlp.evaluation.classification import Classification
-from allmlp.evaluation.confusion import describe_confusion, worst_classes
-from allmlp.evaluation.examples import Example
-from allmlp.evaluation.page import (
+from allmlp.evaluation.pages.charts import draw_curves
+from allmlp.evaluation.pages.confusion import describe_confusion, worst_classes
+from allmlp.evaluation.pages.examples import Example
+from allmlp.evaluation.pages.page import (
     format_count,
     format_duration,
     format_memory,
