@@ -68,7 +68,7 @@ def with_options(message: str) -> str:
     def option(found: re.Match[str]) -> str:
         return f"--{found[1].replace('_', '-')} "
 
-    return re.sub(r"^([a-z]+(?:_[a-z]+)*) = (?=.*: must be )", option, message)
+    return re.sub(r"^([a-z][a-z0-9]*(?:_[a-z0-9]+)*) = (?=.*: must be )", option, message)
 
 
 def printable(text: str) -> str:

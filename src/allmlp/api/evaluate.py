@@ -170,11 +170,18 @@ def with_real(result: Classification, path: Path | None) -> Classification:
     return dataclasses.replace(result, real=real)
 
 
-def load_as_trained(model: Classifier, data: str, options: EvaluationOptions) -> DatasetSplits:
-    """The source, with the splits that it does not have made as they were when the model was trained."""
+def load_as_trained(
+    model: Classifier, data: str, options: EvaluationOptions, val_fraction: float | None = None
+) -> DatasetSplits:
+    """The source, with the splits that it does not have made as they were when the model was trained.
+
+    ``val_fraction``, if given, replaces that of the training.
+    """
     options.preprocessing(model)  # so that a mistake is reported before any data is read
     trained_on = training_data(model)
     split = {key: trained_on[key] for key in ("val_fraction", "test_fraction", "split_seed") if key in trained_on}
+    if val_fraction is not None:
+        split["val_fraction"] = val_fraction
     source = load_source(data, max_pixels=options.max_pixels, **split)
     for remark in source.remarks():
         log.warning("%s", remark)

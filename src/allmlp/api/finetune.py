@@ -5,16 +5,18 @@ import dataclasses
 import os
 from collections.abc import Iterator, Sized
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
+from allmlp.api.linear_head import fit_and_report
 from allmlp.api.recipe import (
     FINETUNE_MODEL_FIELDS,
     FINETUNE_SECTIONS,
     Overrides,
     by_section,
     check_data,
+    linear_plan,
     override_finetune,
     unknown_keyword,
 )
@@ -42,6 +44,7 @@ def finetune(
     data: str | os.PathLike[str] | None = None,
     recipe: str = "photos",
     *,
+    head: Literal["trained", "linear"] = "trained",
     out: str | os.PathLike[str] | None = None,
     image_size: Size | None = None,
     progress: bool | None = None,
@@ -54,6 +57,8 @@ def finetune(
             as ``NAME-start.safetensors``, so that the run can be resumed and repeated.
         data: SOURCE; None: that of the recipe.
         recipe: how to fine-tune, by name.
+        head: "linear" keeps the weights frozen and fits a regularized linear classifier to their features, its strength
+            chosen on validation images.
         out: the run's folder; by default ``runs/RECIPE-DATE-TIME``. If it holds an unfinished run, that is resumed.
         image_size: in pixels; None: that of the recipe, else of the model. Token mixing is resized first.
         progress: show a progress bar; None: in a terminal or a notebook.
@@ -72,6 +77,8 @@ def finetune(
         raise UserError(f"recipe {brief(recipe)}: give a name, such as 'photos'")
     if isinstance(rates := fields.get("learning_rates"), Sized) and not len(rates):
         raise UserError(f"learning_rates = {rates!r}: give several to choose from, or one learning_rate")
+    if head not in ("trained", "linear"):
+        raise UserError(f"head = {brief(head)}: give 'trained' or 'linear'")
     base = get_finetune_recipe(recipe)
     if not isinstance(model, str | os.PathLike):
         model = as_mixer(model)
@@ -79,12 +86,18 @@ def finetune(
     with claimed_folder(given_folder, base.recipe.name) as folder:
         weights = f"{folder}-start.safetensors" if isinstance(model, Mixer) else os.fspath(model)
         plan = override_finetune(base, weights, given)
+        if head == "linear":
+            plan = linear_plan(plan, given)
         check_data(plan.recipe)
         call = {name: value for section in given.values() for name, value in section.items()} | {"out": str(folder)}
+        call |= {"head": head} if head != "trained" else {}
         command = describe_call("finetune", repr(weights), recipe=recipe, **call)
         options = RunOptions(command=command, resume=out is not None, resume_command=command, may_exit=False)
         with saved_start(model, Path(weights), folder) if isinstance(model, Mixer) else contextlib.nullcontext():
-            summary = finetune_and_report(plan, folder, options, progress=progress)
+            if head == "linear":
+                summary = fit_and_report(plan.recipe, folder, options, progress=progress)
+            else:
+                summary = finetune_and_report(plan, folder, options, progress=progress)
         return saved_run(folder, summary)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from allmlp.config.limits import flag
 from allmlp.config.recipe import (
     DataRecipe,
     FinetuneRecipe,
@@ -72,15 +73,13 @@ def unknown_keyword(name: str, known: Iterable[str]) -> UserError:
 
 def converted(hint: Any, value: Any, name: str) -> Any:
     """The value as a recipe stores it: paths as text, numpy's numbers as Python's, sequences as tuples."""
+    if isinstance(value, list | tuple):
+        value = [os.fspath(item) if isinstance(item, os.PathLike) else item for item in value]
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
     if hasattr(value, "tolist"):  # a number or array of numpy
         value = value.tolist()
-    if typing.get_origin(hint) is not tuple:
-        return convert(hint, value, name)
-    if not isinstance(value, list | tuple):
-        raise UserError(f"{name} = {value!r}: should be a list")
-    return tuple(convert(typing.get_args(hint)[0], item, name) for item in value)
+    return convert(hint, value, name)
 
 
 def override(recipe: Recipe, model: ModelRecipe, given: Overrides) -> Recipe:
@@ -134,6 +133,25 @@ def override_finetune(plan: FinetuneRecipe, weights: str, given: Overrides) -> F
         model = model | {"image_size": height, "image_width": None if width == height else width}
     recipe = override(plan.recipe, dataclasses.replace(plan.recipe.model, weights=weights, **model), given)
     return FinetuneRecipe(recipe=recipe, search=override_search(plan.search, given))
+
+
+def linear_plan(plan: FinetuneRecipe, given: Overrides) -> FinetuneRecipe:
+    """The recipe of a run with a linear head: frozen weights, no search, no augmentation.
+
+    Where the recipe has no validation images of its own, those on which it would try learning rates are used.
+
+    Raises:
+        UserError: fields are given that only training by steps has.
+    """
+    if steps := [flag(name) for section in ("search", "optimization") for name in given[section]]:
+        raise UserError(f"{', '.join(steps)} with a linear head (--head linear), which takes no steps: leave it out")
+    data = dataclasses.replace(
+        plan.recipe.data, train_crop="none", flip=False, randaugment=None, color_jitter=0.0, mixup=None, cutmix=None
+    )
+    if "val_fraction" not in given["data"]:
+        data = dataclasses.replace(data, val_fraction=data.val_fraction or plan.search.search_fraction)
+    model = dataclasses.replace(plan.recipe.model, frozen=True)
+    return FinetuneRecipe(recipe=dataclasses.replace(plan.recipe, model=model, data=data))
 
 
 def check_data(recipe: Recipe) -> None:

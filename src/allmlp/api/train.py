@@ -10,9 +10,11 @@ from allmlp.api.progress import progress_bar
 from allmlp.api.recipe import SECTIONS, base_recipe, by_section, override, override_model
 from allmlp.config.recipe import Recipe
 from allmlp.config.serialize import from_json
+from allmlp.data.sources import load_source
 from allmlp.distributed.context import SINGLE_PROCESS, DistributedContext
 from allmlp.errors import UserError, brief, naming_keywords
 from allmlp.evaluation.classification import SplitEvaluator
+from allmlp.evaluation.fewshot_task import L2, SEEDS, FewshotEvaluator, make_task
 from allmlp.evaluation.pages.run_report import write_run_report
 from allmlp.files import as_path
 from allmlp.model import Mixer
@@ -105,6 +107,18 @@ def saved_run(folder: Path, summary: dict[str, Any]) -> Run:
     return Run(folder=folder, summary=summary, model=load(folder / "model.safetensors"))
 
 
+def make_fewshot_evaluator(recipe: Recipe, source: str, **where: Any) -> FewshotEvaluator:
+    """The few-shot evaluator of one of the recipe's sources, by the protocol of the paper; ``where`` as its options."""
+    data = where["context"].local_rank0_first(
+        lambda: load_source(source, val_fraction=0.0, max_pixels=recipe.data.max_pixels)
+    )
+    if "test" not in data.splits:
+        raise UserError(f"--fewshot {source}: it has no test split, which probes are tested on; name another source")
+    shot = recipe.run.fewshot_shots
+    task = make_task(data.split("train"), data.split("test"), [shot], SEEDS)
+    return FewshotEvaluator(Path(source).stem, task, shot, L2, **where)
+
+
 def train_and_report(
     recipe: Recipe,
     out: Path,
@@ -132,7 +146,9 @@ def train_and_report(
             remove_checkpoints(out, summary)  # if it was killed before
         return summary
     with progress_bar(progress if context.is_rank0 else False) as bar:
-        result = training.train(recipe, out, SplitEvaluator, bar, options=options, context=context)
+        result = training.train(
+            recipe, out, SplitEvaluator, bar, options=options, context=context, make_probe=make_fewshot_evaluator
+        )
     context.broadcast_from_rank0(lambda: write_run_report(result))
     context.broadcast_from_rank0(lambda: remove_checkpoints(out, result.summary))
     return result.summary

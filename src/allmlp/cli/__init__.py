@@ -20,6 +20,7 @@ COMMANDS = {
     "finetune": "train weights further on your own classes, at any image size",
     "status": "progress of a run: step, accuracy, checkpoints, how to resume it",
     "evaluate": "top-1, top-5, per-class results and confusion matrix on labeled images",
+    "fewshot": "accuracy of linear probes on frozen features, fitted to a few images of each class",
     "predict": "labels and probabilities for image files, folders and zips",
     "info": "parameters, FLOPs and memory of a variant, or the contents of a weights file",
     "resize": "convert weights to another image size",

@@ -174,6 +174,10 @@ class RunRecipe:
     """Epochs between evaluations on the validation split, each with a checkpoint."""
     evaluate_every_steps: Annotated[int | None, Limits(above=0)] = None
     """Steps between evaluations, in place of --evaluate-every-epochs."""
+    fewshot: tuple[str, ...] = ()
+    """Sources (as for --data) on whose images linear probes test the features at each evaluation (Section 3.3)."""
+    fewshot_shots: Annotated[int, Limits(above=0)] = 5
+    """Training images per class of these probes."""
     keep: Literal["last", "best"] = "last"
     """Which weights to keep: the last, or those with the best validation accuracy (early stopping)."""
     patience: Annotated[int | None, Limits(above=0)] = None

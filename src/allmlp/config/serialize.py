@@ -68,7 +68,11 @@ def build(kind: type, stored: Any, where: str) -> Any:
 
 
 def convert(hint: Any, value: Any, where: str) -> Any:
-    """The value as its type hint says: a section, one of the choices, or a number, text or None."""
+    """The value as its type hint says: a section, a list, one of the choices, or a number, text or None."""
+    if typing.get_origin(hint) is tuple:
+        if not isinstance(value, list | tuple):
+            raise UserError(f"{where} = {brief(value)}: should be a list")
+        return tuple(convert(typing.get_args(hint)[0], item, where) for item in value)
     if dataclasses.is_dataclass(hint):
         return build(typing.cast(type, hint), value, where)
     kinds = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)

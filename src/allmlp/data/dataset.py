@@ -11,7 +11,7 @@ from PIL import Image
 from allmlp.data.decode import MAX_PIXELS, UnreadableImage
 from allmlp.data.formats import HEIF_EXTENSIONS, HEIF_REMEDY, can_read_heif
 from allmlp.data.names import concatenate, normal_form, pack
-from allmlp.data.stores import Store
+from allmlp.data.stores import DatasetStore
 from allmlp.errors import UserError, printable
 
 MAX_KINDS_NAMED = 5  # of ignored files, in a message
@@ -79,7 +79,7 @@ def peek(dataset: Dataset) -> None:
 class ImageDataset:
     """A ``Dataset`` on a store: ``store.open(names[i])`` is an image of the class ``classes[labels[i]]``."""
 
-    store: Store
+    store: DatasetStore
     names: Sequence[str]  # packed into ``Names``
     labels: np.ndarray  # (N,) int64
     classes: tuple[str, ...]
@@ -97,6 +97,10 @@ class ImageDataset:
 
     def read(self, index: int, min_side: int | None = None) -> Image.Image:
         return self.store.open(self.names[index], self.max_pixels, min_side)
+
+    def content(self, index: int) -> bytes:
+        """What changes when the content of an image changes (see ``Store``)."""
+        return self.store.content(self.names[index])
 
     def missing(self, index: int) -> bool:
         return self.store.missing(self.names[index])

@@ -5,6 +5,7 @@ A store can be pickled and sent to a worker process, which opens a zip again.
 
 import contextlib
 import errno
+import hashlib
 import logging
 import lzma
 import os
@@ -53,6 +54,14 @@ class Store(Protocol):
         ...
 
 
+class DatasetStore(Store, Protocol):
+    """The store of a dataset, whose images are still there after they have been read."""
+
+    def content(self, name: str) -> bytes:
+        """What changes when the content of an image changes: a digest, or a checksum and a size; b"" if it is gone."""
+        ...
+
+
 class Listing(NamedTuple):
     """What a walk finds in one folder."""
 
@@ -78,6 +87,11 @@ class FolderStore:
             message = f"{path} cannot be read: {error.strerror}; {remedy(error)}"
             raise UnreadableImage(printable(message)) from None
         return decode(data, path, max_pixels, min_side)
+
+    def content(self, name: str) -> bytes:
+        with contextlib.suppress(OSError, UnreadableImage):
+            return hashlib.sha256(self.read(name)).digest()
+        return b""
 
     def head(self, name: str, size: int) -> bytes:
         """The first bytes of a file; none if it cannot be read."""
@@ -187,6 +201,13 @@ class ZipStore:
             raise UnreadableImage(printable(f"{label} cannot be unpacked: {error}; create the zip again")) from None
         return decode(data, label, max_pixels, min_side)
 
+    def content(self, name: str) -> bytes:
+        _, archive, renamed = self.archive()
+        with contextlib.suppress(KeyError):
+            entry = archive.getinfo(renamed.get(self.prefix + name, self.prefix + name))
+            return entry.CRC.to_bytes(4, "little") + entry.file_size.to_bytes(8, "little")
+        return b""
+
     def head(self, name: str, size: int) -> bytes:
         """As of a ``FolderStore``."""
         _, archive, renamed = self.archive()
@@ -251,6 +272,9 @@ class ArrayStore:
 
     def open(self, name: str, max_pixels: int, min_side: int | None = None) -> Image.Image:
         return Image.fromarray(self.pixels[self.index[name]])
+
+    def content(self, name: str) -> bytes:
+        return hashlib.sha256(self.pixels[self.index[name]].tobytes()).digest()
 
     def missing(self, name: str) -> bool:
         return False

@@ -29,6 +29,8 @@ FREE_FIELDS = {
     "optimization": ("micro_batch_size", "recompute"),
     "run": (
         "device",
+        "fewshot",
+        "fewshot_shots",
         "log_every_steps",
         "save_every_steps",
         "save_every_minutes",

@@ -40,6 +40,7 @@ from allmlp.weights.published import variant_of
 log = logging.getLogger(__name__)
 
 MakeEvaluator = Callable[..., Evaluator]  # (name, dataset, *, device, precision, context, on_batch) → Evaluator
+MakeProbe = Callable[..., Evaluator]  # (recipe, source, *, device, precision, context, on_batch) → Evaluator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +60,7 @@ def train(
     progress: Progress,
     options: RunOptions = RunOptions(),
     context: DistributedContext = SINGLE_PROCESS,
+    make_probe: MakeProbe | None = None,
 ) -> RunResult:
     """Trains a model, new or from weights, and writes the run's folder, all of it except the report. Collective.
 
@@ -69,6 +71,7 @@ def train(
         progress: shows the progress of the run.
         options: how the run is started.
         context: the processes that train together.
+        make_probe: makes the few-shot evaluator of a source; needed if the recipe names any.
 
     Raises:
         UserError: a mistake in the recipe or the data; a folder created by this call is removed again.
@@ -105,17 +108,23 @@ def train(
         if checkpoint is None:
             initializer.init_weights(model)
 
-        def evaluator(split: str) -> Evaluator:
+        def where(activity: str) -> dict[str, Any]:
             def on_batch(done: int, total: int) -> None:
-                context.heartbeat(f"evaluating on {split}")
+                context.heartbeat(activity)
                 preemption.check()
-                progress.update(done, total, f"evaluating on {split}")
+                progress.update(done, total, activity)
 
-            where = {"device": device, "precision": precision, "workers": recipe.data.workers, "context": context}
-            return make_evaluator(split, data.splits[split], on_batch=on_batch, **where)
+            workers = recipe.data.workers
+            return {
+                "device": device, "precision": precision, "workers": workers, "context": context, "on_batch": on_batch,
+            }  # fmt: skip
+
+        def evaluator(split: str) -> Evaluator:
+            return make_evaluator(split, data.splits[split], **where(f"evaluating on {split}"))
 
         validation = [evaluator("val")] if "val" in data.splits else []
-        built = build(recipe, data, model, device, precision, validation, preemption, progress)
+        probes = make_probes(recipe, make_probe, where)
+        built = build(recipe, data, model, device, precision, [*validation, *probes], preemption, progress)
         if checkpoint is not None:
             built.trainer.load(checkpoint)
         built.trainer.fit()
@@ -129,6 +138,7 @@ def train(
         restore_eager(model)
         results = {evaluator.name: evaluator.result for evaluator in held_out}
         summary = summarize(recipe, data, model, built, results, kept_step) | origin
+        summary["fewshot"] = {probe.name: probe.result.mean(recipe.run.fewshot_shots) for probe in probes}
         if context.is_rank0:
             scores: dict[str, Any] = {key: summary[key] for key in ("data", "split", "epochs", "val_top1", "test_top1")}
             trained_on = fingerprint(data)["train"]["sha256"]
@@ -138,6 +148,17 @@ def train(
     return RunResult(
         folder=out, recipe=recipe, summary=summary, metrics=metrics, model=model, data=data, results=results
     )
+
+
+def make_probes(
+    recipe: Recipe, make_probe: MakeProbe | None, where: Callable[[str], dict[str, Any]]
+) -> list[Evaluator]:
+    """The few-shot evaluators of the recipe's sources. ``where(activity)``: the arguments of every evaluator."""
+    if not recipe.run.fewshot:
+        return []
+    if make_probe is None:
+        raise ValueError(f"no make_probe for the few-shot sources {recipe.run.fewshot}")
+    return [make_probe(recipe, source, **where(f"few-shot probe on {source}")) for source in recipe.run.fewshot]
 
 
 def check_folder(recipe: Recipe, out: Path, options: RunOptions, context: DistributedContext) -> None:

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
-from allmlp.api.recipe import FINETUNE_MODEL_FIELDS, Overrides, check_data, override_finetune
+from allmlp.api.recipe import FINETUNE_MODEL_FIELDS, Overrides, check_data, linear_plan, override_finetune
 from allmlp.cli.arguments import Weights, parse_with_overrides
 from allmlp.cli.docstrings import help_from_docstrings
 from allmlp.cli.overrides import Option, option_group, options_of, recipe_groups, section_group
@@ -52,6 +52,9 @@ class Arguments:
     """How to fine-tune, by name; mixer finetune WEIGHTS RECIPE --help shows its defaults."""
     out: Path | None = None
     """The run's folder; by default runs/RECIPE-DATE-TIME. If it holds an unfinished run, that is resumed."""
+    head: Literal["trained", "linear"] = "trained"
+    """linear: keep the weights frozen and fit a regularized linear classifier to their features, its strength chosen on
+    validation images; takes one pass over the images, and no optimization options."""
     json: bool = False
     """Print the summary as one JSON object."""
     launch: LaunchOptions = field(default_factory=LaunchOptions)
@@ -65,6 +68,8 @@ def run(args: Sequence[str]) -> int:
     plan = override_finetune(get_finetune_recipe(choice.recipe or "photos"), arguments.weights, given)
     if choice.note and not plan.recipe.data.data:
         raise UserError(f"no --data: {choice.note}")
+    if arguments.head == "linear":
+        plan = linear_plan(plan, given)
     check_data(plan.recipe)
     launch = arguments.launch
     launch = dataclasses.replace(launch, resume=launch.resume or ("auto" if arguments.out else None))
@@ -73,6 +78,7 @@ def run(args: Sequence[str]) -> int:
         return launch_processes(launch, ["finetune", *args])
     command = shlex.join(["mixer", "finetune", *args])
     from allmlp.api.finetune import finetune_and_report
+    from allmlp.api.linear_head import fit_and_report
     from allmlp.runs.folder import claimed_folder
     from allmlp.training.run import RunOptions
 
@@ -88,7 +94,10 @@ def run(args: Sequence[str]) -> int:
             resume=launch.resume is not None,
             resume_command=again if plan.searches else resume_with(folder, launch, context),
         )
-        summary = finetune_and_report(plan, folder, options, context)
+        if arguments.head == "linear":
+            summary = fit_and_report(plan.recipe, folder, options, context)
+        else:
+            summary = finetune_and_report(plan, folder, options, context)
         if context.is_rank0:
             print_summary(summary, folder, arguments.json)
     return 0

@@ -83,6 +83,10 @@ def draw_curves(metrics: Sequence[Mapping]) -> list[tuple[str, Markup]]:
         ("Learning rate", "learning rate", "linear", [("learning_rate", "learning rate", TRAIN, 1)]),
         ("Gradient norm", "ℓ2 norm, logarithmic", "log", [("gradient_norm", "gradient norm", TRAIN, 1)]),
     ]
+    probes = [key for key in dict.fromkeys(key for record in metrics for key in record) if key.startswith("fewshot_")]
+    for i, key in enumerate(probes):
+        name, color = key.removeprefix("fewshot_").replace("_", " "), (VALIDATION, TRAIN)[i % 2]
+        plots.append((f"Few-shot top-1: {name}", "correct (%)", "linear", [(key, name, color, 100)]))
     charts = []
     for caption, label, scale, lines in plots:
         with matplotlib.rc_context(STYLE):

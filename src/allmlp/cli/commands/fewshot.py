@@ -1,0 +1,153 @@
+"""mixer fewshot"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from allmlp.api.recipe import height_and_width
+from allmlp.cli.arguments import WEIGHTS_HELP, parse
+from allmlp.cli.docstrings import help_from_docstrings
+from allmlp.cli.processes import join_processes, launch_evaluation
+from allmlp.errors import UserError
+from allmlp.files import to_json
+
+if TYPE_CHECKING:
+    from allmlp.api.evaluate import EvaluationOptions
+    from allmlp.distributed.context import DistributedContext
+    from allmlp.evaluation.fewshot_task import FewshotResult
+
+DESCRIPTION = """Fits linear probes to the frozen features of a few images of each class, and tests them (Section 3).
+
+examples: mixer fewshot Mixer-B_16.npz --data pets --shots 5
+          mixer fewshot a.safetensors b.safetensors --data photos/ --shots 1 5 10 25
+
+The images are resized on both sides and cropped in the center, without augmentation. The probe is a ridge regression to
+targets of ±1, as in the authors' code. Weights need no head."""
+
+
+@dataclass(frozen=True, kw_only=True)
+@help_from_docstrings
+class Arguments:
+    weights: Annotated[
+        tuple[str, ...],
+        tyro.conf.Positional,
+        tyro.conf.arg(metavar="WEIGHTS…", help=WEIGHTS_HELP, help_behavior_hint="(required)"),
+    ]
+    data: str
+    """SOURCE: digits, cifar10, cifar100, pets, flowers102, a folder of images, or a .zip of one."""
+    shots: tuple[int, ...] = (1, 5, 10, 25)
+    """Training images per class; a class with fewer gives all that it has."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Each chooses other training images; the mean and standard deviation over the seeds are shown."""
+    l2: float = 1024.0
+    """Strength of the regularization."""
+    image_size: tuple[int, ...] = ()
+    """Resize the weights to this size in pixels, one number, or height and width; by default, their own size."""
+    part: Literal["test", "val", "train", "all"] = "test"
+    """Split of the source that the probes are tested on; they choose their images from the training split."""
+    crop: Literal["resmall", "resize"] = "resize"
+    """resize resizes both sides, as in the paper; resmall the shorter one."""
+    crop_ratio: float | None = None
+    """Image size / size before the central crop, 0.875 in the paper; None: as for the weights."""
+    cache: bool = True
+    """Keep features in the data folder (ALLMLP_DATA), by the content of weights and images, and use those there."""
+    processes: int = 1
+    """Number of processes on this machine, one per GPU, that share the images."""
+    batch_size: int = 256
+    """Images per forward pass."""
+    workers: int | None = None
+    """Processes that load images; None: chosen from the number of images and CPU cores."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision of matrix products; auto: bfloat16 if the hardware supports it."""
+    max_pixels: int = 64_000_000
+    """Largest image that is read, in pixels; larger ones count as unreadable."""
+    json: bool = False
+    """Print one JSON object."""
+
+
+def run(args: Sequence[str]) -> int:
+    arguments = parse(Arguments, args, command="fewshot", description=DESCRIPTION)
+    if not arguments.weights:
+        raise UserError("no weights: name a file, or hf-hub:OWNER/NAME (mixer fewshot --help)")
+    if (status := launch_evaluation(arguments.processes, arguments.device, ["fewshot", *args])) is not None:
+        return status
+    from allmlp.api.evaluate import EvaluationOptions
+    from allmlp.evaluation.fewshot import check_numbers
+
+    check_numbers(arguments.shots, arguments.seeds, arguments.l2)
+    options = EvaluationOptions(
+        part=arguments.part,
+        crop=arguments.crop,
+        crop_ratio=arguments.crop_ratio,
+        batch_size=arguments.batch_size,
+        workers=arguments.workers,
+        device=arguments.device,
+        precision=arguments.precision,
+        max_pixels=arguments.max_pixels,
+    )
+    with join_processes(arguments.device) as context:
+        results = [probe_one(weights, arguments, options, context) for weights in arguments.weights]
+        if context.is_rank0:
+            report(arguments, [description for description, _ in results], [result for _, result in results])
+    return 0
+
+
+def probe_one(
+    weights: str, arguments: Arguments, options: "EvaluationOptions", context: "DistributedContext"
+) -> tuple[str, "FewshotResult"]:
+    """The description of the source, and the result of one model."""
+    from allmlp.api.fewshot import load_for_probe, probe_source
+    from allmlp.weights.load import load
+    from allmlp.weights.resize import resize
+
+    model = load(weights)
+    if arguments.image_size:
+        model = resize(model, height_and_width(arguments.image_size))
+    source = context.local_rank0_first(lambda: load_for_probe(model, arguments.data, options))
+    result = probe_source(
+        model,
+        source,
+        options,
+        arguments.shots,
+        arguments.seeds,
+        arguments.l2,
+        cache=arguments.cache,
+        context=context,
+    )
+    return source.description, result
+
+
+def report(arguments: Arguments, descriptions: list[str], results: list["FewshotResult"]) -> None:
+    from allmlp.cli.display import describe_unreadable, print_table
+
+    first = results[0]
+    if arguments.json:
+        each = [
+            {"weights": weights, "data": description, "part": arguments.part, **result.to_json_object()}
+            for weights, description, result in zip(arguments.weights, descriptions, results, strict=True)
+        ]
+        print(to_json(each[0] if len(each) == 1 else {"models": each}))
+    else:
+        print(f"{first.test_images:,} images: the {arguments.part} split of {descriptions[0]}")
+        shots = first.shots
+        rows = [
+            [weights, *(format_score(result.mean(shot), result.std(shot)) for shot in shots)]
+            for weights, result in zip(arguments.weights, results, strict=True)
+        ]
+        seeds = f"{len(arguments.seeds)} seeds: mean ± standard deviation" if len(arguments.seeds) > 1 else "one seed"
+        print_table(f"top-1 of the probes, {seeds}", ["weights", *(f"{shot}-shot" for shot in shots)], rows)
+        print(f"always answering {first.commonest_class!r}: top-1 {first.commonest_top1:.4f}")
+    for shot, classes in first.small_classes.items():
+        print(f"{classes:,} class(es) have fewer than {shot} training images, and gave all of them", file=sys.stderr)
+    unreadable = dict.fromkeys(name for result in results for name in result.unreadable)
+    if unreadable:
+        print(describe_unreadable(list(unreadable)), file=sys.stderr)
+
+
+def format_score(mean: float, std: float | None) -> str:
+    return f"{mean:.4f}" if std is None else f"{mean:.4f} ± {std:.4f}"
