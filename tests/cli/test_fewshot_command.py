@@ -34,7 +34,7 @@ def test_fewshot(mixer, colors, color_weights, tmp_path) -> None:
     text = mixer("fewshot", color_weights, color_weights, "--data", colors, "--shots", 5)
     assert text.out.count(f"{found['top1']['5']['mean']:.4f} ± {found['top1']['5']['std']:.4f}") == 2
     assert "always answering 'red'" in text.out
-    assert "features of 5 images from" in text.err  # those of the test split are kept
+    assert "features of 6 images from" in text.err  # the test images
     fresh = mixer("fewshot", color_weights, "--data", colors, "--shots", 5, "--no-cache")
     assert "images from" not in fresh.err
     assert fresh.out == mixer("fewshot", color_weights, "--data", colors, "--shots", 5).out
