@@ -122,7 +122,7 @@ MUTATIONS = (
     Mutation("an accuracy's interval is Wilson's", "evaluation/significance.py",
              "p * (1 - p) / total + (z / (2 * total)) ** 2", "p * (1 - p) / total",
              "evaluation/*significance* evaluation"),
-    Mutation("names in the report are escaped", "evaluation/pages/page.py",
+    Mutation("names in the report are escaped", "pages/page.py",
              "autoescape=True", "autoescape=False", "evaluation/*report* evaluation"),
     Mutation("a mistake of the caller's exits with 2", "cli/__init__.py",
              "return fail(error, 2, debug)", "return fail(error, 1, debug)", "cli/*main* cli/*overrides* cli"),

@@ -21,9 +21,9 @@ from PIL import Image
 from allmlp.cli.commands.evaluate import print_result
 from allmlp.evaluation.pages.charts import downsample, draw_confusion_image, extract_curve, smooth
 from allmlp.evaluation.pages.examples import Example, choose_examples
-from allmlp.evaluation.pages.page import data_uri, format_duration
 from allmlp.evaluation.pages.report import write_report
 from allmlp.evaluation.scores import to_json_object
+from allmlp.pages.page import data_uri, format_duration
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 ATTACK = "<script>alert(1)</script>"

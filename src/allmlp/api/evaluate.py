@@ -45,6 +45,7 @@ class EvaluationOptions:
     device: str = "auto"
     precision: Precision = "auto"
     max_pixels: int = MAX_PIXELS
+    exclude: str | None = None
 
     def __post_init__(self) -> None:
         whole_number("batch_size", self.batch_size, 1)
@@ -74,6 +75,7 @@ def evaluate(
     device: str = "auto",
     precision: Precision = "auto",
     max_pixels: int = MAX_PIXELS,
+    exclude: str | os.PathLike[str] | None = None,
     progress: bool | None = None,
 ) -> Classification:
     """Evaluates a model on labeled images, each once: what ``mixer evaluate`` does.
@@ -91,6 +93,7 @@ def evaluate(
         device: auto, cpu, cuda, cuda:1, mps.
         precision: of matrix products; auto: bfloat16 if the hardware supports it.
         max_pixels: larger images count as unreadable.
+        exclude: a file that lists images to leave out, such as ``mixer data dedup`` writes.
         progress: show a progress bar; None: in a terminal or a notebook.
 
     Raises:
@@ -105,6 +108,7 @@ def evaluate(
         device=device,
         precision=precision,
         max_pixels=max_pixels,
+        exclude=None if exclude is None else os.fspath(exclude),
     )
     select_device(device)
     check_classifier(model)
@@ -182,7 +186,7 @@ def load_as_trained(
     split = {key: trained_on[key] for key in ("val_fraction", "test_fraction", "split_seed") if key in trained_on}
     if val_fraction is not None:
         split["val_fraction"] = val_fraction
-    source = load_source(data, max_pixels=options.max_pixels, **split)
+    source = load_source(data, max_pixels=options.max_pixels, exclude=options.exclude, **split)
     for remark in source.remarks():
         log.warning("%s", remark)
     return source

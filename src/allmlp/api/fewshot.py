@@ -39,6 +39,7 @@ def fewshot(
     device: str = "auto",
     precision: Precision = "auto",
     max_pixels: int = MAX_PIXELS,
+    exclude: str | os.PathLike[str] | None = None,
     progress: bool | None = None,
 ) -> FewshotResult:
     """Fits linear probes to the frozen features of some images of each class, and tests them (Section 3).
@@ -53,7 +54,7 @@ def fewshot(
         crop: "resize" resizes both sides of an image, as in the paper; "resmall" the shorter one.
         crop_ratio: image size / size before the central crop; None: as the model's metadata say.
         cache: keep a Mixer's features in the data folder (ALLMLP_DATA), and use those that are there.
-        batch_size, workers, device, precision, max_pixels, progress: as for ``evaluate``.
+        batch_size, workers, device, precision, max_pixels, exclude, progress: as for ``evaluate``.
 
     Raises:
         UserError: no such data, no training images, features that are not finite, or numbers out of range.
@@ -70,6 +71,7 @@ def fewshot(
         device=device,
         precision=precision,
         max_pixels=max_pixels,
+        exclude=None if exclude is None else os.fspath(exclude),
     )
     check_numbers(shots, seeds, l2)
     source = load_for_probe(model, os.fspath(data), options)

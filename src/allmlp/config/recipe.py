@@ -65,6 +65,8 @@ class DataRecipe:
 
     data: str = "digits"
     """SOURCE: digits, cifar10, cifar100, pets, flowers102, a folder of images, or a .zip of one."""
+    exclude: str | None = None
+    """A file that lists images to leave out, one name a line or CSV, such as mixer data dedup writes."""
     val_fraction: Annotated[float, Limits(at_least=0, below=1)] = 0.1
     """Fraction of the training images to use for validation, if the source has no validation split."""
     test_fraction: Annotated[float, Limits(at_least=0, below=1)] = 0.2

@@ -98,9 +98,17 @@ class ImageDataset:
     def read(self, index: int, min_side: int | None = None) -> Image.Image:
         return self.store.open(self.names[index], self.max_pixels, min_side)
 
+    def raw(self, index: int) -> bytes | None:
+        """The bytes of an image's file; None if it is no file. Errors as in ``read``."""
+        return self.store.raw(self.names[index])
+
     def content(self, index: int) -> bytes:
         """What changes when the content of an image changes (see ``Store``)."""
         return self.store.content(self.names[index])
+
+    def outline(self, index: int) -> bytes:
+        """What images of the same content have in common, and is cheap to read (see ``Store``)."""
+        return self.store.outline(self.names[index])
 
     def missing(self, index: int) -> bool:
         return self.store.missing(self.names[index])

@@ -15,6 +15,7 @@ from allmlp.data.builtin.catalog import BUILT_IN, DOWNLOADED
 from allmlp.data.builtin.copies import FOLDERS
 from allmlp.data.dataset import DatasetSplits
 from allmlp.data.decode import MAX_PIXELS
+from allmlp.data.duplicates.removals import leave_out
 from allmlp.data.folders.layout import Found, read_tree
 from allmlp.data.split import stratified_split
 from allmlp.data.stores import FolderStore, ZipStore
@@ -50,6 +51,7 @@ def load_source(
     test_fraction: float = 0.2,
     split_seed: int = 0,
     max_pixels: int = MAX_PIXELS,
+    exclude: str | None = None,
 ) -> DatasetSplits:
     """Finds the labeled images of a SOURCE and makes the splits that it does not have.
 
@@ -59,6 +61,7 @@ def load_source(
         test_fraction: fraction of all images for testing, if the source has no splits at all.
         split_seed: seed of both splits.
         max_pixels: images with more pixels count as unreadable.
+        exclude: a file that lists images to leave out, before any split is made (``duplicates/removals.py``).
 
     Raises:
         UserError: an unknown source (the message lists the nearest names), no images, an empty class, or splits whose
@@ -95,6 +98,9 @@ def load_source(
             f"no data at {source!r}: {hint}give a folder of images, a .zip of one, or one of {', '.join(BUILT_IN)}"
         )
     datasets = {name: replace(dataset, max_pixels=max_pixels) for name, dataset in found.datasets.items()}
+    if exclude is not None:
+        datasets, removed, notes = leave_out(datasets, Path(exclude), source)
+        found = found._replace(left_out=found.left_out | removed, notes=(*found.notes, *notes))
     return make_splits(found._replace(datasets=datasets), description, val_fraction, test_fraction, split_seed)
 
 

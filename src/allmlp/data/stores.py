@@ -57,8 +57,16 @@ class Store(Protocol):
 class DatasetStore(Store, Protocol):
     """The store of a dataset, whose images are still there after they have been read."""
 
+    def raw(self, name: str) -> bytes | None:
+        """The bytes of the image's file; None if it is no file. Errors as in ``open``."""
+        ...
+
     def content(self, name: str) -> bytes:
         """What changes when the content of an image changes: a digest, or a checksum and a size; b"" if it is gone."""
+        ...
+
+    def outline(self, name: str) -> bytes:
+        """What is cheap to read and the same for images of the same content, perhaps for others too; b"" if gone."""
         ...
 
 
@@ -77,21 +85,30 @@ class FolderStore:
         self.root, self.identity = root, identity(root)
 
     def open(self, name: str, max_pixels: int, min_side: int | None = None) -> Image.Image:
-        path = os.path.join(self.root, name)  # noqa: PTH118 (pathlib is slower than reading a small file)
+        return decode(self.raw(name), self.path_of(name), max_pixels, min_side)
+
+    def path_of(self, name: str) -> str:
+        return os.path.join(self.root, name)  # noqa: PTH118 (pathlib is slower than reading a small file)
+
+    def raw(self, name: str) -> bytes:
         try:
-            data = self.read(name)
+            return self.read(name)
         except OSError as error:
             if error.errno in ELSEWHERE:
                 raise RunError(describe_os_error(error)) from None
-            self.check_still_there(path)
-            message = f"{path} cannot be read: {error.strerror}; {remedy(error)}"
+            self.check_still_there(self.path_of(name))
+            message = f"{self.path_of(name)} cannot be read: {error.strerror}; {remedy(error)}"
             raise UnreadableImage(printable(message)) from None
-        return decode(data, path, max_pixels, min_side)
 
     def content(self, name: str) -> bytes:
         with contextlib.suppress(OSError, UnreadableImage):
             return hashlib.sha256(self.read(name)).digest()
         return b""
+
+    def outline(self, name: str) -> bytes:
+        with contextlib.suppress(OSError):
+            return self.head(name, 4096) + os.stat(self.path_of(name)).st_size.to_bytes(8, "little")  # noqa: PTH116
+        return self.content(name)
 
     def head(self, name: str, size: int) -> bytes:
         """The first bytes of a file; none if it cannot be read."""
@@ -188,6 +205,9 @@ class ZipStore:
         return self.opened
 
     def open(self, name: str, max_pixels: int, min_side: int | None = None) -> Image.Image:
+        return decode(self.raw(name), f"{self.path}/{self.prefix}{name}", max_pixels, min_side)
+
+    def raw(self, name: str) -> bytes:
         label = f"{self.path}/{self.prefix}{name}"
         _, archive, renamed = self.archive()
         try:
@@ -196,10 +216,9 @@ class ZipStore:
             raise UnreadableImage(printable(f"{label} is no longer in the zip; put it back")) from None
         check_bytes(entry.file_size, label)
         try:
-            data = archive.read(entry)
+            return archive.read(entry)
         except UNPACK_ERRORS as error:
             raise UnreadableImage(printable(f"{label} cannot be unpacked: {error}; create the zip again")) from None
-        return decode(data, label, max_pixels, min_side)
 
     def content(self, name: str) -> bytes:
         _, archive, renamed = self.archive()
@@ -207,6 +226,9 @@ class ZipStore:
             entry = archive.getinfo(renamed.get(self.prefix + name, self.prefix + name))
             return entry.CRC.to_bytes(4, "little") + entry.file_size.to_bytes(8, "little")
         return b""
+
+    def outline(self, name: str) -> bytes:
+        return self.content(name)
 
     def head(self, name: str, size: int) -> bytes:
         """As of a ``FolderStore``."""
@@ -273,8 +295,14 @@ class ArrayStore:
     def open(self, name: str, max_pixels: int, min_side: int | None = None) -> Image.Image:
         return Image.fromarray(self.pixels[self.index[name]])
 
+    def raw(self, name: str) -> None:
+        return None
+
     def content(self, name: str) -> bytes:
         return hashlib.sha256(self.pixels[self.index[name]].tobytes()).digest()
+
+    def outline(self, name: str) -> bytes:
+        return self.content(name)
 
     def missing(self, name: str) -> bool:
         return False

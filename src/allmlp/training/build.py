@@ -16,6 +16,7 @@ from allmlp.config.batch_size import resolve_micro_batch_size
 from allmlp.config.recipe import DataRecipe, OptimizationRecipe, Recipe
 from allmlp.config.serialize import to_json_object
 from allmlp.data.dataset import Dataset, DatasetSplits, peek
+from allmlp.data.duplicates.repeats import describe_repeats
 from allmlp.data.loader import Batches, UnreadableImages, default_workers, training_batches
 from allmlp.data.mixup import Mixing
 from allmlp.data.randaugment import RandAugment
@@ -315,6 +316,8 @@ def check_data(recipe: Recipe) -> DatasetSplits:
     log.info("%s: %d classes; images: %s", data.description, len(data.classes), counts)
     for remark in data.remarks():
         log.warning("%s", remark)
+    for warning in describe_repeats(data.splits, recipe.data.data):
+        log.warning("%s", warning)
     peek(data.split("train"))
     if len(data.classes) < 2:
         raise UserError(f"{recipe.data.data} has one class, {', '.join(data.classes)}: a classifier needs at least two")
@@ -329,6 +332,7 @@ def load_data(recipe: Recipe) -> DatasetSplits:
         test_fraction=recipe.data.test_fraction,
         split_seed=recipe.data.split_seed,
         max_pixels=recipe.data.max_pixels,
+        exclude=recipe.data.exclude,
     )
 
 

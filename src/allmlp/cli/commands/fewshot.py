@@ -66,6 +66,8 @@ class Arguments:
     """Precision of matrix products; auto: bfloat16 if the hardware supports it."""
     max_pixels: int = 64_000_000
     """Largest image that is read, in pixels; larger ones count as unreadable."""
+    exclude: str | None = None
+    """A file that lists images to leave out, one name a line or CSV, such as mixer data dedup writes."""
     json: bool = False
     """Print one JSON object."""
 
@@ -89,6 +91,7 @@ def run(args: Sequence[str]) -> int:
         device=arguments.device,
         precision=arguments.precision,
         max_pixels=arguments.max_pixels,
+        exclude=arguments.exclude,
     )
     with join_processes(arguments.device) as context:
         results = [probe_one(weights, arguments, options, context) for weights in arguments.weights]

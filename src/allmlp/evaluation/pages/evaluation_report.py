@@ -9,9 +9,9 @@ from allmlp.evaluation.comparison import NamedPair, hardest
 from allmlp.evaluation.pages.charts import draw_reliability
 from allmlp.evaluation.pages.confusion import describe_confusion, worst_classes
 from allmlp.evaluation.pages.examples import GRID_IMAGES, read_examples
-from allmlp.evaluation.pages.page import format_percent, write_page
 from allmlp.evaluation.scores import Score, list_scores
 from allmlp.evaluation.significance import Interval
+from allmlp.pages.page import format_percent, write_page
 
 
 class Evaluated(NamedTuple):
@@ -40,6 +40,7 @@ def write_evaluation_report(
     columns = {score.key: score.label for one in scores for score in one.values()}
     write_page(
         path,
+        "allmlp.evaluation.pages",
         "evaluation.html",
         images=images,
         names=[name for name, _ in evaluated],

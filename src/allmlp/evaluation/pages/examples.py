@@ -9,7 +9,7 @@ from PIL import Image
 from allmlp.data.decode import UnreadableImage
 from allmlp.errors import RunError
 from allmlp.evaluation.classification import Classification
-from allmlp.evaluation.pages.page import THUMBNAIL
+from allmlp.pages.page import THUMBNAIL
 
 GRID_IMAGES = 24  # images in each grid of a page
 

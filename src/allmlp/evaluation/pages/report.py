@@ -13,7 +13,8 @@ from allmlp.evaluation.classification import Classification
 from allmlp.evaluation.pages.charts import draw_curves
 from allmlp.evaluation.pages.confusion import describe_confusion, worst_classes
 from allmlp.evaluation.pages.examples import Example
-from allmlp.evaluation.pages.page import (
+from allmlp.evaluation.significance import wilson
+from allmlp.pages.page import (
     format_count,
     format_duration,
     format_memory,
@@ -22,7 +23,6 @@ from allmlp.evaluation.pages.page import (
     format_value,
     write_page,
 )
-from allmlp.evaluation.significance import wilson
 
 PER_CLASS_FILE = "per_class.csv"
 
@@ -54,6 +54,7 @@ def write_report(
     """
     write_page(
         path,
+        "allmlp.evaluation.pages",
         "report.html",
         summary=summary,
         verdict=None if result is None else result.majority.verdict,

@@ -4,6 +4,7 @@ import base64
 import io
 import math
 from collections.abc import Mapping
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -16,19 +17,20 @@ from allmlp.files import atomic_write
 THUMBNAIL = 160  # pixels of its longer side
 
 
-def write_page(path: Path, template: str, **values: Any) -> None:
+def write_page(path: Path, package: str, template: str, **values: Any) -> None:
     """Writes a page to ``path``, atomically.
 
     Args:
         path: the HTML file to write, in an existing folder.
-        template: its name, beside this module; it extends ``page.html``.
+        package: the package that holds the template, and those that it imports.
+        template: its name; it extends this package's ``page.html``.
         values: what the template shows; text is escaped.
 
     Raises:
         OSError: the file cannot be written.
     """
     environment = jinja2.Environment(
-        loader=jinja2.FunctionLoader(read_template),
+        loader=jinja2.FunctionLoader(partial(read_template, package)),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -40,8 +42,8 @@ def write_page(path: Path, template: str, **values: Any) -> None:
         draft.write_text(page, encoding="utf-8", errors="backslashreplace")  # file names may hold lone surrogates
 
 
-def read_template(name: str) -> str:
-    return resources.files("allmlp.evaluation.pages").joinpath(name).read_text("utf-8")
+def read_template(package: str, name: str) -> str:
+    return resources.files("allmlp.pages" if name == "page.html" else package).joinpath(name).read_text("utf-8")
 
 
 def format_percent(fraction: float | None, digits: int = 1) -> str:

@@ -1,0 +1,1 @@
+"""What all HTML pages share: style, numbers as text, pictures inside the file."""
