@@ -22,6 +22,7 @@ COMMANDS = {
     "evaluate": "top-1, top-5, per-class results and confusion matrix on labeled images",
     "fewshot": "accuracy of linear probes on frozen features, fitted to a few images of each class",
     "predict": "labels and probabilities for image files, folders and zips",
+    "data": "what is in a data set: classes, sizes, duplicates; and which images are in test sets too",
     "info": "parameters, FLOPs and memory of a variant, or the contents of a weights file",
     "resize": "convert weights to another image size",
     "convert": "convert weights to another format: allmlp's, the authors' .npz, timm's",

@@ -13,8 +13,8 @@ from allmlp.data.duplicates.signatures import Signatures
 
 Kind = Literal["same file", "same pixels", "looks the same"]
 
-MAX_BITS = 6  # of 64 that may differ
-MAX_DIFFERENCE = 0.25  # of thumbnails, relative to their contrast (see ``difference``)
+MAX_BITS = 8  # of 64 that may differ
+MAX_DIFFERENCE = 0.3  # of thumbnails, relative to their contrast (see ``difference``)
 NOISE = 5.0  # gray levels that are added to the contrast, for images that have next to none
 BLOCK = 1 << 22  # pairs of hashes that are compared at a time
 

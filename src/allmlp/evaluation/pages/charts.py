@@ -1,11 +1,7 @@
-"""Charts of a run as inline SVG, in the colors of the page, light or dark, without names of classes or files."""
+"""Charts of a run and of an evaluation, without names of classes or files."""
 
-import html
-import io
 import math
-import re
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import matplotlib
 import numpy as np
@@ -15,37 +11,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from allmlp.evaluation.calibration import Calibration
+from allmlp.pages.svg import INK, STYLE, TRAIN, VALIDATION, to_svg
 
 CURVE_POINTS = 2000
-# Placeholders: `to_svg` inserts the colors of the page
-INK, TRAIN, VALIDATION = "#010203", "#010204", "#010205"
-CSS = {INK: "currentColor", TRAIN: "var(--train)", VALIDATION: "var(--validation)"}
 CORRECT, WRONG = (0.22, 0.47, 0.74), (0.83, 0.42, 0.18)  # legible on white and on near-black
-STYLE: dict[Any, Any] = dict.fromkeys(
-    ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK
-) | {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "allmlp",
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.6,
-    "legend.frameon": False,
-}
-
-
-def to_svg(figure: Figure, name: str, title: str) -> Markup:
-    """The figure as inline SVG in the colors of the page; ``name`` makes its ids unique on the page."""
-    stream = io.StringIO()
-    no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))  # it contains URLs and differs between runs
-    figure.savefig(stream, format="svg", transparent=True, metadata=no_metadata)
-
-    def adapt(tag: re.Match) -> str:
-        text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", tag[0])
-        return re.sub("|".join(CSS), lambda color: CSS[color[0]], text)
-
-    text = re.sub(r"<[^>]+>", adapt, stream.getvalue().partition("<svg ")[2])
-    return Markup(f'<svg role="img" aria-label="{html.escape(title)}" {text}')
 
 
 def extract_curve(metrics: Sequence[Mapping], key: str) -> tuple[np.ndarray, np.ndarray]:
