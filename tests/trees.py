@@ -46,3 +46,16 @@ def make_zip(path: Path, names: list[str], outer: str = "", directories: bool = 
         for name in names:
             file.writestr(outer + name, picture(name))
     return path
+
+
+def write_tree(path: Path, files: dict[str, bytes]) -> Path:
+    """A folder, or a zip if the path ends in .zip, of these files."""
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path, "w") as file:
+            for name, data in files.items():
+                file.writestr(name, data)
+        return path
+    for name, data in files.items():
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_bytes(data)
+    return path

@@ -119,7 +119,7 @@ def test_files_that_are_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     os.mkfifo(tmp_path / "x.png")
     with pytest.raises(UnreadableImage, match=r"x\.png .* not a regular file; remove it"):
         FolderStore(tmp_path).open("x.png", 10**6)
-    monkeypatch.setattr("allmlp.data.stores.MAX_BYTES", 3)
+    monkeypatch.setattr("allmlp.data.disk.MAX_BYTES", 3)
     (tmp_path / "y.png").write_bytes(b"1234")
     with zipfile.ZipFile(tmp_path / "y.zip", "w") as archive:
         archive.write(tmp_path / "y.png", "y.png")
