@@ -18,7 +18,9 @@ FOLDERS = {  # the subfolder in which torchvision keeps each dataset
 }
 
 
-def fetch(name: str, class_name: str, root: Path | None, *splits: dict[str, Any]) -> list[Any]:
+def fetch(
+    name: str, class_name: str, root: Path | None, *splits: dict[str, Any], folder: str | None = None
+) -> list[Any]:
     """Makes one torchvision dataset for each of the splits.
 
     Args:
@@ -26,6 +28,7 @@ def fetch(name: str, class_name: str, root: Path | None, *splits: dict[str, Any]
         class_name: name of the dataset's class in ``torchvision.datasets``.
         root: a folder that holds a copy, which is not downloaded; None: the data folder, downloaded if missing.
         splits: arguments of the class that select a split.
+        folder: the subfolder of a copy, for messages; None: that of the source ``name``.
 
     Raises:
         UserError: torchvision is not installed.
@@ -36,15 +39,15 @@ def fetch(name: str, class_name: str, root: Path | None, *splits: dict[str, Any]
     except ImportError:
         raise UserError(f"the source {name} needs torchvision: pip install 'allmlp[datasets]'") from None
     parent = root or data_folder()
-    folder = parent / FOLDERS[name]
+    location = parent / (folder or FOLDERS[name])
     try:
         return [getattr(datasets, class_name)(parent, download=root is None, **split) for split in splits]
     except (OSError, RuntimeError, ValueError, HTTPException) as error:  # ValueError: a truncated list of files
         reason = (str(error) or type(error).__name__).splitlines()[0].partition(" You can use download")[0]
-        remedy = f"copy all of {folder} again"
+        remedy = f"copy all of {location} again"
         if root is None:
             remedy = (
-                f"check the network, or copy the dataset to {folder} (ALLMLP_DATA sets another folder); "
+                f"check the network, or copy the dataset to {location} (ALLMLP_DATA sets another folder); "
                 "remove damaged files there first"
             )
         raise RunError(f"{name} could not be downloaded or read ({reason}): {remedy}") from None
