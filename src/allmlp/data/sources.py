@@ -117,7 +117,7 @@ def load_source(
 
 def make_splits(found: Found, description: str, val_fraction: float, test_fraction: float, seed: int) -> DatasetSplits:
     """Adds the splits that a source lacks; if it has none, its single dataset is "all"."""
-    splits = dict(found.datasets)
+    splits, choose_by = dict(found.datasets), found.choose_by
     if "all" in splits:
         everything = splits.pop("all")
         kept, held_out = stratified_split(everything.labels, everything.names, test_fraction, seed)
@@ -127,12 +127,12 @@ def make_splits(found: Found, description: str, val_fraction: float, test_fracti
             description += f"; {test_fraction:.0%} of each class split off for test (split seed {seed})"
     if "train" in splits and "val" not in splits:
         train = splits["train"]
-        kept, held_out, how = held_out_images(
-            train, found.choose_by if val_fraction else frozenset(), val_fraction, seed
-        )
+        own = choose_by if val_fraction else frozenset[str]()
+        kept, held_out, how = held_out_images(train, own, val_fraction, seed, "split off for validation")
         if len(held_out):
             splits["train"], splits["val"] = train.subset(kept), train.subset(held_out)
-            description += f"; {how} for validation"
+            description += f"; {how}"
+            choose_by = choose_by - own
     splits = {name: splits[name] for name in ("train", "val", "test") if name in splits}
     first = next(iter(splits))
     classes = splits[first].classes
@@ -147,22 +147,22 @@ def make_splits(found: Found, description: str, val_fraction: float, test_fracti
         description=description,
         left_out=found.left_out,
         notes=found.notes,
-        choose_by=found.choose_by,
+        choose_by=choose_by,
     )
 
 
 def held_out_images(
-    train: ImageDataset, choose_by: frozenset[str], fraction: float, seed: int
-) -> tuple[np.ndarray, np.ndarray, str, str]:
-    """The indices of the training images that are kept and held out, what is held out, and how it was chosen.
+    train: ImageDataset, choose_by: frozenset[str], fraction: float, seed: int, purpose: str
+) -> tuple[np.ndarray, np.ndarray, str]:
+    """The indices of the training images that are kept and held out, and a description of these with their purpose.
 
     A source's own choice is taken, where it has one; else a fraction of each class.
     """
     if choose_by:
         chosen = np.fromiter((name in choose_by for name in train.names), dtype=bool, count=len(train))
-        return np.flatnonzero(~chosen), np.flatnonzero(chosen), f"its own {chosen.sum():,} images", ""
+        return np.flatnonzero(~chosen), np.flatnonzero(chosen), f"its own {chosen.sum():,} images {purpose}"
     kept, held_out = stratified_split(train.labels, train.names, fraction, seed)
-    return kept, held_out, f"{fraction:.0%} of each training class", f" (split seed {seed})"
+    return kept, held_out, f"{fraction:.0%} of each training class {purpose} (split seed {seed})"
 
 
 def hold_out(data: DatasetSplits, fraction: float, seed: int) -> DatasetSplits:
@@ -171,11 +171,11 @@ def hold_out(data: DatasetSplits, fraction: float, seed: int) -> DatasetSplits:
     The source's own choice of held-out images replaces ``fraction``, where it has one (VTAB-1k's 800 and 200).
     """
     train = data.split("train")
-    kept, held_out, what, how = held_out_images(train, data.choose_by, fraction, seed)
+    kept, held_out, how = held_out_images(train, data.choose_by, fraction, seed, "held out to choose by")
     if not len(held_out):
         raise UserError(
             f"--holdout {fraction} of {len(train)} images leaves none to choose by, because every class has a single "
             "image: give one --learning-rate instead of several"
         )
-    description = f"{data.description}; {what} held out to choose by{how}"
-    return replace(data, splits={"train": train.subset(kept), "val": train.subset(held_out)}, description=description)
+    splits = {"train": train.subset(kept), "val": train.subset(held_out)}
+    return replace(data, splits=splits, description=f"{data.description}; {how}", choose_by=frozenset())
