@@ -16,7 +16,7 @@ import numpy as np
 from allmlp.data.builtin.catalog import BUILT_IN, DOWNLOADED
 from allmlp.data.builtin.copies import FOLDERS
 from allmlp.data.builtin.vtab import VTAB_COPIES, check_single_task, is_task_folder, read_task_folder
-from allmlp.data.builtin.vtab_copies import describe_copy, read_copy
+from allmlp.data.builtin.vtab_copies import read_copy
 from allmlp.data.dataset import DatasetSplits, ImageDataset
 from allmlp.data.decode import MAX_PIXELS
 from allmlp.data.duplicates.removals import leave_out
@@ -83,7 +83,7 @@ def load_source(
         found, description = Found(BUILT_IN[source](), {}, ()), f"{source}, built in"
         description += f" (not the folder ./{source})" if path.is_dir() else ""
     elif source in VTAB_COPIES:
-        found, description = read_copy(VTAB_COPIES[source]), describe_copy(VTAB_COPIES[source])
+        found, description = read_copy(VTAB_COPIES[source]), f"{source}, built in"
     elif is_task_folder(path):
         found, description = walk_source(path, lambda: read_task_folder(path)), f"the VTAB task in {source}"
     elif copies := [name for name, folder in FOLDERS.items() if (path / folder).is_dir()]:

@@ -204,17 +204,20 @@ def read_task_folder(path: Path) -> Found:
         )
         for part, name in (("train", "train800val200.txt"), ("test", "test.txt"))
     }
-    notes = [
-        f"{path / name} lists {len(lists[name]):,} images, VTAB-1k's {size:,}: the result is not VTAB's"
-        for name, size in SIZES.items()
-        if len(lists[name]) != size
-    ]
+    notes = describe_differences(path, [len(lists[name]) for name in SIZES], classes)
+    return Found(datasets, {}, notes, frozenset(lists["val200.txt"]))
+
+
+def describe_differences(path: Path, images: list[int], classes: int) -> tuple[str, ...]:
+    """What to say of a folder whose numbers of training images or classes are not the benchmark's: one line, or none."""
     task = task_called(path.resolve().name)
-    if task is not None and classes != FOLDERS[task].classes:
-        notes.append(
-            f"{path} has {classes} classes, VTAB's {task} {FOLDERS[task].classes}: the result is not VTAB's"
-        )  # fmt: skip
-    return Found(datasets, {}, tuple(notes), frozenset(lists["val200.txt"]))
+    expected = classes if task is None else FOLDERS[task].classes
+    if (images, classes) == (list(SIZES.values()), expected):
+        return ()
+    return (
+        f"{path} is not VTAB-1k's: it has {images[0]:,} + {images[1]:,} training images and {classes:,} classes, and not "
+        f"800 + 200 and {expected:,}",
+    )
 
 
 def read_list(path: Path) -> dict[str, int]:

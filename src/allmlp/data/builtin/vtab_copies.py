@@ -2,7 +2,7 @@
 
 The test images are VTAB's where torchvision has that split. VTAB's 1,000 training images are the first of the order in
 which TensorFlow Datasets keeps them, which these copies do not have: here 1,000 are drawn with a seed. So results are
-close to VTAB's, not VTAB's, and every description says so.
+close to VTAB's, not VTAB's, and a note of each source says so.
 """
 
 import hashlib
@@ -59,17 +59,16 @@ def read_copy(task: str) -> Found:
     train = datasets["train"]
     drawn = draw(train.names, TRAIN + VAL, SEED)
     held_out = drawn[TRAIN:] if len(train) >= TRAIN + VAL else drawn[: max(len(drawn) // 5, 1)]
-    notes = (f"the copy has {len(train):,} training images, VTAB-1k draws {TRAIN + VAL:,} of them",)
+    note = (
+        f"the training images of vtab-{task} are not VTAB-1k's: {len(drawn) - len(held_out):,} + {len(held_out):,} of "
+        f"{len(train):,} were drawn here, with seed {SEED}"
+    )
     return Found(
         datasets | {"train": train.subset(np.sort(drawn))},
         {},
-        () if len(train) >= TRAIN + VAL else notes,
+        (note,),
         frozenset(str(train.names[i]) for i in held_out.tolist()),
     )
-
-
-def describe_copy(task: str) -> str:
-    return f"{task} of VTAB, with training images drawn here (seed {SEED}) and not VTAB-1k's"
 
 
 def draw(names: Sequence[str], count: int, seed: int) -> np.ndarray:
