@@ -5,10 +5,27 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-USUAL_NAMES = (
-    "caltech101 cifar dtd oxford_flowers102 oxford_iiit_pet svhn sun397 patch_camelyon eurosat resisc45 "
-    "diabetic_retinopathy clevr_count clevr_dist dmlab kitti dsprites_loc dsprites_ori smallnorb_azi smallnorb_ele"
-).split()
+USUAL_NAMES = [
+    "caltech101",
+    "cifar",
+    "dtd",
+    "oxford_flowers102",
+    "oxford_iiit_pet",
+    "svhn",
+    "sun397",
+    "patch_camelyon",
+    "eurosat",
+    "resisc45",
+    "diabetic_retinopathy",
+    "clevr_count",
+    "clevr_dist",
+    "dmlab",
+    "kitti",
+    "dsprites_loc",
+    "dsprites_ori",
+    "smallnorb_azi",
+    "smallnorb_ele",
+]
 COUNTS = {"train800": 8, "val200": 4, "test": 6}  # images of each list
 
 

@@ -92,7 +92,7 @@ def run_vtab(
 
 
 def check_all(plans: Mapping[str, FinetuneRecipe], out: Path) -> dict[str, list[str]]:
-    """Raises a UserError for what would stop the command at a later task. Returns what there is to say of their data."""
+    """What there is to say of each task's data; raises a UserError for what would stop the command at a later task."""
     if out.is_file() or (out / "recipe.json").exists() or (out / "transfer.json").exists():
         what = "is a file" if out.is_file() else "holds another run"
         raise UserError(f"{out} {what}: name another folder with --out")

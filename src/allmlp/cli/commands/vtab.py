@@ -134,7 +134,8 @@ def report(result: dict[str, Any], folder: Path, as_json: bool) -> None:
             if row["verdict"]:
                 print(f"{task}: this model is {row['verdict']}")
         if result["vtab_top1"] is None:
-            print(f"incomplete: VTAB's score is the mean of all 19 tasks, and this is one of {result['all']['tasks']}")
+            tasks = result["all"]["tasks"]
+            print(f"incomplete: the score of VTAB is the mean of all 19 tasks, and these are {tasks} of them")
         print(f"result   {folder}/vtab.json")
     for row in result["tasks"].values():
         for note in row["notes"]:

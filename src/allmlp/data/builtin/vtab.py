@@ -209,14 +209,14 @@ def read_task_folder(path: Path) -> Found:
 
 
 def describe_differences(path: Path, images: list[int], classes: int) -> tuple[str, ...]:
-    """What to say of a folder whose numbers of training images or classes are not the benchmark's: one line, or none."""
+    """One line, or none, on a folder that has other numbers of training images or classes than the benchmark."""
     task = task_called(path.resolve().name)
     expected = classes if task is None else FOLDERS[task].classes
     if (images, classes) == (list(SIZES.values()), expected):
         return ()
     return (
-        f"{path} is not VTAB-1k's: it has {images[0]:,} + {images[1]:,} training images and {classes:,} classes, and not "
-        f"800 + 200 and {expected:,}",
+        f"{path} is not VTAB-1k's: it has {images[0]:,} + {images[1]:,} training images and {classes:,} classes, "
+        f"VTAB-1k 800 + 200 and {expected:,}",
     )
 
 
