@@ -21,7 +21,7 @@ from allmlp.runs.folder import is_empty
 from allmlp.runs.resume import check_resumable
 from allmlp.training.build import image_size, load_data
 from allmlp.training.run import RunOptions
-from allmlp.training.sweep import check_plan
+from allmlp.training.sweep import PLAN_FILE, check_plan
 from allmlp.weights.load import load
 
 log = logging.getLogger(__name__)
@@ -93,20 +93,21 @@ def run_vtab(
 
 def check_all(plans: Mapping[str, FinetuneRecipe], out: Path) -> dict[str, list[str]]:
     """What there is to say of each task's data; raises a UserError for what would stop the command at a later task."""
-    if out.is_file() or (out / "recipe.json").exists() or (out / "transfer.json").exists():
+    if out.is_file() or (out / "recipe.json").exists() or (out / PLAN_FILE).exists():
         what = "is a file" if out.is_file() else "holds another run"
         raise UserError(f"{out} {what}: name another folder with --out")
     for task, plan in plans.items():
         folder = out / task
         if folder.is_dir() and not is_empty(folder):
-            if plan.searches:
+            if plan.searches or (folder / PLAN_FILE).exists():
                 check_plan(plan, folder)
             else:
                 check_resumable(plan.recipe, folder)
     weights = {plan.recipe.model.weights for plan in plans.values()}
     config = load(str(weights.pop())).config
-    tasks = {size: task for task, plan in plans.items() if (size := image_size(plan.recipe)) is not None}
-    for size, task in tasks.items():
+    for task, plan in plans.items():
+        if (size := image_size(plan.recipe)) is None:
+            continue
         try:
             resized_config(config, size)
         except UserError as error:

@@ -237,7 +237,7 @@ def read_list(path: Path) -> dict[str, int]:
         where = f"{path}, line {number}, {printable(line.strip())!r}"
         name, _, label = line.strip().replace("\t", " ").rpartition(" ")
         if not name or not label.isascii() or not label.isdecimal():
-            raise UserError(f"{where}: has no label; write the image's path and its class number, 0 or more")
+            raise UserError(f"{where}: has no label; write the image's path, a space and its class number, 0 or more")
         name = normal_form(str(PurePosixPath(name.strip())))
         if name.startswith("/") or ".." in name.split("/"):
             raise UserError(f"{where}: the path must lead to an image below {path.parent}, as in images/a.jpg {label}")
