@@ -60,8 +60,8 @@ def read_copy(task: str) -> Found:
     drawn = draw(train.names, TRAIN + VAL, SEED)
     held_out = drawn[TRAIN:] if len(train) >= TRAIN + VAL else drawn[: max(len(drawn) // 5, 1)]
     note = (
-        f"the training images of vtab-{task} are not VTAB-1k's: {len(drawn) - len(held_out):,} + {len(held_out):,} of "
-        f"{len(train):,} were drawn here, with seed {SEED}"
+        f"the training images of vtab-{task} are not VTAB-1k's: {len(drawn) - len(held_out):,} + {len(held_out):,} were "
+        f"drawn here, with seed {SEED}, from torchvision's copy"
     )
     return Found(
         datasets | {"train": train.subset(np.sort(drawn))},
