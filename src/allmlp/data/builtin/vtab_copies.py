@@ -59,9 +59,10 @@ def read_copy(task: str) -> Found:
     train = datasets["train"]
     drawn = draw(train.names, TRAIN + VAL, SEED)
     held_out = drawn[TRAIN:] if len(train) >= TRAIN + VAL else drawn[: max(len(drawn) // 5, 1)]
+    kept = len(drawn) - len(held_out)
     note = (
-        f"the training images of vtab-{task} are not VTAB-1k's: {len(drawn) - len(held_out):,} + {len(held_out):,} were "
-        f"drawn here, with seed {SEED}, from torchvision's copy"
+        f"the training images of vtab-{task} are not VTAB-1k's: {kept:,} + {len(held_out):,} were drawn here, "
+        f"with seed {SEED}, from torchvision's copy"
     )
     return Found(
         datasets | {"train": train.subset(np.sort(drawn))},
