@@ -11,6 +11,7 @@ from allmlp.cli.overrides import recipe_groups
 from allmlp.config.recipe import Recipe
 from allmlp.recipes.finetune import FINETUNE
 from allmlp.recipes.pretrain import PRETRAIN
+from allmlp.recipes.vtab import VTAB
 from allmlp.weights.published import CHECKPOINTS
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -55,7 +56,7 @@ def test_the_pretraining_recipes_are_in_the_table() -> None:
 
 def test_the_fine_tuning_recipes_are_in_the_table() -> None:
     rows = table("training.md")
-    for name, make in FINETUNE.items():
+    for name, make in (FINETUNE | VTAB).items():
         finetune = make()
         optimization = finetune.recipe.optimization
         steps = f"{optimization.steps:,}" if optimization.steps else f"{optimization.epochs:g} epochs"
