@@ -37,7 +37,7 @@ MISTAKES = {  # command → what the message names
     "predict w.safetensors EMPTY": ("image = ''", "give a path"),
     "info EMPTY": ("''",),
     "predict w.safetensors": ("mixer predict WEIGHTS a.jpg",),
-    "train imagenet-b16": ("no data at", "'imagenet'", "give a folder of images"),
+    "train imagenet-b16": ("no ImageNet at", "cannot be downloaded", "put there", "or give its folder"),
     "train jft-h14": ("no data at", "'jft'", "give a folder of images"),
     **{
         f"{verb}{kind}.safetensors{rest}": (f"{kind}.safetensors",)
