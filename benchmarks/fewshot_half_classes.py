@@ -34,8 +34,8 @@ SHOT = 5
 SMALL = {"num_blocks": 3, "hidden_dim": 96, "tokens_mlp_dim": 48, "channels_mlp_dim": 384}
 SETTINGS = {  # name → model, epochs, batch size, learning rate, augmentation
     "digits": ({"image_size": 8, "patch_size": 2, **SMALL}, 40, 64, 3e-3, {"crop_padding": 1, "flip": False}),
-    "fashion-mnist": ({"image_size": 28, "patch_size": 7, **SMALL}, 5, 128, 2e-3, {"crop_padding": 2, "flip": True}),
-    "cifar10": ({"image_size": 32, "patch_size": 8, **SMALL}, 8, 128, 2e-3, {"crop_padding": 4, "flip": True}),
+    "fashion-mnist": ({"image_size": 28, "patch_size": 7, **SMALL}, 2, 128, 2e-3, {"crop_padding": 2, "flip": True}),
+    "cifar10": ({"image_size": 32, "patch_size": 8, **SMALL}, 4, 128, 2e-3, {"crop_padding": 4, "flip": True}),
 }
 
 
