@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from allmlp.data.builtin.copies import FOLDERS
+from allmlp.data.builtin.copies import PLACES
 from allmlp.data.dataset import ImageDataset
 from allmlp.data.decode import UnreadableImage
 from allmlp.data.sources import load_source
@@ -63,7 +63,7 @@ def write_jpeg(path: Path, label: int, split: str) -> None:
 
 def write_cifar(root: Path, name: str) -> None:
     """Python pickles in the authors' format: rows of 1,024 red, green and blue values."""
-    folder = root / FOLDERS[name]
+    folder = root / PLACES[name]
     folder.mkdir(parents=True)
     batches = {"train": "train", "test": "test"}  # file → split
     meta, classes, labels_key = "meta", "fine_label_names", "fine_labels"
@@ -81,7 +81,7 @@ def write_cifar(root: Path, name: str) -> None:
 
 def write_pets(root: Path) -> None:
     """JPEGs, and lists of image, class, species and breed, each counted from 1."""
-    folder = root / FOLDERS["pets"]
+    folder = root / PLACES["pets"]
     for name in ("images", "annotations"):
         (folder / name).mkdir(parents=True)
     number = 0
@@ -97,7 +97,7 @@ def write_pets(root: Path) -> None:
 def write_flowers102(root: Path) -> None:
     """JPEGs numbered from 1; a MATLAB file with their labels (from 1), and one with the image numbers of each split."""
     savemat = pytest.importorskip("scipy.io").savemat
-    folder = root / FOLDERS["flowers102"]
+    folder = root / PLACES["flowers102"]
     (folder / "jpg").mkdir(parents=True)
     images = shuffled("flowers102", *SPLITS)
     for number, (label, split) in enumerate(images, 1):
@@ -206,7 +206,7 @@ def test_photographs_stay_on_disk(name: str, copies: dict[str, Path], tmp_path: 
     dataset = load_source(name, max_pixels=29).split("all")
     with pytest.raises(UnreadableImage, match="6 × 5 pixels, above the limit of 29"):
         dataset.read(0)
-    images = [tmp_path / FOLDERS[name] / image for image in dataset.names]
+    images = [tmp_path / PLACES[name] / image for image in dataset.names]
     images[0].write_bytes(b"no picture")
     Image.new("P", (7, 4)).save(images[1], "GIF")  # some files of Pets are GIFs with another extension
     assert (dataset.read(1).mode, dataset.read(1).size) == ("RGB", (7, 4))
@@ -226,12 +226,12 @@ def test_missing_data_is_downloaded_into_the_data_folder(
     kept_in(folder)
 
     def arrive() -> None:
-        if not (folder / FOLDERS[name]).exists():  # pets come in two archives
+        if not (folder / PLACES[name]).exists():  # pets come in two archives
             WRITERS[name](folder)
 
     asked = on_download(monkeypatch, arrive)
     assert load_source(name).classes == CLASSES[name]
-    assert set(asked) == {folder if name.startswith("cifar") else folder / FOLDERS[name]}
+    assert set(asked) == {folder if name.startswith("cifar") else folder / PLACES[name]}
 
 
 @pytest.mark.parametrize("setting", ["", None])
@@ -284,13 +284,13 @@ def test_a_failed_download_is_a_failed_run(
         load_source(name)
     assert asked
     assert "\n" not in str(caught.value)
-    assert f"{tmp_path / FOLDERS[name]} (ALLMLP_DATA sets another folder)" in str(caught.value)
+    assert f"{tmp_path / PLACES[name]} (ALLMLP_DATA sets another folder)" in str(caught.value)
     assert "remove damaged files" in str(caught.value)
 
 
 @every_name
 def test_an_empty_copy_in_a_folder_is_not_downloaded(name: str, tmp_path: Path, monkeypatch) -> None:
-    (tmp_path / FOLDERS[name]).mkdir()
+    (tmp_path / PLACES[name]).mkdir()
     asked = on_download(monkeypatch, AssertionError())
     with pytest.raises(RunError, match=rf"^{name} could not .* \(Dataset not found.*\): copy .* again") as caught:
         load_source(str(tmp_path))
@@ -308,7 +308,7 @@ def test_without_torchvision_the_remedy_is_to_install_it(monkeypatch: pytest.Mon
 @pytest.mark.parametrize("file", ["trainval.txt", "test.txt"])
 def test_a_truncated_list(file: str, copies: dict[str, Path], tmp_path: Path) -> None:
     shutil.copytree(copies["pets"], tmp_path, dirs_exist_ok=True)
-    path = tmp_path / FOLDERS["pets"] / "annotations" / file
+    path = tmp_path / PLACES["pets"] / "annotations" / file
     text = path.read_text()
     for kept, said in (
         ("", "lacks some classes"),

@@ -82,7 +82,7 @@ def evaluate(
 
     Args:
         model: moved to the device. Its classes are matched by name with those of the data.
-        data: SOURCE: digits, cifar10, cifar100, pets, flowers102, a folder of images, or a .zip of one. A source
+        data: SOURCE: a name (digits, cifar10, pets, imagenet, …), a folder of images, or a .zip of one. A source
             without splits is split as it was for training, so that no test image was trained on.
         part: split of the source; "all": every image.
         crop: "resmall" resizes the shorter side, "resize" both sides; None: as the model's metadata say.

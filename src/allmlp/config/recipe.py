@@ -64,7 +64,7 @@ class DataRecipe:
     """The images, their splits and their augmentation."""
 
     data: str = "digits"
-    """SOURCE: digits, cifar10, cifar100, pets, flowers102, a folder of images, or a .zip of one."""
+    """SOURCE: a name (digits, cifar10, pets, imagenet, …), a folder of images, or a .zip of one."""
     exclude: str | None = None
     """A file that lists images to leave out, one name a line or CSV, such as mixer data dedup writes."""
     val_fraction: Annotated[float, Limits(at_least=0, below=1)] = 0.1

@@ -11,8 +11,9 @@ from contextvars import ContextVar
 from dataclasses import replace
 from pathlib import Path
 
-from allmlp.data.builtin.catalog import BUILT_IN, DOWNLOADED
-from allmlp.data.builtin.copies import FOLDERS
+from allmlp.data.builtin.catalog import BUILT_IN, NOTES
+from allmlp.data.builtin.copies import copies_in
+from allmlp.data.builtin.imagenet import is_imagenet
 from allmlp.data.dataset import DatasetSplits
 from allmlp.data.decode import MAX_PIXELS
 from allmlp.data.duplicates.removals import leave_out
@@ -74,15 +75,17 @@ def load_source(
             f"no data at '', an empty name (an unset variable?): give a folder, a .zip, or one of {', '.join(BUILT_IN)}"
         )
     if source in BUILT_IN:
-        found, description = Found(BUILT_IN[source](), {}, ()), f"{source}, built in"
+        found, description = named(source, None), f"{source}, built in"
         description += f" (not the folder ./{source})" if path.is_dir() else ""
-    elif copies := [name for name, folder in FOLDERS.items() if (path / folder).is_dir()]:
+    elif is_imagenet(path):
+        found, description = named("imagenet", path), f"ImageNet in {source}"
+    elif copies := copies_in(path):
         if len(copies) > 1:
             raise UserError(
                 f"{source} holds {' and '.join(copies)}: give one of these names as the source and set "
                 f"ALLMLP_DATA={source}"
             )
-        found, description = Found(DOWNLOADED[copies[0]](path), {}, ()), f"{copies[0]} in {source}"
+        found, description = named(copies[0], path), f"{copies[0]} in {source}"
     elif path.is_dir():
         found = walk_source(FolderStore(path), path, source)
         description = f"the folder {source}"
@@ -102,6 +105,11 @@ def load_source(
         datasets, removed, notes = leave_out(datasets, Path(exclude), source)
         found = found._replace(left_out=found.left_out | removed, notes=(*found.notes, *notes))
     return make_splits(found._replace(datasets=datasets), description, val_fraction, test_fraction, split_seed)
+
+
+def named(name: str, folder: Path | None) -> Found:
+    """A source of the catalog, in a folder that holds a copy or (None) in the data folder."""
+    return Found(BUILT_IN[name](folder), {}, (NOTES[name],) if name in NOTES else ())
 
 
 def make_splits(found: Found, description: str, val_fraction: float, test_fraction: float, seed: int) -> DatasetSplits:

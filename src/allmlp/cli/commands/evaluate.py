@@ -49,7 +49,7 @@ class Arguments:
         tyro.conf.arg(metavar="WEIGHTS…", help=WEIGHTS_HELP, help_behavior_hint="(required)"),
     ]
     data: tuple[str, ...]
-    """SOURCE: digits, cifar10, cifar100, pets, flowers102, a folder of images, or a .zip of one. As many sources as
+    """SOURCE: a name (digits, cifar10, pets, imagenet, …), a folder of images, or a .zip of one. As many sources as
     weights: one for each."""
     image_size: tuple[int, ...] = ()
     """Resize the weights to this size in pixels, one number, or height and width; by default, their own size."""

@@ -37,7 +37,7 @@ class Arguments:
         tyro.conf.arg(metavar="WEIGHTS…", help=WEIGHTS_HELP, help_behavior_hint="(required)"),
     ]
     data: str
-    """SOURCE: digits, cifar10, cifar100, pets, flowers102, a folder of images, or a .zip of one."""
+    """SOURCE: a name (digits, cifar10, pets, imagenet, …), a folder of images, or a .zip of one."""
     shots: tuple[int, ...] = (1, 5, 10, 25)
     """Training images per class; a class with fewer gives all that it has."""
     seeds: tuple[int, ...] = (0, 1, 2)

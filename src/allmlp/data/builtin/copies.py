@@ -4,18 +4,32 @@ They are in the folder ALLMLP_DATA, by default ``~/.cache/allmlp``.
 """
 
 import os
-from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
 from allmlp.errors import RunError, UserError
 
-FOLDERS = {  # the subfolder in which torchvision keeps each dataset
+PLACES = {  # where torchvision keeps each data set: a folder or file below the folder that holds the copy
     "cifar10": "cifar-10-batches-py",
     "cifar100": "cifar-100-python",
     "pets": "oxford-iiit-pet",
     "flowers102": "flowers-102",
+    "mnist": "MNIST/raw",
+    "fashion-mnist": "FashionMNIST/raw",
+    "svhn": "train_32x32.mat",
+    "stl10": "stl10_binary",
+    "food101": "food-101",
+    "dtd": "dtd/dtd",
+    "eurosat": "eurosat/2750",
+    "caltech101": "caltech101/101_ObjectCategories",
+    "sun397": "SUN397",
+    "gtsrb": "gtsrb/GTSRB",
 }
+
+
+def copies_in(folder: Path) -> list[str]:
+    """The data sets of which a folder holds a copy."""
+    return [name for name, place in PLACES.items() if (folder / place).exists()]
 
 
 def fetch(name: str, class_name: str, root: Path | None, *splits: dict[str, Any]) -> list[Any]:
@@ -31,15 +45,12 @@ def fetch(name: str, class_name: str, root: Path | None, *splits: dict[str, Any]
         UserError: torchvision is not installed.
         RunError: the download failed, or the copy is damaged.
     """
-    try:
-        import torchvision.datasets as datasets
-    except ImportError:
-        raise UserError(f"the source {name} needs torchvision: pip install 'allmlp[datasets]'") from None
+    datasets = import_torchvision(name)
     parent = root or data_folder()
-    folder = parent / FOLDERS[name]
+    folder = parent / PLACES[name]
     try:
         return [getattr(datasets, class_name)(parent, download=root is None, **split) for split in splits]
-    except (OSError, RuntimeError, ValueError, HTTPException) as error:  # ValueError: a truncated list of files
+    except Exception as error:  # its readers raise almost any type of exception on damaged files
         reason = (str(error) or type(error).__name__).splitlines()[0].partition(" You can use download")[0]
         remedy = f"copy all of {folder} again"
         if root is None:
@@ -48,6 +59,15 @@ def fetch(name: str, class_name: str, root: Path | None, *splits: dict[str, Any]
                 "remove damaged files there first"
             )
         raise RunError(f"{name} could not be downloaded or read ({reason}): {remedy}") from None
+
+
+def import_torchvision(name: str) -> Any:
+    """The module ``torchvision.datasets``; raises a UserError if it is not installed."""
+    try:
+        import torchvision.datasets as datasets
+    except ImportError:
+        raise UserError(f"the source {name} needs torchvision: pip install 'allmlp[datasets]'") from None
+    return datasets
 
 
 def data_folder() -> Path:
