@@ -9,8 +9,12 @@ from allmlp.cli.arguments import option_names
 from allmlp.cli.commands.train import Arguments
 from allmlp.cli.overrides import recipe_groups
 from allmlp.config.recipe import Recipe
+from allmlp.config.vtab import TASKS
+from allmlp.data.builtin.vtab import FOLDERS
+from allmlp.data.builtin.vtab_copies import COPIES
 from allmlp.recipes.finetune import FINETUNE
 from allmlp.recipes.pretrain import PRETRAIN
+from allmlp.recipes.vtab import VTAB, resolution
 from allmlp.weights.published import CHECKPOINTS
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -55,7 +59,7 @@ def test_the_pretraining_recipes_are_in_the_table() -> None:
 
 def test_the_fine_tuning_recipes_are_in_the_table() -> None:
     rows = table("training.md")
-    for name, make in FINETUNE.items():
+    for name, make in (FINETUNE | VTAB).items():
         finetune = make()
         optimization = finetune.recipe.optimization
         steps = f"{optimization.steps:,}" if optimization.steps else f"{optimization.epochs:g} epochs"
@@ -67,6 +71,18 @@ def test_the_fine_tuning_recipes_are_in_the_table() -> None:
             rates,
             f"{finetune.search.search_fraction:.0%}".replace("%", " %"),
         ]
+
+
+def test_the_tasks_of_vtab_are_in_the_table() -> None:
+    rows = table("vtab.md")
+    assert [name for name in rows if name in TASKS] == list(TASKS)
+    for task, (group, size) in TASKS.items():
+        folder = FOLDERS[task]
+        expected = [group, f"`{folder.names[0]}/`", str(folder.classes), str(resolution(*size))]
+        assert rows[task][:4] == expected
+        copies = [name.removesuffix("/") for name in re.findall(r"`([^`]*)`", rows[task][4])]
+        files = COPIES[task].files if task in COPIES else ()
+        assert copies == (["pcam"] if task == "pcam" else list(files))
 
 
 @pytest.mark.parametrize("file", ["cluster/slurm.sh", "cluster/kubernetes.yaml", "runs.md", "../README.md"])

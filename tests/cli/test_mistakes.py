@@ -37,7 +37,7 @@ MISTAKES = {  # command → what the message names
     "predict w.safetensors EMPTY": ("image = ''", "give a path"),
     "info EMPTY": ("''",),
     "predict w.safetensors": ("mixer predict WEIGHTS a.jpg",),
-    "train imagenet-b16": ("no data at", "'imagenet'", "give a folder of images"),
+    "train imagenet-b16": ("no ImageNet at", "cannot be downloaded", "put there", "or give its folder"),
     "train jft-h14": ("no data at", "'jft'", "give a folder of images"),
     **{
         f"{verb}{kind}.safetensors{rest}": (f"{kind}.safetensors",)
@@ -48,7 +48,7 @@ MISTAKES = {  # command → what the message names
     "info page.safetensors ": ("web page", "download"),
     "train --data data --out taken": ("taken", "exists", "--out"),
     # names that do not exist
-    "xyzzy": ("'xyzzy'", "train, finetune, status, evaluate, predict, info, resize, convert"),
+    "xyzzy": ("'xyzzy'", "train, finetune, status, evaluate, fewshot, vtab, predict, data, info, resize, convert"),
     "trian": ("'trian'", "did you mean train?", "mixer --help"),
     "train digitz": ("'digitz'", "did you mean digits"),
     "train --data digitz": ("'digitz'", "did you mean digits?"),

@@ -187,6 +187,8 @@ def test_status(mixer: Mixer, done: Path, stopped: Path) -> None:
     assert answer.out.count("\n") == 1
     found = json.loads(answer.out)
     assert (found["state"], found["step"], found["steps"], found["checkpoints"]) == ("finished", 4, 4, [])
+    assert 0.1 < found["val_majority"] < 0.11  # of ten digits
+    assert f"commonest class {found['val_majority']:.4f}" in mixer("status", done).out
     found = json.loads(mixer("status", stopped, "--json").out)
     assert (found["run"], found["state"], found["checkpoints"]) == (str(stopped), "stopped", [2])
     assert "sound" not in found

@@ -13,7 +13,7 @@ import allmlp
 from allmlp.config.recipe import FinetuneRecipe, Recipe
 from allmlp.errors import UserError
 from allmlp.recipes import FINETUNE_RECIPES, RECIPES, get_finetune_recipe, get_recipe
-from allmlp.recipes.finetune import resolution, vtab
+from allmlp.recipes.vtab import resolution, vtab
 from allmlp.runs.result import RunResult
 from allmlp.training.build import build_initializer
 from allmlp.training.run import train
@@ -120,11 +120,11 @@ def test_pretraining_is_the_papers(name: str) -> None:
 # Fine-tuning
 
 
-def assert_section_3(plan: FinetuneRecipe, batch: int = 512) -> None:
+def assert_section_3(plan: FinetuneRecipe, batch: int = 512, decay: str = "cosine") -> None:
     """What all of the paper's fine-tuning shares."""
     settings, model, data = plan.recipe.optimization, plan.recipe.model, plan.recipe.data
     assert_has(settings, optimizer="sgd", momentum=0.9, global_batch_size=batch, weight_decay=0.0, clip_norm=1.0)
-    assert_has(settings, decay="cosine", loss="softmax", label_smoothing=0.0, ema_decay=None)
+    assert_has(settings, decay=decay, loss="softmax", label_smoothing=0.0, ema_decay=None)
     assert_has(model, dropout=0.0, stochastic_depth=0.0, head_bias=0.0, frozen=False)
     assert_has(data, randaugment=None, mixup=None, cutmix=None, color_jitter=0.0)
     assert_has(data, val_fraction=0.0, holdout=0.0)  # in the end, all training images are trained on
@@ -152,8 +152,8 @@ def test_fine_tuning_is_the_papers(name: str) -> None:
 @pytest.mark.parametrize("task", TASKS)
 def test_vtab_is_as_the_bit_hyperrule_and_section_3_say(task: str) -> None:
     (group, pixels), plan = TASKS[task], get_finetune_recipe(f"vtab-{task}")
-    assert_section_3(plan)
-    assert (plan.recipe.optimization.steps, plan.recipe.optimization.warmup_steps) == (2500, 500)
+    assert_section_3(plan, decay="staircase")
+    assert (plan.recipe.optimization.steps, plan.recipe.optimization.warmup_steps) == (500, 100)
     search = plan.search
     assert (search.learning_rates, search.search_fraction, search.seeds) == ((0.003, 0.01, 0.03), 0.2, 3)
     data = plan.recipe.data
@@ -161,10 +161,13 @@ def test_vtab_is_as_the_bit_hyperrule_and_section_3_say(task: str) -> None:
     assert (data.train_crop, data.crop, data.crop_ratio) == ("none", "resize", 1.0)  # the whole image, at every time
 
 
-def test_small_images_and_short_runs_of_vtab() -> None:
+def test_small_images_and_long_runs_of_vtab() -> None:
     """The area counts, not the side, and 96 × 96 is not small."""
     assert [resolution(*size) for size in ((96, 96), (95, 96), (1, 96 * 96), (64, 143))] == [448, 224, 448, 224]
-    assert vtab("dtd", steps=500).recipe.optimization.warmup_steps == 100
+    plan = vtab("dtd", schedule="vit")
+    assert_section_3(plan)
+    assert (plan.recipe.optimization.steps, plan.recipe.optimization.warmup_steps) == (2500, 500)
+    assert plan.recipe.run.evaluate_every_steps == 500
 
 
 # The twins

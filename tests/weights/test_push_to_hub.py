@@ -111,6 +111,8 @@ def test_what_is_not_known_is_said() -> None:
     one = model_card(make(trained(val_top1=0.0, test_top1=None)), REPO, "mit")
     assert [result.metric_value for result in parsed(one).data.eval_results] == [0.0]
     assert "test top-1" not in one
+    beside = model_card(make(trained(test_majority=0.25)), REPO, "mit")
+    assert "- test top-1: 0.9812 (always answering the commonest class: 0.2500)" in beside
 
 
 def test_variants_heads_and_origins() -> None:

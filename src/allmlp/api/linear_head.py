@@ -157,7 +157,8 @@ def summarize(
 
 def write_run(run: RunResult[Classification], origin: dict[str, Any]) -> None:
     """Writes weights, summary and report."""
-    scores = {key: run.summary[key] for key in ("data", "split", "epochs", "val_top1", "test_top1", "head", "strength")}
+    kept = ("data", "split", "epochs", "val_top1", "test_top1", "val_majority", "test_majority", "head", "strength")
+    scores = {key: run.summary[key] for key in kept}
     trained_on = fingerprint(run.data)["train"]["sha256"]
     save(run.model, run.folder / "model.safetensors", **origin, **scores, training_images=trained_on)
     write_text(run.folder / "summary.json", to_json(run.summary, indent=2) + "\n")

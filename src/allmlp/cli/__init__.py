@@ -21,6 +21,7 @@ COMMANDS = {
     "status": "progress of a run: step, accuracy, checkpoints, how to resume it",
     "evaluate": "top-1, top-5, per-class results and confusion matrix on labeled images",
     "fewshot": "accuracy of linear probes on frozen features, fitted to a few images of each class",
+    "vtab": "fine-tune on each task of VTAB-1k, and the means of its groups and of all 19",
     "predict": "labels and probabilities for image files, folders and zips",
     "data": "what is in a data set: classes, sizes, duplicates; and which images are in test sets too",
     "info": "parameters, FLOPs and memory of a variant, or the contents of a weights file",

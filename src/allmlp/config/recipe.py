@@ -11,7 +11,7 @@ from allmlp.config.limits import Limits, check_limits, flag
 from allmlp.errors import UserError
 
 LossName = Literal["softmax", "sigmoid"]  # the functions are in training/losses.py
-Decay = Literal["linear", "cosine"]  # the functions are in training/schedules.py
+Decay = Literal["linear", "cosine", "staircase"]  # the functions are in training/schedules.py
 MODEL_SIZES = ("model", "patch_size", "num_blocks", "hidden_dim", "tokens_mlp_dim", "channels_mlp_dim", "gelu")
 
 
@@ -148,7 +148,7 @@ class OptimizationRecipe:
     warmup_steps: Annotated[int, Limits(at_least=0)] = 10_000
     """Steps of linear warm-up."""
     decay: Decay = "linear"
-    """Shape of the learning rate's decay after the warm-up."""
+    """Decay of the learning rate after the warm-up; staircase: divided by 10 at 30, 60 and 90 % of the steps (BiT)."""
     clip_norm: Annotated[float | None, Limits(above=0)] = 1.0
     """Global norm at which gradients are clipped; None: no clipping."""
     label_smoothing: Annotated[float, Limits(at_least=0, below=1)] = 0.0

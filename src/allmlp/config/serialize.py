@@ -15,8 +15,12 @@ VERSION = 1  # of the format; the first package, mlp-mixer, wrote none
 
 
 def to_json_object(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as JSON stores it: ``version``, ``name``, and an object for each section."""
-    return {"version": VERSION, **dataclasses.asdict(recipe)}
+    """The recipe as JSON stores it: ``version``, ``name``, and an object for each section, with lists for tuples."""
+    return {"version": VERSION, **dataclasses.asdict(recipe, dict_factory=with_lists)}
+
+
+def with_lists(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in items}
 
 
 def from_json(path: Path) -> Recipe:

@@ -147,6 +147,7 @@ class DatasetSplits:
     description: str  # where the data comes from and how it was split, for the user
     left_out: dict[str, int] = field(default_factory=dict)  # ignored files: kind → count
     notes: tuple[str, ...] = ()  # what else the user should know of the source, one line each
+    choose_by: frozenset[str] = frozenset()  # training images that the source itself holds out to choose settings by
 
     def remarks(self) -> list[str]:
         """What to tell the user before the images are used, one line each."""

@@ -6,15 +6,19 @@ come from the training images, never from the test images.
 
 import contextlib
 import difflib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from allmlp.data.builtin.catalog import BUILT_IN, NOTES
 from allmlp.data.builtin.copies import copies_in
 from allmlp.data.builtin.imagenet import is_imagenet
-from allmlp.data.dataset import DatasetSplits
+from allmlp.data.builtin.vtab import VTAB_COPIES, check_single_task, is_task_folder, read_task_folder
+from allmlp.data.builtin.vtab_copies import read_copy
+from allmlp.data.dataset import DatasetSplits, ImageDataset
 from allmlp.data.decode import MAX_PIXELS
 from allmlp.data.duplicates.removals import leave_out
 from allmlp.data.folders.layout import Found, read_tree
@@ -36,12 +40,13 @@ def walk_once() -> Iterator[None]:
         _walks.reset(token)
 
 
-def walk_source(store: FolderStore | ZipStore, path: Path, source: str) -> Found:
+def walk_source(path: Path, walk: Callable[[], Found]) -> Found:
+    """What a walk through the folder or zip finds, or found before."""
     walks = _walks.get()
     if walks is None:
-        return read_tree(store, source)
+        return walk()
     if path not in walks:
-        walks[path] = read_tree(store, source)
+        walks[path] = walk()
     return walks[path]
 
 
@@ -57,7 +62,8 @@ def load_source(
     """Finds the labeled images of a SOURCE and makes the splits that it does not have.
 
     Args:
-        source: "digits" or another built-in name (``data/builtin/catalog.py``), a folder, or a .zip file.
+        source: "digits" or another built-in name (``data/builtin/catalog.py``, ``vtab_copies.py``), a folder, also that
+            of a VTAB task, or a .zip file.
         val_fraction: fraction of the training images for validation, if the source has no validation split.
         test_fraction: fraction of all images for testing, if the source has no splits at all.
         split_seed: seed of both splits.
@@ -77,6 +83,10 @@ def load_source(
     if source in BUILT_IN:
         found, description = named(source, None), f"{source}, built in"
         description += f" (not the folder ./{source})" if path.is_dir() else ""
+    elif source in VTAB_COPIES:
+        found, description = read_copy(VTAB_COPIES[source]), f"{source}, built in"
+    elif is_task_folder(path):
+        found, description = walk_source(path, lambda: read_task_folder(path)), f"the VTAB task in {source}"
     elif is_imagenet(path):
         found, description = named("imagenet", path), f"ImageNet in {source}"
     elif copies := copies_in(path):
@@ -87,15 +97,16 @@ def load_source(
             )
         found, description = named(copies[0], path), f"{copies[0]} in {source}"
     elif path.is_dir():
-        found = walk_source(FolderStore(path), path, source)
+        check_single_task(path)
+        found = walk_source(path, lambda: read_tree(FolderStore(path), source))
         description = f"the folder {source}"
     elif path.is_file():
         if path.suffix.lower() != ".zip":
             raise UserError(f"{source} is not a .zip file: give a folder of images, a .zip of one, or a name")
-        found = walk_source(ZipStore(path), path, source)
+        found = walk_source(path, lambda: read_tree(ZipStore(path), source))
         description = f"the zip {source}"
     else:
-        near = difflib.get_close_matches(source, BUILT_IN, 2)
+        near = difflib.get_close_matches(source, [*BUILT_IN, *VTAB_COPIES], 2)
         hint = f"did you mean {' or '.join(near)}? " if near else ""
         raise UserError(
             f"no data at {source!r}: {hint}give a folder of images, a .zip of one, or one of {', '.join(BUILT_IN)}"
@@ -114,7 +125,7 @@ def named(name: str, folder: Path | None) -> Found:
 
 def make_splits(found: Found, description: str, val_fraction: float, test_fraction: float, seed: int) -> DatasetSplits:
     """Adds the splits that a source lacks; if it has none, its single dataset is "all"."""
-    splits = dict(found.datasets)
+    splits, choose_by = dict(found.datasets), found.choose_by
     if "all" in splits:
         everything = splits.pop("all")
         kept, held_out = stratified_split(everything.labels, everything.names, test_fraction, seed)
@@ -124,10 +135,12 @@ def make_splits(found: Found, description: str, val_fraction: float, test_fracti
             description += f"; {test_fraction:.0%} of each class split off for test (split seed {seed})"
     if "train" in splits and "val" not in splits:
         train = splits["train"]
-        kept, held_out = stratified_split(train.labels, train.names, val_fraction, seed)
+        own = choose_by if val_fraction else frozenset[str]()
+        kept, held_out, how = held_out_images(train, own, val_fraction, seed, "split off for validation")
         if len(held_out):
             splits["train"], splits["val"] = train.subset(kept), train.subset(held_out)
-            description += f"; {val_fraction:.0%} of each training class split off for validation (split seed {seed})"
+            description += f"; {how}"
+            choose_by = choose_by - own
     splits = {name: splits[name] for name in ("train", "val", "test") if name in splits}
     first = next(iter(splits))
     classes = splits[first].classes
@@ -137,18 +150,40 @@ def make_splits(found: Found, description: str, val_fraction: float, test_fracti
             raise UserError(f"class {unknown[0]!r} is in {name} but not in {first}: add its images there, or remove it")
     splits = {name: dataset.relabeled(classes) for name, dataset in splits.items()}
     return DatasetSplits(
-        splits=splits, classes=classes, description=description, left_out=found.left_out, notes=found.notes
+        splits=splits,
+        classes=classes,
+        description=description,
+        left_out=found.left_out,
+        notes=found.notes,
+        choose_by=choose_by,
     )
 
 
-def hold_out(data: DatasetSplits, fraction: float, seed: int) -> DatasetSplits:
-    """For choosing settings: new train and val splits, both made of the training images. Other splits are dropped."""
-    train = data.split("train")
+def held_out_images(
+    train: ImageDataset, choose_by: frozenset[str], fraction: float, seed: int, purpose: str
+) -> tuple[np.ndarray, np.ndarray, str]:
+    """The indices of the training images that are kept and held out, and a description of these with their purpose.
+
+    A source's own choice is taken, where it has one; else a fraction of each class.
+    """
+    if choose_by:
+        chosen = np.fromiter((name in choose_by for name in train.names), dtype=bool, count=len(train))
+        return np.flatnonzero(~chosen), np.flatnonzero(chosen), f"its own {chosen.sum():,} images {purpose}"
     kept, held_out = stratified_split(train.labels, train.names, fraction, seed)
+    return kept, held_out, f"{fraction:.0%} of each training class {purpose} (split seed {seed})"
+
+
+def hold_out(data: DatasetSplits, fraction: float, seed: int) -> DatasetSplits:
+    """For choosing settings: new train and val splits, both made of the training images. Other splits are dropped.
+
+    The source's own choice of held-out images replaces ``fraction``, where it has one (VTAB-1k's 800 and 200).
+    """
+    train = data.split("train")
+    kept, held_out, how = held_out_images(train, data.choose_by, fraction, seed, "held out to choose by")
     if not len(held_out):
         raise UserError(
             f"--holdout {fraction} of {len(train)} images leaves none to choose by, because every class has a single "
             "image: give one --learning-rate instead of several"
         )
-    description = f"{data.description}; {fraction:.0%} of each training class held out to choose by (split seed {seed})"
-    return replace(data, splits={"train": train.subset(kept), "val": train.subset(held_out)}, description=description)
+    splits = {"train": train.subset(kept), "val": train.subset(held_out)}
+    return replace(data, splits=splits, description=f"{data.description}; {how}", choose_by=frozenset())

@@ -296,7 +296,8 @@ class ArrayStore:
         return None
 
     def content(self, name: str) -> bytes:
-        return hashlib.sha256(self.pixels[self.index[name]].tobytes()).digest()
+        index = self.index.get(name)
+        return b"" if index is None else hashlib.sha256(self.pixels[index].tobytes()).digest()
 
     def outline(self, name: str) -> bytes:
         return self.content(name)

@@ -12,6 +12,7 @@ from allmlp.recipes.finetune import FINETUNE
 from allmlp.recipes.photos import photos
 from allmlp.recipes.pretrain import PRETRAIN
 from allmlp.recipes.small import small, small_finetune
+from allmlp.recipes.vtab import VTAB
 
 T = TypeVar("T")
 
@@ -24,7 +25,8 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
 }
 FINETUNE_RECIPES: dict[str, Callable[[], FinetuneRecipe]] = {
     **FINETUNE,
-    **{f"{name}-small": lambda make=make: small_finetune(make()) for name, make in FINETUNE.items()},
+    **VTAB,
+    **{f"{name}-small": lambda make=make: small_finetune(make()) for name, make in (FINETUNE | VTAB).items()},
 }
 
 

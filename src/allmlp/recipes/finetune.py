@@ -7,10 +7,10 @@ runs.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal, NamedTuple
 
 from allmlp.config.recipe import (
     DataRecipe,
+    Decay,
     FinetuneRecipe,
     ModelRecipe,
     OptimizationRecipe,
@@ -59,70 +59,12 @@ def paper_recipe(data: str, steps: int, search_fraction: float) -> FinetuneRecip
     )  # fmt: skip
 
 
-class Task(NamedTuple):
-    """A VTAB task: its group, and the usual size of its images, (height, width) in pixels."""
-
-    group: Literal["natural", "specialized", "structured"]
-    size: tuple[int, int]
-
-
-TASKS = {
-    "caltech101": Task("natural", (300, 200)),
-    "cifar100": Task("natural", (32, 32)),
-    "dtd": Task("natural", (300, 300)),
-    "flowers102": Task("natural", (500, 600)),
-    "pets": Task("natural", (375, 500)),
-    "svhn": Task("natural", (32, 32)),
-    "sun397": Task("natural", (500, 500)),
-    "pcam": Task("specialized", (96, 96)),
-    "eurosat": Task("specialized", (64, 64)),
-    "resisc45": Task("specialized", (256, 256)),
-    "retinopathy": Task("specialized", (480, 640)),
-    "clevr-count": Task("structured", (320, 480)),
-    "clevr-distance": Task("structured", (320, 480)),
-    "dmlab": Task("structured", (360, 480)),
-    "kitti-distance": Task("structured", (375, 1242)),
-    "dsprites-location": Task("structured", (64, 64)),
-    "dsprites-orientation": Task("structured", (64, 64)),
-    "smallnorb-azimuth": Task("structured", (96, 96)),
-    "smallnorb-elevation": Task("structured", (96, 96)),
-}
-
-
-def vtab(task: str, steps: int = 2500) -> FinetuneRecipe:
-    """``mixer finetune WEIGHTS vtab-svhn --data svhn/``: VTAB-1k, with 1,000 training images.
-
-    800 of them are trained on and 200 held out while rates are tried: a fifth of each class, rounded up, so somewhat
-    more than 200 if there are many classes. The paper does not give the number of steps: 2,500 as in ViT's VTAB runs,
-    or 500 as in BiT's. 448 pixels, or 224 for small images, by the BiT-HyperRule. Images are resized without a crop;
-    those of structured tasks are not mirrored, as their labels describe positions. --data is a folder with the task's
-    1,000 images in train/, one folder per class, and test/. Expected: not yet measured.
-    """
-    group, size = TASKS[task]
-    return FinetuneRecipe(
-        recipe=Recipe(
-            name=f"finetune-vtab-{task}",
-            model=ModelRecipe(image_size=resolution(*size)),
-            data=DataRecipe(
-                data="", crop="resize", crop_ratio=1.0, interpolation=None, val_fraction=0.0,
-                train_crop="none", flip=group != "structured",
-            ),
-            optimization=sgd_settings(steps=steps, batch=512, warmup_steps=100 if steps == 500 else 500),
-            run=RunRecipe(evaluate_every_steps=steps // 5),
-        ),
-        search=SearchRecipe(learning_rates=(0.003, 0.01, 0.03), search_fraction=0.2, seeds=3),
-    )  # fmt: skip
-
-
-def resolution(height: int, width: int) -> int:
-    """224 pixels for images of less than 96 × 96 in area, 448 for larger ones (Kolesnikov et al. 2020; Section 3)."""
-    return 224 if height * width < 96 * 96 else 448
-
-
-def sgd_settings(*, epochs: float = 10, steps: int | None = None, batch: int, warmup_steps: int) -> OptimizationRecipe:
+def sgd_settings(
+    *, epochs: float = 10, steps: int | None = None, batch: int, warmup_steps: int, decay: Decay = "cosine"
+) -> OptimizationRecipe:
     return OptimizationRecipe(
         optimizer="sgd", epochs=epochs, steps=steps, global_batch_size=batch, learning_rate=0.01, weight_decay=0.0,
-        warmup_steps=warmup_steps, decay="cosine",
+        warmup_steps=warmup_steps, decay=decay,
     )  # fmt: skip
 
 
@@ -133,5 +75,4 @@ FINETUNE: dict[str, Callable[[], FinetuneRecipe]] = {
     "cifar100": partial(paper_recipe, "cifar100", 10_000, 0.02),
     "pets": partial(paper_recipe, "pets", 500, 0.1),
     "flowers102": partial(paper_recipe, "flowers102", 500, 0.1),
-    **{f"vtab-{task}": partial(vtab, task) for task in TASKS},
 }

@@ -23,8 +23,9 @@ def run_status(out: Path, verify: bool = False) -> dict[str, Any]:
 
     Returns:
         ``state`` ("running", "finished", or "stopped": it can be resumed), ``step`` of ``steps``, ``epoch``, the last
-        ``loss``, ``val_top1`` and speed, the ``best`` step and accuracy, ``checkpoints`` (steps, newest first),
-        ``saved_seconds_ago``, ``left_seconds`` at the speed of the last lines, ``seconds`` spent in steps.
+        ``loss``, ``val_top1``, ``val_majority`` (the accuracy of always answering the commonest class) and speed, the
+        ``best`` step and accuracy, ``checkpoints`` (steps, newest first), ``saved_seconds_ago``, ``left_seconds`` at
+        the speed of the last lines, ``seconds`` spent in steps.
 
     Raises:
         UserError: the folder holds no run.
@@ -44,7 +45,10 @@ def run_status(out: Path, verify: bool = False) -> dict[str, Any]:
         "state": "finished" if finished else "running" if is_locked(out) else "stopped",
         "step": last.get("step", saved.get("step", 0)),
         "steps": saved.get("steps", summary.get("steps")),
-        **{key: last.get(key) for key in ("epoch", "loss", "val_top1", "images_per_second", "data_wait")},
+        **{
+            key: last.get(key)
+            for key in ("epoch", "loss", "val_top1", "val_majority", "images_per_second", "data_wait")
+        },
         "best": best(records),
         "checkpoints": list(checkpoints),
         "saved_seconds_ago": seconds_since(next(iter(checkpoints.values()), None)),

@@ -140,7 +140,8 @@ def train(
         summary = summarize(recipe, data, model, built, results, kept_step) | origin
         summary["fewshot"] = {probe.name: probe.result.mean(recipe.run.fewshot_shots) for probe in probes}
         if context.is_rank0:
-            scores: dict[str, Any] = {key: summary[key] for key in ("data", "split", "epochs", "val_top1", "test_top1")}
+            kept = ("data", "split", "epochs", "val_top1", "test_top1", "val_majority", "test_majority")
+            scores: dict[str, Any] = {key: summary[key] for key in kept}
             trained_on = fingerprint(data)["train"]["sha256"]
             save(model, out / "model.safetensors", **origin, **scores, training_images=trained_on)
             write_text(out / "summary.json", to_json(summary, indent=2) + "\n")

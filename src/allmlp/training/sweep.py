@@ -22,6 +22,7 @@ from allmlp.training.trainer import Diverged
 log = logging.getLogger(__name__)
 
 TrainOne = Callable[[Recipe, Path], dict[str, Any]]  # trains into a folder, with its report; returns the summary
+PLAN_FILE = "transfer.json"
 LAST_FILE = "report.html"  # written last: a run's folder that has it is complete
 
 
@@ -106,22 +107,28 @@ def choose_rate(
 
 def write_or_check_plan(plan: FinetuneRecipe, out: Path) -> None:
     """Writes the plan into an empty folder, or checks that the folder holds the same plan."""
-    text = to_json(dataclasses.asdict(plan), indent=2) + "\n"
-    path = out / "transfer.json"
     if is_empty(out):
-        write_text(path, text)
-    elif not path.is_file():
+        write_text(out / PLAN_FILE, plan_text(plan))
+    else:
+        check_plan(plan, out)
+        log.info("resuming the fine-tuning in %s", out)
+
+
+def check_plan(plan: FinetuneRecipe, out: Path) -> None:
+    """Raises a UserError unless the folder holds this plan; the message names the fields that differ."""
+    path = out / PLAN_FILE
+    if not path.is_file():
         raise UserError(
             f"{out} exists and holds no unfinished fine-tuning: name another folder with --out, or remove it"
         )
-    else:
-        stored, wanted = read_plan(path), json.loads(text)
-        if stored != wanted:
-            fields = ", ".join(differing_fields(stored, wanted))
-            raise UserError(
-                f"{out} holds another fine-tuning ({fields} differ): repeat its options, or name another --out"
-            )
-        log.info("resuming the fine-tuning in %s", out)
+    stored, wanted = read_plan(path), json.loads(plan_text(plan))
+    if stored != wanted:
+        fields = ", ".join(differing_fields(stored, wanted))
+        raise UserError(f"{out} holds another fine-tuning ({fields} differ): repeat its options, or name another --out")
+
+
+def plan_text(plan: FinetuneRecipe) -> str:
+    return to_json(dataclasses.asdict(plan), indent=2) + "\n"
 
 
 def read_plan(path: Path) -> dict[str, Any]:

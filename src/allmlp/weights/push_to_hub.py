@@ -2,6 +2,7 @@
 
 import re
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,13 @@ def push_to_hub(
     return str(commit.commit_url)
 
 
+def score_row(provenance: Mapping[str, Any], split: str, top1: float) -> str:
+    """An accuracy, beside that of always answering the commonest class where it is recorded."""
+    majority = provenance.get(f"{split}_majority")
+    beside = f" (always answering the commonest class: {majority:.4f})" if isinstance(majority, int | float) else ""
+    return f"{split} top-1: {top1:.4f}{beside}"
+
+
 def model_card(model: Mixer, repo: str, license: str) -> str:
     """The repository's README.md: YAML metadata for the hub, then the same in words."""
     hub = import_huggingface_hub()
@@ -100,7 +108,8 @@ def model_card(model: Mixer, repo: str, license: str) -> str:
             f"Split: {escaped(provenance.get('split') or NOT_RECORDED)}",
             *origin_rows(provenance),
         ],
-        "Results": [f"{split} top-1: {score:.4f}" for split, score in scores.items()] or [f"Accuracy: {NOT_RECORDED}"],
+        "Results": [score_row(provenance, split, score) for split, score in scores.items()]
+        or [f"Accuracy: {NOT_RECORDED}"],
         "Recipe": recipe_rows(provenance),
     }
     body = "\n\n".join(f"## {title}\n\n" + "\n".join(f"- {row}" for row in rows) for title, rows in sections.items())

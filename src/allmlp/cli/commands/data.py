@@ -23,7 +23,10 @@ HELP = """usage: mixer data inspect SOURCE [OPTIONS]
 inspect: what is in a data set: classes, sizes, formats, unreadable files, duplicates
 dedup:   lists the images of a data set that are also test images of others, for --exclude
 
-mixer data inspect --help and mixer data dedup --help show the options."""
+examples: mixer data inspect photos/ --page photos.html
+          mixer data dedup photos/ --against cifar10 pets --out removals.csv
+
+mixer data inspect --help and mixer data dedup --help show the options; both print one JSON object with --json."""
 MAX_ROWS = 30  # of a table
 
 Source = Annotated[

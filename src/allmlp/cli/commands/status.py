@@ -50,7 +50,8 @@ def status_lines(status: dict[str, Any]) -> list[tuple[str, str]]:
         shown.append(("loss", f"{status['loss']:.4f}"))
     if status["val_top1"] is not None:
         best = f" (best {status['best'][1]:.4f} at step {status['best'][0]:,})" if status["best"] else ""
-        shown.append(("validation", f"top-1 {status['val_top1']:.4f}{best}"))
+        majority = "" if status["val_majority"] is None else f", commonest class {status['val_majority']:.4f}"
+        shown.append(("validation", f"top-1 {status['val_top1']:.4f}{best}{majority}"))
     if status["images_per_second"] is not None:
         wait = f", {status['data_wait']:.0%} of the time spent waiting for images"
         shown.append(("speed", f"{status['images_per_second']:,.0f} images/s{wait}"))

@@ -32,7 +32,9 @@ def copies_in(folder: Path) -> list[str]:
     return [name for name, place in PLACES.items() if (folder / place).exists()]
 
 
-def fetch(name: str, class_name: str, root: Path | None, *splits: dict[str, Any]) -> list[Any]:
+def fetch(
+    name: str, class_name: str, root: Path | None, *splits: dict[str, Any], folder: str | None = None
+) -> list[Any]:
     """Makes one torchvision dataset for each of the splits.
 
     Args:
@@ -40,6 +42,7 @@ def fetch(name: str, class_name: str, root: Path | None, *splits: dict[str, Any]
         class_name: name of the dataset's class in ``torchvision.datasets``.
         root: a folder that holds a copy, which is not downloaded; None: the data folder, downloaded if missing.
         splits: arguments of the class that select a split.
+        folder: the subfolder of a copy, for messages; None: that of the source ``name``.
 
     Raises:
         UserError: torchvision is not installed.
@@ -47,15 +50,15 @@ def fetch(name: str, class_name: str, root: Path | None, *splits: dict[str, Any]
     """
     datasets = import_torchvision(name)
     parent = root or data_folder()
-    folder = parent / PLACES[name]
+    location = parent / (folder or PLACES[name])
     try:
         return [getattr(datasets, class_name)(parent, download=root is None, **split) for split in splits]
     except Exception as error:  # its readers raise almost any type of exception on damaged files
         reason = (str(error) or type(error).__name__).splitlines()[0].partition(" You can use download")[0]
-        remedy = f"copy all of {folder} again"
+        remedy = f"copy all of {location} again"
         if root is None:
             remedy = (
-                f"check the network, or copy the dataset to {folder} (ALLMLP_DATA sets another folder); "
+                f"check the network, or copy the dataset to {location} (ALLMLP_DATA sets another folder); "
                 "remove damaged files there first"
             )
         raise RunError(f"{name} could not be downloaded or read ({reason}): {remedy}") from None

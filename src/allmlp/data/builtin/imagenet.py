@@ -179,11 +179,9 @@ def read_numbers(path: Path, names: list[str], base: Path) -> dict[str, str]:
 
 def read_meta(path: Path, names: list[str], base: Path) -> dict[str, str]:
     """torchvision's meta.bin: names of the classes, and the synset of each validation image in order."""
-    import torch
-
-    import_torchvision("imagenet")
+    read = import_torchvision("imagenet").imagenet.load_meta_file
     try:
-        _, synsets = torch.load(path, weights_only=True)
+        _, synsets = read(path.parent)
     except Exception as error:
         raise RunError(f"{path} could not be read ({type(error).__name__}): copy it again") from None
     if len(synsets) != len(names):

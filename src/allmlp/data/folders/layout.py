@@ -23,11 +23,12 @@ MAX_KINDS_NAMED = 5
 
 
 class Found(NamedTuple):
-    """What a folder or zip holds."""
+    """What a source holds."""
 
     datasets: dict[str, ImageDataset]  # by part; the single key "all" where there are no parts
     left_out: dict[str, int]  # number of files that are not in a dataset, by kind
     notes: tuple[str, ...]  # what else the user should know, one line each
+    choose_by: frozenset[str] = frozenset()  # training images that the source itself holds out to choose settings by
 
 
 def read_tree(store: FolderStore | ZipStore, source: str) -> Found:
