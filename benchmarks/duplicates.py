@@ -1,6 +1,6 @@
 """Duplicates that are planted in CIFAR-10 and found again, false ones, and those that CIFAR-10 itself has.
 
-    python benchmarks/duplicates.py --cifar10 cifar10.zip --sheet sheet.png      # seven minutes on two cores
+    python benchmarks/duplicates.py --cifar10 cifar10.zip --sheet sheet.png      # eight minutes on two cores
 
 For each seed, 6,000 of its 60,000 images are added once more: 2,000 as the same bytes, 2,000 encoded anew (JPEG of
 quality 50 to 95, or PNG), 2,000 resized (20 to 128 pixels, bilinear, bicubic or Lanczos; JPEG of quality 90, or PNG).
