@@ -16,6 +16,7 @@ Kind = Literal["same file", "same pixels", "looks the same"]
 MAX_BITS = 8  # of 64 that may differ
 MAX_DIFFERENCE = 0.3  # of thumbnails, relative to their contrast (see ``difference``)
 NOISE = 5.0  # gray levels that are added to the contrast, for images that have next to none
+MAX_ALIKE = 20  # pairs of an image by looks: the frames of a film may all look the same
 BLOCK = 1 << 22  # pairs of hashes that are compared at a time
 
 
@@ -31,7 +32,7 @@ def matches_within(table: Signatures) -> list[Match]:
     """Pairs of images in one table, ``first`` before ``second``.
 
     Images with the same file, or the same pixels, are each paired with the first of them alone; of those, only the
-    first is compared by looks.
+    first is compared by looks. Pairs that look the same are left out only where both have ``MAX_ALIKE`` closer ones.
     """
     found, representative = exact_matches(table.files, table.pixels)
     own = np.flatnonzero(representative == np.arange(len(table)))
@@ -77,13 +78,41 @@ def exact_matches(files: np.ndarray, pixels: np.ndarray) -> tuple[list[Match], n
 def alike(
     codes: np.ndarray, thumbnails: np.ndarray, other_codes: np.ndarray, other_thumbnails: np.ndarray, same: bool = False
 ) -> list[tuple[int, int]]:
-    """Rows (i, j) of images that look the same, the most similar of each i first; with ``same``, only i < j."""
-    pairs: list[tuple[int, float, int]] = []
+    """Rows (i, j) of images that look the same, the most similar of each i first; with ``same``, only i < j.
+
+    No more than the ``MAX_ALIKE`` most similar j of each i are kept; with ``same``, those of each j too.
+    """
+    found = np.empty(0, dtype=[("i", np.int64), ("j", np.int64), ("apart", np.float32)])
+    waiting, count, most = [found], 0, BLOCK // 4
     for i, j in candidates(codes, other_codes, same):
         apart = difference(thumbnails[i], other_thumbnails[j])
-        kept = apart < MAX_DIFFERENCE
-        pairs += zip(i[kept].tolist(), apart[kept].tolist(), j[kept].tolist(), strict=True)
-    return [(i, j) for i, _, j in sorted(pairs)]
+        near = apart < MAX_DIFFERENCE
+        if near.any():
+            waiting.append(np.rec.fromarrays((i[near], j[near], apart[near]), dtype=found.dtype))
+            count += len(waiting[-1])
+        if count > most:  # few data sets have so many
+            waiting = [nearest(np.concatenate(waiting), same)]
+            count = len(waiting[0])
+            most = max(2 * count, most)
+    found = nearest(np.concatenate(waiting), same)
+    return found[np.lexsort((found["j"], found["apart"], found["i"]))][["i", "j"]].tolist()
+
+
+def nearest(pairs: np.ndarray, same: bool) -> np.ndarray:
+    """Of each i, and with ``same`` of each j too, the pairs that are least apart."""
+    kept = rank(pairs["i"], pairs["apart"]) < MAX_ALIKE
+    if same:
+        kept |= rank(pairs["j"], pairs["apart"]) < MAX_ALIKE
+    return pairs[kept]
+
+
+def rank(group: np.ndarray, value: np.ndarray) -> np.ndarray:
+    """How many of the same group come before each value, in order of the values."""
+    order = np.lexsort((value, group))
+    ordered = group[order]
+    ranks = np.empty(len(group), dtype=np.int64)
+    ranks[order] = np.arange(len(group)) - np.searchsorted(ordered, ordered)
+    return ranks
 
 
 def candidates(codes: np.ndarray, other: np.ndarray, same: bool) -> Iterator[tuple[np.ndarray, np.ndarray]]:

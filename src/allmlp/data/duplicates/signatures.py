@@ -82,7 +82,7 @@ def sign_all(dataset: ImageDataset, on_progress: Callable[[int, int], None] = la
         files=np.array([one.file for one in signatures], dtype=f"S{DIGEST}"),
         pixels=np.array([one.pixels for one in signatures], dtype=f"S{DIGEST}"),
         codes=np.array([one.code for one in signatures], dtype=np.uint8).reshape(-1, 8).view(np.uint64).ravel(),
-        thumbnails=np.array([one.thumbnail for one in signatures], dtype=np.uint8).reshape(len(rows), -1),
+        thumbnails=np.array([one.thumbnail for one in signatures], dtype=np.uint8).reshape(-1, 3 * THUMBNAIL**2),
         sizes=np.array([one.size for one in signatures], dtype=np.int64).reshape(-1, 2),
         kinds=[one.kind for one in signatures],
         unreadable=unreadable,
