@@ -32,7 +32,7 @@ from typing import Any
 
 PLACES = {
     "step": "allmlp.training.optimizer_step:OptimizerStep.__call__",
-    "evaluation": "allmlp.evaluation.classification:normalize",
+    "evaluation": "allmlp.evaluation.forward:normalize",
     "compile": "allmlp.training.compilation:warm_up",
     "save": "allmlp.checkpointing.manager:write_checkpoint",
     "copy": "allmlp.checkpointing.manager:CheckpointManager.copy_to_cpu",

@@ -10,7 +10,7 @@ import pytest
 from rich.cells import cell_len
 
 from allmlp.cli import display
-from allmlp.cli.display import MAX_NAME, output_width, print_matrix, print_table, shorten
+from allmlp.cli.display import MAX_NAME, output_width, print_letters, print_matrix, print_table, shorten
 
 NAMES = {
     "plain": [f"breed{i:02d}" for i in range(12)],
@@ -89,3 +89,8 @@ def test_the_width(monkeypatch: pytest.MonkeyPatch) -> None:
     assert output_width() == 40
     monkeypatch.setenv("COLUMNS", "66")
     assert output_width() == 66
+
+
+def test_letters_for_names(capsys: pytest.CaptureFixture[str]) -> None:
+    assert print_letters([f"w{i}\n" for i in range(28)])[-3:] == ["Z", "AA", "AB"]
+    assert "\nAB  w27\\n\n" in capsys.readouterr().out

@@ -49,8 +49,9 @@ def test_several_models_on_the_same_images(mixer, colors, color_weights, tmp_pat
     page = (tmp_path / "page.html").read_text("utf-8")
     assert "3 models on the same images" in page
     text = mixer(*words).out
-    assert f"{red} is no better than always answering 'red', which scores 0.6471" in text
-    assert f"{color_weights} is " not in text
+    assert f"B  {red}\n" in text
+    assert "B is no better than always answering 'red', which scores 0.6471" in text
+    assert "A is " not in text
     assert re.search(r"\+0\.3529 .* 0\.031", text)
 
 
@@ -63,6 +64,8 @@ def test_a_source_for_each_model(mixer, colors, color_weights, pictures, tmp_pat
     assert found["mean_top1"] == 0.75
     assert found["average_of_five"] is None
     assert "mean of 2 sources: top-1 0.7500" in mixer(*words).out
+    single = json.loads(mixer("evaluate", red, "--data", colors, other, "--part", "all", "--json").out)
+    assert [task["top1"] for task in single["tasks"]] == pytest.approx([11 / 17, 0.5])
 
 
 def test_both_crops_and_other_sizes(mixer, tmp_path) -> None:
@@ -138,6 +141,7 @@ def test_real_labels_of_imagenet(mixer, tmp_path) -> None:
             ("WEIGHTS", "WEIGHTS", "--data", "A", "A", "--page", "p.html"),
             "--page p.html: a page shows models on the same",
         ),
+        (("WEIGHTS", "WEIGHTS", "--data", "A", "A", "--page", "p.html"), "give one source"),
         (("WEIGHTS", "--data", "A", "--page", "no/p.html"), "there is no folder no; create it"),
         (("WEIGHTS", "--data", "A", "--crop-ratio", 2), "--crop-ratio 2.0: must be a number above 0 and at most 1"),
         (("WEIGHTS", "--data", "A", "--real-labels", "real.json"), "not ImageNet's validation images"),

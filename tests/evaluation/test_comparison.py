@@ -38,7 +38,7 @@ def test_only_images_that_both_could_read() -> None:
 
 
 def test_other_images() -> None:
-    with pytest.raises(UserError, match="different images"):
+    with pytest.raises(UserError, match=r"different images in this part.*--part all"):
         compare_all([A, classified([0], [0])])
 
 

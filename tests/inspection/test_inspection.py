@@ -80,7 +80,7 @@ def test_counts(contents: Contents) -> None:
     assert list(found["unreadable"]) == ["train/cat/broken.png"]
     assert found["left_out"] == {".txt": 1}
     assert found["duplicates"]["counts"]["same pixels"] == {"pairs": 1, "across_parts": 0, "two_classes": 1}
-    assert len(found["duplicates"]["pairs"]) == 3
+    assert (len(found["duplicates"]["pairs"]), found["duplicates"]["groups"]) == (3, 3)
 
 
 def test_the_page(contents: Contents, tmp_path: Path) -> None:

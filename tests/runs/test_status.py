@@ -72,6 +72,7 @@ def test_all_fields_of_a_stopped_run(out: Path) -> None:
         "val_top1": 0.75,
         "images_per_second": 24.0,
         "data_wait": 0.5,
+        "val_majority": None,
         "best": (4, 0.75),  # the first one with the highest accuracy
         "checkpoints": [6, 4, 2],
         "seconds": 60.0,

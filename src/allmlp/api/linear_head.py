@@ -81,6 +81,11 @@ def fit_and_report(
                 model.get_parameter("head.bias").copy_(torch.from_numpy(head.bias))
             held_out = [name for name in ("val", "test") if name in data.splits]
             results = {name: classify(model, data.splits[name], **where(f"evaluating on {name}")) for name in held_out}
+        if results["val"].top1 < head.tried[head.strength] - 0.01:
+            log.warning(
+                "this head is rounded by %s: validation top-1 %.4f instead of %.4f; use --precision float32 with it",
+                str(precision).removeprefix("torch."), results["val"].top1, head.tried[head.strength],
+            )  # fmt: skip
         model.to("cpu")
         summary = summarize(recipe, data, model, head, tables, results, seconds)
         summary |= {"device": describe_device(device), "processes": context.world_size}

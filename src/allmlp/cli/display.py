@@ -3,6 +3,7 @@
 import io
 import shutil
 import sys
+from collections.abc import Sequence
 
 from rich.cells import cell_len, set_cell_size
 from rich.console import Console
@@ -79,6 +80,20 @@ def is_plain() -> bool:
 def output_width() -> int:
     """Columns of standard output; enough for any table where it is no terminal."""
     return shutil.get_terminal_size((80 if sys.stdout.isatty() else 200, 24)).columns
+
+
+def print_letters(names: Sequence[str]) -> list[str]:
+    """Prints a letter before each name and returns the letters; tables that use these fit into narrow terminals."""
+    letters = [letter_of(number) for number in range(len(names))]
+    for letter, name in zip(letters, names, strict=True):
+        print(f"{letter}  {printable(name)}")
+    return letters
+
+
+def letter_of(number: int) -> str:
+    """A, B, …, Z, AA, AB, …"""
+    rest, digit = divmod(number, 26)
+    return (letter_of(rest - 1) if rest else "") + chr(ord("A") + digit)
 
 
 def describe_unreadable(names: list[str], shown: int = 20) -> str:

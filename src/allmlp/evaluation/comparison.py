@@ -36,7 +36,11 @@ def compare_all(results: Sequence[Classification]) -> list[NamedPair]:
     names = results[0].dataset.names
     for result in results[1:]:
         if result.dataset.names != names:
-            raise UserError("the models were evaluated on different images: compare them on one part of one source")
+            raise UserError(
+                "the models have different images in this part, since they were trained on different splits of the "
+                "source: compare them on a source that has its own test part, or with --part all, where some images "
+                "are those that they were trained on"
+            )
     pairs = []
     for first, second in combinations(range(len(results)), 2):
         _, rows, other_rows = np.intersect1d(results[first].indices, results[second].indices, return_indices=True)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from allmlp.data.dataset import DatasetSplits
-from allmlp.data.duplicates.matching import Kind, Match, matches_within
+from allmlp.data.duplicates.matching import Kind, Match, clusters, matches_within
 from allmlp.data.duplicates.signatures import Signatures, sign_all
 
 
@@ -70,6 +70,11 @@ class Contents:
     def duplicates(self) -> list[Duplicate]:
         return [Duplicate(kind, self.place(first), self.place(second)) for first, second, kind in self.matches]
 
+    @property
+    def groups(self) -> list[list[int]]:
+        """Rows of images that duplicates connect."""
+        return clusters(self.matches, len(self.table))
+
     def describe_sizes(self) -> dict[str, list[int]]:
         """Least, median and greatest width and height of the readable images, in pixels."""
         if not len(self.table):
@@ -100,6 +105,7 @@ class Contents:
             "left_out": self.splits.left_out,
             "duplicates": {
                 "counts": count_duplicates(duplicates),
+                "groups": len(self.groups),
                 "pairs": [
                     {"kind": one.kind, "first": one.first.to_json_object(), "second": one.second.to_json_object()}
                     for one in duplicates

@@ -70,7 +70,7 @@ def make_tiles(contents: Contents) -> list[tuple[str, str, str]]:
         ("classes", f"{len(total):,}", f"from {present.min():,} to {present.max():,} images"),
         ("commonest class", format_percent(float(total.max() / total.sum())), largest),
         ("size in pixels (median)", medians or "—", ranges),
-        ("duplicates", f"{len(duplicates):,}", f"{across:,} of them across parts"),
+        ("duplicates", f"{len(duplicates):,}", f"pairs, in {len(contents.groups):,} groups; {across:,} across parts"),
         ("unreadable", f"{len(contents.table.unreadable):,}", "files that cannot be decoded"),
     ]
 

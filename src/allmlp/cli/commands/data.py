@@ -136,7 +136,8 @@ def print_contents(found: "Contents") -> None:
     )
     for name, (least, median, most) in described["sizes"].items():
         print(f"{name} from {least} to {most} pixels, median {median}")
-    print("stored as " + ", ".join(f"{kind} ({count:,})" for kind, count in described["kinds"].items()))
+    if described["kinds"]:
+        print("stored as " + ", ".join(f"{kind} ({count:,})" for kind, count in described["kinds"].items()))
     for remark in found.splits.remarks():
         print(remark)
     order = (-total).argsort(kind="stable")[:MAX_ROWS].tolist()
@@ -154,7 +155,11 @@ def print_contents(found: "Contents") -> None:
     rows = [
         [kind, *(f"{count:,}" for count in counts.values())] for kind, counts in count_duplicates(duplicates).items()
     ]
-    print_table("duplicates: pairs of images", ["how", "pairs", "across parts", "under two classes"], rows)
+    print_table(
+        f"duplicates: pairs of images, in {len(found.groups):,} groups",
+        ["how", "pairs", "across parts", "under two classes"],
+        rows,
+    )
     worst = sorted(duplicates, key=lambda one: (not one.across_parts, not one.two_classes))[:MAX_ROWS]
     rows = [[one.kind, *(f"{p.part}, {p.label}: {p.name}" for p in (one.first, one.second))] for one in worst]
     title = f"{len(worst)} of {len(duplicates):,} pairs (--json lists all, --page shows them)"

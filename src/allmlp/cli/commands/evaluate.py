@@ -1,5 +1,6 @@
 """mixer evaluate"""
 
+import dataclasses
 import math
 import sys
 from collections.abc import Sequence
@@ -32,8 +33,8 @@ examples: mixer evaluate runs/digits/model.safetensors --data digits
           mixer evaluate a.safetensors b.safetensors --data photos/ --page comparison.html
           mixer evaluate runs/pets runs/flowers --data pets flowers102
 
-Several weights on one source are compared on the same images, each pair with McNemar's test. As many sources as weights
-evaluate each weights on its own source, and average.
+Several weights on one source are compared on the same images, each pair with McNemar's test. With several sources, each
+weights is evaluated on its own, or a single one on all, and averaged.
 
 A source without splits is split as it was for training, so that no test image was trained on."""
 MAX_CLASSES = 200  # with more classes, the table of scores shows only those with the lowest recall
@@ -49,8 +50,8 @@ class Arguments:
         tyro.conf.arg(metavar="WEIGHTS…", help=WEIGHTS_HELP, help_behavior_hint="(required)"),
     ]
     data: tuple[str, ...]
-    """SOURCE: a name (digits, cifar10, pets, imagenet, …), a folder of images, or a .zip of one. As many sources as
-    weights: one for each."""
+    """SOURCE: a name (digits, cifar10, pets, imagenet, …), a folder of images, or a .zip of one. Several: one for
+    each weights, or all for a single one."""
     image_size: tuple[int, ...] = ()
     """Resize the weights to this size in pixels, one number, or height and width; by default, their own size."""
     part: Literal["test", "val", "train", "all"] = "test"
@@ -95,6 +96,8 @@ class Evaluation(NamedTuple):
 
 def run(args: Sequence[str]) -> int:
     arguments = parse(Arguments, args, command="evaluate", description=DESCRIPTION)
+    if len(arguments.weights) == 1:
+        arguments = dataclasses.replace(arguments, weights=arguments.weights * len(arguments.data))
     check_arguments(arguments)
     if (status := launch_evaluation(arguments.processes, arguments.device, ["evaluate", *args])) is not None:
         return status
@@ -242,34 +245,41 @@ def print_result(result: "Classification", images: str, where: str) -> None:
     print_confusion(result.dataset.classes, result.confusion_counts, where)
 
 
+SHORT = {"top5": "top-5", "real_top1": "ReaL", "balanced_accuracy": "balanced"}
+
+
 def print_models(models: Sequence["Evaluated"], pairs: Sequence["NamedPair"]) -> None:
-    """Prints the scores of several models on the same images, and how each two of them differ."""
-    from allmlp.cli.display import print_table
+    """Prints the scores of several models on the same images, and how each two of them differ.
+
+    The tables call them by letters, so that they fit into narrow terminals.
+    """
+    from allmlp.cli.display import print_letters, print_table
     from allmlp.evaluation.scores import list_scores
 
+    letters = print_letters([name for name, _ in models])
     scores = [{score.key: score for score in list_scores(result)} for _, result in models]
-    columns = {score.key: score.label for one in scores for score in one.values()}
+    others = [key for key in SHORT if any(key in one for one in scores)]
     rows = [
         [
-            name,
-            *(f"{one[key].value:.4f}" if key in one else "–" for key in columns),
+            letter,
+            f"{one['top1'].value:.4f}",
             f"{one['top1'].interval[0]:.4f} to {one['top1'].interval[1]:.4f}",
+            *(f"{one[key].value:.4f}" if key in one else "–" for key in others),
             f"{result.calibration.ece:.4f}",
             f"{result.loss:.4f}",
         ]
-        for (name, result), one in zip(models, scores, strict=True)
+        for letter, (_, result), one in zip(letters, models, scores, strict=True)
     ]
-    heads = ["weights", *columns.values(), "top-1, 95 % interval", "calibration error", "cross-entropy"]
-    print_table("models", heads, rows)
+    heads = ["", "top-1", "95 % interval", *(SHORT[key] for key in others), "ECE", "loss"]
+    print_table("accuracy, expected calibration error (ECE) and cross-entropy (loss)", heads, rows)
     majority = models[0].result.majority
     print(f"always answering {majority.name!r}: top-1 {majority.top1:.4f}")
-    for name, result in models:
+    for letter, (_, result) in zip(letters, models, strict=True):
         if (verdict := result.majority.verdict) is not None:
-            print(f"{name} is {verdict}")
+            print(f"{letter} is {verdict}")
     rows = [
         [
-            models[first].name,
-            models[second].name,
+            f"{letters[first]} − {letters[second]}",
             f"{pair.difference:+.4f}",
             f"{pair.interval[0]:+.4f} to {pair.interval[1]:+.4f}",
             f"{pair.only_first:,}",
@@ -278,9 +288,11 @@ def print_models(models: Sequence["Evaluated"], pairs: Sequence["NamedPair"]) ->
         ]
         for first, second, pair in pairs
     ]
-    title = "differences in top-1; p-values of McNemar's exact test, not corrected for the number of pairs"
-    heads = ["first", "second", "difference", "95 % interval", "only first correct", "only second correct", "p-value"]
-    print_table(title, heads, rows, names=2)
+    title = "differences in top-1, images that only one gets right, and p-values of McNemar's exact test"
+    heads = ["", "difference", "95 % interval", "only 1st", "only 2nd", "p-value"]
+    print_table(title, heads, rows)
+    if len(pairs) > 1:
+        print("(p-values are not corrected for the number of pairs)")
 
 
 def print_tasks(evaluations: list[Evaluation], arguments: Arguments) -> None:

@@ -126,7 +126,7 @@ def probe_one(
 
 
 def report(arguments: Arguments, descriptions: list[str], results: list["FewshotResult"]) -> None:
-    from allmlp.cli.display import describe_unreadable, print_table
+    from allmlp.cli.display import describe_unreadable, print_letters, print_table
 
     first = results[0]
     if arguments.json:
@@ -138,12 +138,13 @@ def report(arguments: Arguments, descriptions: list[str], results: list["Fewshot
     else:
         print(f"{first.test_images:,} images: the {arguments.part} split of {descriptions[0]}")
         shots = first.shots
+        letters = print_letters(arguments.weights)
         rows = [
-            [weights, *(format_score(result.mean(shot), result.std(shot)) for shot in shots)]
-            for weights, result in zip(arguments.weights, results, strict=True)
+            [letter, *(format_score(result.mean(shot), result.std(shot)) for shot in shots)]
+            for letter, result in zip(letters, results, strict=True)
         ]
         seeds = f"{len(arguments.seeds)} seeds: mean ± standard deviation" if len(arguments.seeds) > 1 else "one seed"
-        print_table(f"top-1 of the probes, {seeds}", ["weights", *(f"{shot}-shot" for shot in shots)], rows)
+        print_table(f"top-1 of the probes, {seeds}", ["", *(f"{shot}-shot" for shot in shots)], rows)
         print(f"always answering {first.commonest_class!r}: top-1 {first.commonest_top1:.4f}")
     for shot, classes in first.small_classes.items():
         print(f"{classes:,} class(es) have fewer than {shot} training images, and gave all of them", file=sys.stderr)
