@@ -121,6 +121,7 @@ def test_a_linear_head(mixer, pictures, color_weights, tmp_path) -> None:
     assert json.loads(again.out)["top1"] == 1.0
     before, after = allmlp.load(color_weights).state_dict(), allmlp.load(tmp_path / "run").state_dict()
     assert all(before[name].equal(after[name]) for name in before if not name.startswith("head."))
+    assert after["head.bias"].abs().min() > 0
     assert (tmp_path / "run" / "report.html").is_file()
     assert not (tmp_path / "run" / "checkpoints").exists()
     assert "nothing is left to do" in mixer(*words).err

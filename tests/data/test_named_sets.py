@@ -285,6 +285,20 @@ def test_debians_fashion_mnist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         load_source("fashion-mnist")
 
 
+def test_rows_stay_rows() -> None:
+    pixels = np.arange(2 * 3 * 4 * 5).reshape(2, 3, 4, 5)
+    found = arrays.last_channel(pixels)
+    assert found.shape == (2, 4, 5, 3)
+    assert found[1, 2, 3, 0] == pixels[1, 0, 2, 3]
+
+
+def test_the_order_does_not_depend_on_the_disk(copies: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    listed = Path.rglob
+    monkeypatch.setattr(Path, "rglob", lambda self, pattern: sorted(listed(self, pattern), reverse=True))
+    names = list(load_source(str(copies["sun397"]), test_fraction=0, val_fraction=0).split("all").names)
+    assert names == sorted(names)
+
+
 def test_the_catalog_is_complete() -> None:
     asked = "fashion-mnist mnist svhn stl10 food101 dtd eurosat caltech101 sun397 gtsrb imagenet"
     assert set(asked.split()) | {"digits", "cifar10", "cifar100", "pets", "flowers102"} == set(BUILT_IN)

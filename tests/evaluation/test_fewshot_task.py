@@ -84,6 +84,14 @@ def test_unreadable_images_are_counted_and_left_out() -> None:
         lambda data: extract_features(model(), data, preprocessing=Preprocessing(), **CPU), 1.0
     )
     assert result.train_images == 29
+    readable = images(30, 0).subset(np.delete(np.arange(30), 4))
+    tables = [
+        extract_features(model(), data, preprocessing=Preprocessing(), **CPU) for data in (readable, images(20, 1))
+    ]
+    (expected,) = probe(
+        *(part for table in tables for part in (table.features, table.labels)), 4, shots=[100], seeds=[0], l2=1.0
+    ).values()
+    assert result.accuracy == {(0, 100): pytest.approx(expected)}
     assert list(result.unreadable) == ["4.png"]
 
 
@@ -167,6 +175,10 @@ def test_features_are_kept_by_content(folder: Path, tmp_path: Path) -> None:
         assert not calls
     table(preprocessing=Preprocessing(crop_ratio=1.0))
     assert calls
+    data = dataset_of(folder)
+    other = dataclasses.replace(data, labels=1 - data.labels)
+    options: dict[str, Any] = {"preprocessing": Preprocessing(), "cache": cache, **CPU}
+    assert np.array_equal(extract_features(mixer, other, **options).labels, 1 - data.labels)
     table(precision=torch.bfloat16)
     assert calls
 

@@ -46,6 +46,9 @@ def test_balanced_accuracy_has_scipys_interval() -> None:
     def mean_recall(labels: np.ndarray, correct: np.ndarray) -> float:
         return float(np.mean([correct[labels == label].mean() for label in np.unique(labels)]))
 
+    alone = np.r_[np.zeros(50, dtype=int), 1], np.arange(51) % 2 == 0  # a class that a third of the resamples lack
+    ours = bootstrap_balanced_accuracy(np.bincount(alone[0], alone[1]).astype(int), np.bincount(alone[0]))
+    assert ours == pytest.approx(scipys(mean_recall, *alone), abs=0.02)
     ours = bootstrap_balanced_accuracy(np.bincount(labels[correct], minlength=9), np.bincount(labels, minlength=9))
     assert ours == pytest.approx(scipys(mean_recall, labels, correct), abs=0.01)
 
