@@ -445,6 +445,8 @@ def test_caltech_has_its_background_class_and_thirty_training_images_of_each(sto
 
 def test_the_labels_of_clevr_and_kitti() -> None:
     """task_adaptation, data/clevr.py and data/kitti.py: the largest index of a threshold below the distance."""
+    assert [interval(d, CLEVR_DISTANCES) for d in (7.9, 8.4, 8.55, 8.9, 9.1, 9.6, 10.1)] == [0, 1, 2, 2, 3, 4, 5]
+    assert [interval(d, KITTI_METERS) for d in (7.9, 8.1, 19.9, 20.1, 998, 1000)] == [0, 1, 1, 2, 2, 3]
     for limits, values in (
         (CLEVR_DISTANCES, (0.1, 8.0, 8.01, 9.5, 9.51, 10.01, 50)),
         (KITTI_METERS, (-1, 8, 9, 21, 1e3)),
