@@ -101,6 +101,12 @@ def test_a_training_run_probes_its_features(mixer, tiny, colors, tmp_path) -> No
     assert "nothing is left to do" in resumed.err
 
 
+def test_sources_of_the_same_name(mixer, tiny, colors, tmp_path) -> None:
+    answer = mixer("train", "--steps", 1, "--fewshot", colors, f"{colors}/../colors", *tiny, "--out", tmp_path / "run")
+    assert answer.status == 2
+    assert "two sources give fewshot_colors_5shot" in answer.last
+
+
 def test_a_source_without_test_images_cannot_be_probed(mixer, tiny, pictures, tmp_path) -> None:
     data = pictures(tmp_path / "data", {"train/red": 3, "train/green": 3, "val/red": 1, "val/green": 1})
     answer = mixer("train", "--steps", 1, "--fewshot", data, *tiny, "--out", tmp_path / "run")

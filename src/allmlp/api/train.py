@@ -116,7 +116,7 @@ def make_fewshot_evaluator(recipe: Recipe, source: str, **where: Any) -> Fewshot
         raise UserError(f"--fewshot {source}: it has no test split, which probes are tested on; name another source")
     shot = recipe.run.fewshot_shots
     task = make_task(data.split("train"), data.split("test"), [shot], SEEDS)
-    return FewshotEvaluator(Path(source).stem, task, shot, L2, **where)
+    return FewshotEvaluator(Path(source).resolve().stem, task, shot, L2, **where)
 
 
 def train_and_report(

@@ -159,7 +159,13 @@ def make_probes(
         return []
     if make_probe is None:
         raise ValueError(f"no make_probe for the few-shot sources {recipe.run.fewshot}")
-    return [make_probe(recipe, source, **where(f"few-shot probe on {source}")) for source in recipe.run.fewshot]
+    probes = [make_probe(recipe, source, **where(f"few-shot probe on {source}")) for source in recipe.run.fewshot]
+    names = [probe.name for probe in probes]
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(
+            f"--fewshot {' '.join(recipe.run.fewshot)}: two sources give {repeated[0]}; rename one, or leave it out"
+        )
+    return probes
 
 
 def check_folder(recipe: Recipe, out: Path, options: RunOptions, context: DistributedContext) -> None:
