@@ -4,15 +4,15 @@ import dataclasses
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import tyro
 
-from allmlp.api.recipe import height_and_width
 from allmlp.cli.arguments import WEIGHTS_HELP, parse
 from allmlp.cli.docstrings import help_from_docstrings
+from allmlp.cli.evaluation import ComputeOptions, Part
 from allmlp.cli.processes import join_processes, launch_evaluation
 from allmlp.errors import UserError
 from allmlp.files import to_json
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from allmlp.evaluation.classification import Classification
     from allmlp.evaluation.comparison import NamedPair
     from allmlp.evaluation.pages.evaluation_report import Evaluated
-    from allmlp.model import Mixer
 
 DESCRIPTION = """Evaluates weights on labeled images: every image counts once, classes are matched by name.
 
@@ -52,35 +51,18 @@ class Arguments:
     data: tuple[str, ...]
     """SOURCE: a name (digits, cifar10, pets, imagenet, …), a folder of images, or a .zip of one. Several: one for
     each weights, or all for a single one."""
-    image_size: tuple[int, ...] = ()
-    """Resize the weights to this size in pixels, one number, or height and width; by default, their own size."""
-    part: Literal["test", "val", "train", "all"] = "test"
+    part: Part = "test"
     """Split of the source to evaluate on."""
     crop: Literal["resmall", "resize"] | None = None
     """resmall resizes the shorter side (the paper's Table 3), resize both sides (Table 2); None: as for the weights."""
-    crop_ratio: float | None = None
-    """Image size / size before the central crop, 0.875 in the paper; None: as for the weights."""
     real_labels: Path | None = None
     """The real.json of ImageNet-ReaL, for ImageNet's validation images; None: the labels that timm contains."""
     page: Path | None = None
     """Also write an HTML page to this file: metrics, reliability diagrams, confusion matrix, hardest mistakes."""
-    processes: int = 1
-    """Number of processes on this machine, one per GPU, that share the images."""
-    batch_size: int = 256
-    """Images per forward pass."""
-    workers: int | None = None
-    """Processes that load images; None: chosen from the number of images and CPU cores."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps."""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Precision of matrix products; auto: bfloat16 if the hardware supports it."""
-    max_pixels: int = 64_000_000
-    """Largest image that is read, in pixels; larger ones count as unreadable."""
-    exclude: str | None = None
-    """A file that lists images to leave out, one name a line or CSV, such as mixer data dedup writes."""
     json: bool = False
     """Print one JSON object. Its confusion_counts lists [true class, predicted class, images] for each pair of classes
     that occurs; classes are positions in its list of classes."""
+    compute: ComputeOptions = field(default_factory=ComputeOptions)
 
 
 class Evaluation(NamedTuple):
@@ -99,23 +81,12 @@ def run(args: Sequence[str]) -> int:
     if len(arguments.weights) == 1:
         arguments = dataclasses.replace(arguments, weights=arguments.weights * len(arguments.data))
     check_arguments(arguments)
-    if (status := launch_evaluation(arguments.processes, arguments.device, ["evaluate", *args])) is not None:
+    compute = arguments.compute
+    if (status := launch_evaluation(compute.processes, compute.device, ["evaluate", *args])) is not None:
         return status
-    from allmlp.api.evaluate import EvaluationOptions
-
-    options = EvaluationOptions(
-        part=arguments.part,
-        crop=arguments.crop,
-        crop_ratio=arguments.crop_ratio,
-        batch_size=arguments.batch_size,
-        workers=arguments.workers,
-        device=arguments.device,
-        precision=arguments.precision,
-        max_pixels=arguments.max_pixels,
-        exclude=arguments.exclude,
-    )
+    options = compute.options(arguments.part, arguments.crop)
     sources = arguments.data if len(arguments.data) > 1 else arguments.data * len(arguments.weights)
-    with join_processes(arguments.device) as context:
+    with join_processes(compute.device) as context:
         evaluations = [
             evaluate_one(weights, source, arguments, options, context)
             for weights, source in zip(arguments.weights, sources, strict=True)
@@ -142,20 +113,11 @@ def evaluate_one(
 ) -> Evaluation:
     from allmlp.api.evaluate import evaluate_source, load_as_trained, same_data
 
-    model = load_resized(weights, arguments.image_size)
+    model = arguments.compute.load(weights)
     source = context.local_rank0_first(lambda: load_as_trained(model, data, options))
     result = evaluate_source(model, source, options, arguments.real_labels, context)
     own_data = same_data(model, source, data)
     return Evaluation(weights, model.image_size, source.description, source.left_out, own_data, result)
-
-
-def load_resized(weights: str, image_size: tuple[int, ...]) -> "Mixer":
-    """The model of a WEIGHTS argument, resized if an --image-size is given."""
-    from allmlp.weights.load import load
-    from allmlp.weights.resize import resize
-
-    model = load(weights)
-    return resize(model, height_and_width(image_size)) if image_size else model
 
 
 def report(evaluations: list[Evaluation], arguments: Arguments) -> None:

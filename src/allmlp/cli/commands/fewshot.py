@@ -2,14 +2,14 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from allmlp.api.recipe import height_and_width
 from allmlp.cli.arguments import WEIGHTS_HELP, parse
 from allmlp.cli.docstrings import help_from_docstrings
+from allmlp.cli.evaluation import ComputeOptions, Part
 from allmlp.cli.processes import join_processes, launch_evaluation
 from allmlp.errors import UserError
 from allmlp.files import to_json
@@ -44,56 +44,29 @@ class Arguments:
     """Each chooses other training images; the mean and standard deviation over the seeds are shown."""
     l2: float = 1024.0
     """Strength of the regularization."""
-    image_size: tuple[int, ...] = ()
-    """Resize the weights to this size in pixels, one number, or height and width; by default, their own size."""
-    part: Literal["test", "val", "train", "all"] = "test"
+    part: Part = "test"
     """Split of the source that the probes are tested on; they choose their images from the training split."""
     crop: Literal["resmall", "resize"] = "resize"
     """resize resizes both sides, as in the paper; resmall the shorter one."""
-    crop_ratio: float | None = None
-    """Image size / size before the central crop, 0.875 in the paper; None: as for the weights."""
     cache: bool = True
     """Keep features in the data folder (ALLMLP_DATA), by the content of weights and images, and use those there."""
-    processes: int = 1
-    """Number of processes on this machine, one per GPU, that share the images."""
-    batch_size: int = 256
-    """Images per forward pass."""
-    workers: int | None = None
-    """Processes that load images; None: chosen from the number of images and CPU cores."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps."""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Precision of matrix products; auto: bfloat16 if the hardware supports it."""
-    max_pixels: int = 64_000_000
-    """Largest image that is read, in pixels; larger ones count as unreadable."""
-    exclude: str | None = None
-    """A file that lists images to leave out, one name a line or CSV, such as mixer data dedup writes."""
     json: bool = False
     """Print one JSON object."""
+    compute: ComputeOptions = field(default_factory=ComputeOptions)
 
 
 def run(args: Sequence[str]) -> int:
     arguments = parse(Arguments, args, command="fewshot", description=DESCRIPTION)
     if not arguments.weights:
         raise UserError("no weights: name a file, or hf-hub:OWNER/NAME (mixer fewshot --help)")
-    if (status := launch_evaluation(arguments.processes, arguments.device, ["fewshot", *args])) is not None:
+    compute = arguments.compute
+    if (status := launch_evaluation(compute.processes, compute.device, ["fewshot", *args])) is not None:
         return status
-    from allmlp.api.evaluate import EvaluationOptions
     from allmlp.evaluation.fewshot import check_numbers
 
     check_numbers(arguments.shots, arguments.seeds, arguments.l2)
-    options = EvaluationOptions(
-        part=arguments.part,
-        crop=arguments.crop,
-        crop_ratio=arguments.crop_ratio,
-        batch_size=arguments.batch_size,
-        workers=arguments.workers,
-        device=arguments.device,
-        precision=arguments.precision,
-        max_pixels=arguments.max_pixels,
-        exclude=arguments.exclude,
-    )
-    with join_processes(arguments.device) as context:
+    options = compute.options(arguments.part, arguments.crop)
+    with join_processes(compute.device) as context:
         results = [probe_one(weights, arguments, options, context) for weights in arguments.weights]
         if context.is_rank0:
             report(arguments, [description for description, _ in results], [result for _, result in results])
@@ -105,12 +78,8 @@ def probe_one(
 ) -> tuple[str, "FewshotResult"]:
     """The description of the source, and the result of one model."""
     from allmlp.api.fewshot import load_for_probe, probe_source
-    from allmlp.weights.load import load
-    from allmlp.weights.resize import resize
 
-    model = load(weights)
-    if arguments.image_size:
-        model = resize(model, height_and_width(arguments.image_size))
+    model = arguments.compute.load(weights)
     source = context.local_rank0_first(lambda: load_for_probe(model, arguments.data, options))
     result = probe_source(
         model,
