@@ -133,6 +133,17 @@ def test_a_linear_head(mixer, pictures, color_weights, tmp_path) -> None:
     assert "nothing is left to do" in mixer(*words).err
 
 
+def test_a_linear_head_stops_at_too_many_unreadable_images(mixer, pictures, color_weights, tmp_path) -> None:
+    data = pictures(tmp_path / "data", {"train/red": 20, "train/blue": 20, "val/red": 3, "val/blue": 3})
+    (data / "train" / "red" / "000.png").write_bytes(b"no picture")
+    words = ("finetune", color_weights, "--data", data, "--head", "linear", "--out", tmp_path / "run")
+    answer = mixer(*words)
+    assert answer.status == 2
+    assert "1 of 40 images cannot be read, more than the limit of 0.01" in answer.last
+    assert not (tmp_path / "run").exists()
+    assert mixer(*words, "--max-unreadable-fraction", 0.1).status == 0
+
+
 def test_a_linear_head_in_python(pictures, color_weights, tmp_path) -> None:
     data = pictures(tmp_path / "data", {"red": 20, "blue": 20})
     run = allmlp.finetune(color_weights, data=data, head="linear", out=tmp_path / "run", device="cpu", workers=0)

@@ -13,6 +13,7 @@ from allmlp.api.fewshot import features_folder
 from allmlp.api.progress import progress_bar
 from allmlp.config.recipe import Recipe
 from allmlp.data.dataset import DatasetSplits, ImageDataset
+from allmlp.data.loader import UnreadableImages
 from allmlp.device import select_precision
 from allmlp.distributed.context import SINGLE_PROCESS, DistributedContext
 from allmlp.errors import UserError
@@ -74,7 +75,7 @@ def fit_and_report(
                     "on_progress": on_progress,
                 }  # fmt: skip
 
-            head, tables = fit_on_features(model, data, where, context)
+            head, tables = fit_on_features(model, data, recipe.data.max_unreadable_fraction, where, context)
             seconds = time.perf_counter() - start
             with torch.no_grad():
                 model.get_parameter("head.weight").copy_(torch.from_numpy(head.weight))
@@ -100,15 +101,26 @@ def fit_and_report(
 
 
 def fit_on_features(
-    model: Mixer, data: DatasetSplits, where: Callable[[str], dict[str, Any]], context: DistributedContext
+    model: Mixer,
+    data: DatasetSplits,
+    max_unreadable_fraction: float,
+    where: Callable[[str], dict[str, Any]],
+    context: DistributedContext,
 ) -> tuple[LinearHead, dict[str, FeatureTable]]:
-    """The head, and the features of the training and validation images. Collective."""
+    """The head, and the features of the training and validation images. Collective.
+
+    Raises:
+        UserError: more of the training images than allowed cannot be read.
+    """
 
     def extract(name: str, images: ImageDataset) -> FeatureTable:
         preprocessing, cache = model.metadata.preprocessing, features_folder()
         return extract_features(model, images, preprocessing=preprocessing, cache=cache, **where(f"features of {name}"))
 
     tables = {name: extract(name, data.splits[name]) for name in ("train", "val")}
+    unreadable = UnreadableImages(data.splits["train"], max_unreadable_fraction)
+    position = {name: index for index, name in enumerate(data.splits["train"].names)}
+    unreadable.add([(position[name], reason) for name, reason in tables["train"].unreadable.items()])
     train, val = tables["train"], tables["val"]
     context.heartbeat("fitting the linear head", slow=True)
     head = context.broadcast_from_rank0(

@@ -9,7 +9,7 @@ Pair = tuple[str, str]  # names of images
 Place = tuple[str, int]  # part, and position in it
 
 MAX_IMAGES = 200_000  # with more, reading all files would delay a run
-REMEDY = "list all with mixer data inspect {source}, leave them out with mixer data dedup and --exclude"
+REMEDY = "list all with mixer data inspect {source}, and remove the wrong ones, or name them in a file for --exclude"
 
 
 def describe_repeats(parts: Mapping[str, ImageDataset], source: str) -> list[str]:
