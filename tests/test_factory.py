@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from allmlp.errors import UserError
-from allmlp.factory import build_meta, create
+from allmlp.factory import build_meta, create, resolve_name
 from allmlp.model import Mixer
-from allmlp.variants import VARIANTS, resolve_variant
+from allmlp.variants import VARIANTS
 
 
 def on_meta(variant: str | None, **options) -> Mixer:
@@ -18,7 +18,7 @@ def on_meta(variant: str | None, **options) -> Mixer:
     "name", ["B/16", "b/16", "B_16", "b_16", "Mixer-B/16", "mixer-b/16", "Mixer-B_16", "mixer_b_16"]
 )
 def test_spellings_of_a_variant_are_equivalent(name: str) -> None:
-    assert resolve_variant(name) == "B/16"
+    assert resolve_name(name) == "B/16"
     assert on_meta(name).config == on_meta("B/16").config
 
 
@@ -61,9 +61,8 @@ def test_missing_sizes_are_named() -> None:
     ("name", "nearest"), [("B/61", "B/16"), ("B16", "B/16"), ("H/16", "H/14"), ("mixer-l/14", "L/16")]
 )
 def test_an_unknown_variant_is_refused_with_the_nearest_and_all_names(name: str, nearest: str) -> None:
-    with pytest.raises(
-        UserError, match=rf"unknown variant '{name}'; the nearest: [^;]*{nearest}.*; valid names are S/32, .*H/14"
-    ):
+    listed = "`mixer models` lists all, such as S/32, .*H/14"
+    with pytest.raises(UserError, match=rf"unknown model '{name}'; the nearest: [^;]*{nearest}.*; {listed}"):
         create(name)
 
 
@@ -97,7 +96,9 @@ def test_create_is_a_function_of_the_package_whatever_was_imported() -> None:
 
 
 def test_a_variant_unlike_all_others_is_refused_with_all_names() -> None:
-    with pytest.raises(UserError, match=r"'zzz'; valid names are S/32, S/16, B/32, B/16, L/32, L/16, H/14"):
+    with pytest.raises(
+        UserError, match=r"'zzz'; `mixer models` lists all, such as S/32, S/16, B/32, B/16, L/32, L/16, H/14"
+    ):
         create("zzz")
 
 

@@ -8,6 +8,7 @@ from typing import Literal
 from allmlp.api.evaluate import evaluate as evaluate
 from allmlp.api.train import Run
 from allmlp.config.recipe import Decay, LossName, Recipe
+from allmlp.factory import Model
 from allmlp.inference.features import features as features
 from allmlp.inference.features import transform as transform
 from allmlp.inference.predict import predict as predict
@@ -21,7 +22,7 @@ from allmlp.weights.resize import resize as resize
 
 __version__: str
 
-VariantName = Literal[
+ModelName = Literal[
     "S/32",
     "S/16",
     "B/32",
@@ -29,6 +30,29 @@ VariantName = Literal[
     "L/32",
     "L/16",
     "H/14",
+    "ViT-B/32",
+    "ViT-B/16",
+    "ViT-L/32",
+    "ViT-L/16",
+    "ViT-H/14",
+    "BiT-R50x1",
+    "BiT-R50x2",
+    "BiT-R152x1",
+    "BiT-R152x2",
+    "BiT-R152x4",
+    "BiT-R200x3",
+    "ResNet50x1",
+    "HaloNet-H4",
+    "NFNet-F4+",
+    "EfficientNet-B6-Wide",
+    "EfficientNet-L2",
+    "BoTNet-T7",
+    "vit",
+    "bit",
+    "halonet",
+    "nfnet",
+    "efficientnet",
+    "botnet",
 ]
 RecipeName = Literal[
     "digits",
@@ -113,30 +137,43 @@ FinetuneRecipeName = Literal[
 ]
 
 def create(
-    variant: VariantName | None = None,
+    variant: ModelName | None = None,
     *,
     num_classes: int = 1000,
-    image_size: Size = 224,
+    image_size: Size | None = None,
     patch_size: Size | None = None,
     num_blocks: int | None = None,
     hidden_dim: int | None = None,
     tokens_mlp_dim: int | None = None,
     channels_mlp_dim: int | None = None,
     in_channels: int = 3,
-    gelu: Gelu = "tanh",
-    norm_eps: float = 1e-6,
+    gelu: Gelu | None = None,
+    norm_eps: float | None = None,
     dropout: float = 0.0,
     stochastic_depth: float = 0.0,
     rescale: bool = False,
     seed: int | None = None,
-) -> Mixer: ...
+    num_heads: int | None = None,
+    depths: Sequence[int] | None = None,
+    width: float | None = None,
+    stem: Literal["imagenet", "small"] | None = None,
+    groups: int | None = None,
+    channels: Sequence[int] | None = None,
+    num_features: int | None = None,
+    stem_channels: int | None = None,
+    group_size: int | None = None,
+    last_conv: bool | None = None,
+    expansion: int | None = None,
+    block_size: int | None = None,
+    halo_size: int | None = None,
+) -> Model: ...
 def train(
     recipe: RecipeName | Recipe | PathLike[str] | None = None,
     *,
     out: str | PathLike[str] | None = None,
     resume: bool = False,
     progress: bool | None = None,
-    model: VariantName | None = ...,
+    model: ModelName | None = ...,
     weights: str | PathLike[str] | None = ...,
     image_size: int | None = ...,
     image_width: int | None = ...,
@@ -145,6 +182,10 @@ def train(
     hidden_dim: int | None = ...,
     tokens_mlp_dim: int | None = ...,
     channels_mlp_dim: int | None = ...,
+    num_heads: int | None = ...,
+    depths: tuple[int, ...] | None = ...,
+    width: float | None = ...,
+    stem: Literal["imagenet", "small"] | None = ...,
     gelu: Literal["tanh", "erf"] | None = ...,
     dropout: float = ...,
     stochastic_depth: float = ...,
@@ -209,7 +250,7 @@ def train(
     wandb: str | None = ...,
 ) -> Run: ...
 def finetune(
-    model: Mixer | str | PathLike[str],
+    model: Model | str | PathLike[str],
     data: str | PathLike[str] | None = None,
     recipe: FinetuneRecipeName = "photos",
     *,

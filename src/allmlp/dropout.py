@@ -25,7 +25,7 @@ class Dropout(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth (Huang et al. 2016): in training, drops the whole branch for some samples of (B, S, C).
+    """Stochastic depth (Huang et al. 2016): in training, drops the whole branch for some samples of (B, …).
 
     Args:
         rate: probability to drop the branch of a sample.
@@ -40,5 +40,6 @@ class DropPath(nn.Module):
     def forward(self, branch: Tensor, keys: Tensor | None = None) -> Tensor:
         if not self.training or self.rate == 0:
             return branch
-        keep = (uniform(keys, self.stream, branch[:, :1, :1]) >= self.rate).to(branch.dtype)
+        first = branch[(slice(None), *[slice(1)] * (branch.ndim - 1))]  # (B, 1, …): one number per sample
+        keep = (uniform(keys, self.stream, first) >= self.rate).to(branch.dtype)
         return branch * (keep / (1 - self.rate) if self.rescale else keep)

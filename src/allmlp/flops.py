@@ -20,6 +20,7 @@ class ImageModel(Protocol):
 
     def __call__(self, images: Tensor, /) -> Tensor: ...
     def parameters(self) -> Iterator[nn.Parameter]: ...
+    def modules(self) -> Iterator[nn.Module]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +32,7 @@ class Cost:
 
 
 def cost(model: ImageModel) -> Cost:
-    """Counts the cost of one image of the model's size."""
+    """Counts the cost of one image of the model's size. Batch normalization, which trains on several, evaluates it."""
     parameters = list(model.parameters())
     image = torch.empty(1, model.in_channels, *model.image_size, device=parameters[0].device)
     parameter_storages = {parameter.untyped_storage()._cdata for parameter in parameters}
@@ -42,8 +43,13 @@ def cost(model: ImageModel) -> Cost:
             saved[tensor.untyped_storage()._cdata] = tensor  # one storage may be saved through several views
         return tensor
 
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d) and module.training]
+    for norm in norms:
+        norm.eval()
     with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(record, lambda t: t):
         model(image)
+    for norm in norms:
+        norm.train()
     flops = counter.get_total_flops()
     return Cost(
         parameters=sum(parameter.numel() for parameter in parameters),

@@ -1,8 +1,7 @@
 """Table 1 of the paper by name."""
 
-import difflib
-
-from allmlp.errors import UserError, brief
+from collections.abc import Mapping
+from typing import Any
 
 # Tolstikhin et al. 2021, Table 1: layers, patch size, C, D_S, D_C
 VARIANTS: dict[str, dict[str, int]] = {
@@ -21,13 +20,11 @@ VARIANTS: dict[str, dict[str, int]] = {
 }
 
 
-def resolve_variant(name: str) -> str:
-    """The name as in Table 1, from any case and with or without "Mixer-"; a UserError for an unknown one."""
-    if not isinstance(name, str):
-        raise UserError(f"variant {brief(name)}: give one of {', '.join(VARIANTS)}")
-    short = name.upper().removeprefix("MIXER").lstrip("-_ ").replace("_", "/")
-    if short in VARIANTS:
-        return short
-    near = difflib.get_close_matches(short, VARIANTS, 3, cutoff=0.3)
-    hint = f"; the nearest: {', '.join(near)}" if near else ""
-    raise UserError(f"unknown variant {name!r}{hint}; valid names are {', '.join(VARIANTS)}")
+def variant_of(config: Mapping[str, Any]) -> str | None:
+    """The name of these sizes in Table 1, or "S/8" (which GSAM published); None for other sizes."""
+    (height, width), patch = config["image_size"], config["patch_size"]
+    for name, sizes in (VARIANTS | {"S/8": VARIANTS["S/16"] | {"patch_size": 8}}).items():
+        same = all(config[key] == value for key, value in sizes.items() if key != "patch_size")
+        if same and patch == (sizes["patch_size"],) * 2 and height == width:
+            return name
+    return None

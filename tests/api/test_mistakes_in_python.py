@@ -40,7 +40,7 @@ def fill(model: allmlp.Mixer, value: float) -> allmlp.Mixer:
 
 CALLS: dict[str, tuple[Callable[[Any], Any], str]] = {
     # create, and the model itself
-    "no variant": (lambda m: allmlp.create(3), "variant 3.*B/16"),
+    "no variant": (lambda m: allmlp.create(3), "model 3.*B/16"),
     "classes": (lambda m: create(num_classes="10"), "num_classes = '10'.*whole number"),
     "size": (lambda m: create(image_size=NAN), "nan.*pixels"),
     "dropout": (lambda m: create(dropout="a"), "dropout = 'a'.*probability"),

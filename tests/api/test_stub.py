@@ -17,6 +17,8 @@ from allmlp.config import recipe as recipes
 from allmlp.model import Mixer
 from allmlp.recipes import FINETUNE_RECIPES, RECIPES
 from allmlp.variants import VARIANTS
+from allmlp.zoo.families import FAMILIES
+from allmlp.zoo.systems import SYSTEMS
 
 SOURCES = Path(__file__).resolve().parents[2] / "src"
 STUB = ast.parse((SOURCES / "allmlp" / "__init__.pyi").read_text(encoding="utf-8"))
@@ -69,11 +71,14 @@ def test_names_are_those_of_the_package() -> None:
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Subscript):
             literals[ast.unparse(node.targets[0])] = ast.literal_eval(node.value.slice)
     assert literals == {
-        "VariantName": tuple(VARIANTS), "RecipeName": tuple(RECIPES), "FinetuneRecipeName": tuple(FINETUNE_RECIPES)
-    }  # fmt: skip
+        "ModelName": (*VARIANTS, *SYSTEMS, *FAMILIES),
+        "RecipeName": tuple(RECIPES),
+        "FinetuneRecipeName": tuple(FINETUNE_RECIPES),
+    }
     exported = {alias.asname for node in STUB.body if isinstance(node, ast.ImportFrom) for alias in node.names}
     assert (exported - {None}) | FUNCTIONS.keys() == set(allmlp.__all__)
-    assert keywords("create").keys() == inspect.signature(Mixer).parameters.keys()
+    mixer = set(inspect.signature(Mixer).parameters)
+    assert keywords("create").keys() == mixer.union(*(family.sizes for family in FAMILIES.values()))
 
 
 def test_pyright_sees_mistakes_and_only_mistakes(tmp_path: Path) -> None:

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import allmlp
-from allmlp.variants import VARIANTS
+from allmlp.variants import VARIANTS, variant_of
 from allmlp.weights.layouts import TIMM
-from allmlp.weights.published import CHECKPOINTS, MIIL, SYNSETS, candidates, class_names, synset_names, variant_of
+from allmlp.weights.published import CHECKPOINTS, MIIL, SYNSETS, candidates, class_names, synset_names
 
 SUBSETS = {1000: "imagenet-1k", 21843: "imagenet-21k-goog", 11221: "imagenet-21k-miil"}
 

@@ -25,9 +25,8 @@ from allmlp.config.recipe import FinetuneRecipe, Recipe
 from allmlp.data.sources import walk_once
 from allmlp.distributed.context import SINGLE_PROCESS, DistributedContext
 from allmlp.errors import UserError, brief, naming_keywords
-from allmlp.factory import as_mixer
+from allmlp.factory import Model, as_model
 from allmlp.files import as_path
-from allmlp.model import Mixer
 from allmlp.recipes import get_finetune_recipe
 from allmlp.runs.folder import claimed_folder
 from allmlp.sizes import Size, as_pair
@@ -40,7 +39,7 @@ from allmlp.weights.native import save
 
 @naming_keywords
 def finetune(
-    model: Mixer | str | os.PathLike[str],
+    model: Model | str | os.PathLike[str],
     data: str | os.PathLike[str] | None = None,
     recipe: str = "photos",
     *,
@@ -81,10 +80,10 @@ def finetune(
         raise UserError(f"head = {brief(head)}: give 'trained' or 'linear'")
     base = get_finetune_recipe(recipe)
     if not isinstance(model, str | os.PathLike):
-        model = as_mixer(model)
+        model = as_model(model)
     given_folder = None if out is None else as_path("out", out)
     with claimed_folder(given_folder, base.recipe.name) as folder:
-        weights = f"{folder}-start.safetensors" if isinstance(model, Mixer) else os.fspath(model)
+        weights = f"{folder}-start.safetensors" if isinstance(model, Model) else os.fspath(model)
         plan = override_finetune(base, weights, given)
         if head == "linear":
             plan = linear_plan(plan, given)
@@ -93,7 +92,7 @@ def finetune(
         call |= {"head": head} if head != "trained" else {}
         command = describe_call("finetune", repr(weights), recipe=recipe, **call)
         options = RunOptions(command=command, resume=out is not None, resume_command=command, may_exit=False)
-        with saved_start(model, Path(weights), folder) if isinstance(model, Mixer) else contextlib.nullcontext():
+        with saved_start(model, Path(weights), folder) if isinstance(model, Model) else contextlib.nullcontext():
             if head == "linear":
                 summary = fit_and_report(plan.recipe, folder, options, progress=progress)
             else:
@@ -114,7 +113,7 @@ def finetune_fields(fields: dict[str, Any], image_size: Size | None) -> Override
 
 
 @contextlib.contextmanager
-def saved_start(model: Mixer, path: Path, folder: Path) -> Iterator[None]:
+def saved_start(model: Model, path: Path, folder: Path) -> Iterator[None]:
     """Saves the model that a run starts from; removes the file again if the block fails and leaves no run.
 
     Raises:

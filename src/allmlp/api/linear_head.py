@@ -21,8 +21,8 @@ from allmlp.evaluation.classification import Classification, classify
 from allmlp.evaluation.features import FeatureTable, extract_features
 from allmlp.evaluation.linear_head import LinearHead, fit_linear_head
 from allmlp.evaluation.pages.run_report import write_run_report
+from allmlp.factory import Model
 from allmlp.files import to_json, write_text
-from allmlp.model import Mixer
 from allmlp.runs.folder import locked, remove_checkpoints, run_folder
 from allmlp.runs.provenance import describe_device
 from allmlp.runs.result import RunResult
@@ -101,7 +101,7 @@ def fit_and_report(
 
 
 def fit_on_features(
-    model: Mixer,
+    model: Model,
     data: DatasetSplits,
     max_unreadable_fraction: float,
     where: Callable[[str], dict[str, Any]],
@@ -134,7 +134,7 @@ def fit_on_features(
 def summarize(
     recipe: Recipe,
     data: DatasetSplits,
-    model: Mixer,
+    model: Model,
     head: LinearHead,
     tables: dict[str, FeatureTable],
     results: dict[str, Classification],
@@ -146,7 +146,7 @@ def summarize(
     )
     top1 = {name: result.top1 for name, result in results.items()}
     return {
-        "model": describe_model(model),
+        "model": describe_model(model.config),
         "started_from": recipe.model.weights,
         "head": "linear",
         "strength": head.strength,

@@ -10,6 +10,7 @@ from typing import Any
 
 from allmlp.config.limits import flag
 from allmlp.config.recipe import (
+    MODEL_SIZES,
     DataRecipe,
     FinetuneRecipe,
     ModelRecipe,
@@ -105,10 +106,10 @@ def override(recipe: Recipe, model: ModelRecipe, given: Overrides) -> Recipe:
 def override_model(model: ModelRecipe, given: dict[str, Any]) -> ModelRecipe:
     """The model section with the fields given.
 
-    A variant replaces the recipe's own sizes. Weights replace the whole section.
+    A name replaces the recipe's own sizes. Weights replace the whole section.
     """
     if given.get("model"):
-        sizes = dict.fromkeys(("patch_size", "num_blocks", "hidden_dim", "tokens_mlp_dim", "channels_mlp_dim"))
+        sizes = dict.fromkeys(MODEL_SIZES)
         return dataclasses.replace(model, **({"image_size": 224} | sizes | given))
     if given.get("weights"):
         return dataclasses.replace(ModelRecipe(image_size=None), **given)

@@ -16,8 +16,8 @@ from allmlp.errors import UserError, brief, naming_keywords
 from allmlp.evaluation.classification import SplitEvaluator
 from allmlp.evaluation.fewshot_task import L2, SEEDS, FewshotEvaluator, make_task
 from allmlp.evaluation.pages.run_report import write_run_report
+from allmlp.factory import Model
 from allmlp.files import as_path
-from allmlp.model import Mixer
 from allmlp.runs.folder import claimed_folder
 from allmlp.runs.resume import finished_summary
 from allmlp.training import run as training
@@ -33,7 +33,7 @@ class Run:
 
     folder: Path
     summary: dict[str, Any]
-    model: Mixer
+    model: Model
 
 
 @naming_keywords

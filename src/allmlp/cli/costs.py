@@ -11,7 +11,7 @@ def compare_costs(before: dict[str, Any], after: dict[str, Any]) -> dict[str, An
     from allmlp.factory import build_meta
     from allmlp.flops import cost
 
-    keys = ("image_size", "tokens_mlp_dim")
+    keys = [key for key in ("image_size", "tokens_mlp_dim") if key in before]
     old, new = asdict(cost(build_meta(before))), asdict(cost(build_meta(after)))
     return {
         "from": {key: before[key] for key in keys} | old,
@@ -25,4 +25,5 @@ def print_comparison(costs: dict[str, Any]) -> None:
     sizes = " → ".join("×".join(map(str, one["image_size"])) for one in (old, new))
     counts = f"parameters {old['parameters']:,} → {new['parameters']:,} (× {times['parameters']:.2f})"
     more = f"FLOPs × {times['flops']:.2f}, activations × {times['activation_bytes']:.2f}"
-    print(f"  resized {sizes} px: {counts}, {more}, D_S {old['tokens_mlp_dim']} → {new['tokens_mlp_dim']}")
+    widths = f", D_S {old['tokens_mlp_dim']} → {new['tokens_mlp_dim']}" if "tokens_mlp_dim" in old else ""
+    print(f"  resized {sizes} px: {counts}, {more}{widths}")

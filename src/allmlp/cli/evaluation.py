@@ -8,8 +8,8 @@ from allmlp.cli.docstrings import help_from_docstrings
 
 if TYPE_CHECKING:
     from allmlp.api.evaluate import EvaluationOptions
+    from allmlp.factory import Model
     from allmlp.metadata import Crop
-    from allmlp.model import Mixer
 
 Part = Literal["test", "val", "train", "all"]
 
@@ -52,7 +52,7 @@ class ComputeOptions:
             exclude=self.exclude,
         )
 
-    def load(self, weights: str) -> "Mixer":
+    def load(self, weights: str) -> "Model":
         """The model of a WEIGHTS argument, resized if an --image-size is given."""
         from allmlp.weights.load import load
         from allmlp.weights.resize import resize

@@ -12,15 +12,19 @@ from allmlp.errors import UserError
 
 LossName = Literal["softmax", "sigmoid"]  # the functions are in training/losses.py
 Decay = Literal["linear", "cosine", "staircase"]  # the functions are in training/schedules.py
-MODEL_SIZES = ("model", "patch_size", "num_blocks", "hidden_dim", "tokens_mlp_dim", "channels_mlp_dim", "gelu")
+MODEL_SIZES = (
+    "patch_size", "num_blocks", "hidden_dim", "tokens_mlp_dim", "channels_mlp_dim", "num_heads", "depths", "width",
+    "stem",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelRecipe:
-    """The Mixer: a variant of Table 1, custom sizes (which override the variant's), or trained weights."""
+    """The model: a Mixer or comparison system by name, custom sizes (which override the name's), or trained weights."""
 
     model: str | None = None
-    """A variant of Table 1: S/32, S/16, B/32, B/16, L/32, L/16, H/14."""
+    """A Mixer of Table 1 (S/32, S/16, B/32, B/16, L/32, L/16, H/14), a comparison system (ViT-B/16, BiT-R50x1, …: mixer
+    models lists them), or a family of those with custom sizes: vit, bit, nfnet, efficientnet, halonet, botnet."""
     weights: str | None = None
     """Trained weights to start from, a file or hf-hub:OWNER/NAME. They set the sizes; the head starts at zero."""
     image_size: Annotated[int | None, Limits(above=0)] = 224
@@ -36,7 +40,15 @@ class ModelRecipe:
     tokens_mlp_dim: int | None = None
     """D_S, the hidden width of the token-mixing MLPs."""
     channels_mlp_dim: int | None = None
-    """D_C, the hidden width of the channel-mixing MLPs."""
+    """D_C, the hidden width of the channel-mixing MLPs, or of ViT's MLPs."""
+    num_heads: int | None = None
+    """Attention heads of ViT, HaloNet or BoTNet."""
+    depths: tuple[int, ...] | None = None
+    """Blocks in each stage of a residual network or EfficientNet."""
+    width: Annotated[float | None, Limits(above=0)] = None
+    """Factor of all channels of a residual network or EfficientNet."""
+    stem: Literal["imagenet", "small"] | None = None
+    """First layers of a residual network or EfficientNet: as published, or at full resolution, for images of 32 px."""
     gelu: Literal["tanh", "erf"] | None = None
     """GELU by the authors' tanh approximation, or exact (erf); None: tanh, or that of --weights."""
     dropout: Annotated[float, Limits(at_least=0, below=1)] = 0.0
@@ -54,7 +66,7 @@ class ModelRecipe:
         check_limits(self)
         if self.frozen and self.weights is None:
             raise UserError("--frozen without --weights: a new network has nothing worth freezing")
-        sizes = [name for name in MODEL_SIZES if getattr(self, name) is not None]
+        sizes = [name for name in ("model", *MODEL_SIZES, "gelu") if getattr(self, name) is not None]
         if self.weights is not None and sizes:
             raise UserError(f"{flag(sizes[0])} and --weights: the weights set the sizes, so leave it out")
 

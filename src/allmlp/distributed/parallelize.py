@@ -15,11 +15,10 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from allmlp.distributed.context import DistributedContext
-from allmlp.factory import build_meta
-from allmlp.model import Mixer
+from allmlp.factory import Model, build_meta
 
 
-def shard(model: Mixer, context: DistributedContext, device: torch.device) -> None:
+def shard(model: Model, context: DistributedContext, device: torch.device) -> None:
     """Shards the parameters in place, one shard per process; each block is gathered while it is computed."""
     mesh = init_device_mesh(device.type, (context.world_size,))
     for module in (*model.blocks, model):
@@ -42,8 +41,14 @@ def local_shard(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def full_model(model: Mixer) -> Mixer:
-    """The model with complete parameters: gathered if it is sharded, otherwise the model itself. Collective."""
+def full_model(model: Model) -> Model:
+    """The model with complete parameters: gathered if it is sharded, otherwise the model itself. Collective.
+
+    Buffers, the statistics of batch normalization, become those of rank 0, as in DDP's forward pass.
+    """
+    if dist.is_initialized():
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
     if not isinstance(model, FSDPModule):
         return model
     state = {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in model.state_dict().items()}
@@ -67,7 +72,7 @@ def global_norm(tensors: list[Tensor], sharded: bool) -> Tensor:
     return squares.sqrt()
 
 
-def replicate(model: Mixer, context: DistributedContext, device: torch.device) -> nn.Module:
+def replicate(model: Model, context: DistributedContext, device: torch.device) -> nn.Module:
     """The model in DDP, which averages gradients over ranks; the model itself in one process, or if it is sharded."""
     if context.world_size == 1 or isinstance(model, FSDPModule):
         return model

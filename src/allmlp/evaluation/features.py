@@ -18,9 +18,9 @@ from allmlp.data.dataset import Dataset, ImageDataset
 from allmlp.distributed.context import SINGLE_PROCESS, DistributedContext
 from allmlp.errors import UserError, printable
 from allmlp.evaluation.forward import compute_all
+from allmlp.factory import Model
 from allmlp.files import atomic_write
 from allmlp.metadata import Preprocessing
-from allmlp.model import Mixer
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ def extract_features(
         check_finite(values, dataset, indices)
         return FeatureTable(indices, labels, values, unreadable)
 
-    if cache is None or not isinstance(model, Mixer):
+    if cache is None or not isinstance(model, Model):
         return compute()
     path = context.broadcast_from_rank0(lambda: cached_file(cache, model, dataset, device, precision, preprocessing))
     found = context.broadcast_from_rank0(lambda: read_table(path))
@@ -102,7 +102,7 @@ def check_finite(features: np.ndarray, dataset: Dataset, indices: np.ndarray) ->
 
 def cached_file(
     cache: Path,
-    model: Mixer,
+    model: Model,
     dataset: ImageDataset,
     device: torch.device,
     precision: torch.dtype,

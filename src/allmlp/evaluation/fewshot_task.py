@@ -17,8 +17,8 @@ from allmlp.errors import UserError
 from allmlp.evaluation.features import FeatureTable, extract_features
 from allmlp.evaluation.fewshot import choose
 from allmlp.evaluation.ridge import fit
+from allmlp.factory import Model
 from allmlp.metadata import Preprocessing
-from allmlp.model import Mixer
 
 Key = tuple[int, int]  # seed and shot
 SHOTS, SEEDS, L2 = (1, 5, 10, 25), (0, 1, 2), 2.0**10  # of the paper's authors
@@ -150,7 +150,7 @@ class FewshotEvaluator:
         }  # fmt: skip
         self.result: FewshotResult | None = None  # of the last evaluation
 
-    def __call__(self, model: Mixer) -> dict[str, float]:
+    def __call__(self, model: Model) -> dict[str, float]:
         """The mean accuracy over the seeds, as ``fewshot_{name}_{shot}shot``."""
         model = full_model(model)  # a sharded one is gathered by its forward pass only
         check_channels(model.in_channels)

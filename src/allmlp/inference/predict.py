@@ -12,9 +12,9 @@ from allmlp.data.stores import Store
 from allmlp.data.transforms import check_channels, normalize
 from allmlp.device import Precision, autocast, current_device, device_errors, select_device, select_precision
 from allmlp.errors import UserError, naming_keywords, with_keywords
+from allmlp.factory import Model
 from allmlp.inference.batches import read_batches
 from allmlp.inference.images import ImageLike, list_images
-from allmlp.model import Mixer
 from allmlp.sizes import whole_number
 
 
@@ -152,7 +152,7 @@ def check_classifier(model: Classifier) -> None:
     check_channels(model.in_channels)
     if not model.num_classes:
         raise UserError("these weights have no head, only features: train one first (mixer finetune)")
-    if isinstance(model, Mixer) and not torch.count_nonzero(model.get_parameter("head.weight")):
+    if isinstance(model, Model) and not torch.count_nonzero(model.get_parameter("head.weight")):
         raise UserError(
             "the head of these weights is all zero, so every class would be equally probable: train it first "
             "(mixer finetune), or use model.features(images)"

@@ -6,7 +6,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from allmlp.config.recipe import Recipe
 from allmlp.data.dataset import DatasetSplits
-from allmlp.model import Mixer
+from allmlp.factory import Model
 
 
 class Majority(Protocol):
@@ -48,6 +48,6 @@ class RunResult(Generic[R]):
     recipe: Recipe
     summary: dict[str, Any]  # as in summary.json
     metrics: list[dict[str, float]]  # the records of metrics.jsonl
-    model: Mixer
+    model: Model
     data: DatasetSplits
     results: dict[str, R]  # "val" and "test", where the data has such a split

@@ -26,10 +26,9 @@ from allmlp.data.transforms import TrainingTransform
 from allmlp.distributed.context import SINGLE_PROCESS, DistributedContext
 from allmlp.distributed.parallelize import is_sharded
 from allmlp.errors import UserError
-from allmlp.factory import build_meta
+from allmlp.factory import Model, build_meta
 from allmlp.flops import cost
 from allmlp.metadata import Preprocessing
-from allmlp.model import Mixer
 from allmlp.runs.provenance import versions
 from allmlp.runs.records import Records
 from allmlp.runs.resume import fingerprint
@@ -47,6 +46,7 @@ from allmlp.training.step import InputPreparation, TrainingStep
 from allmlp.training.trainer import Cadence, Evaluator, Progress, Trainer, TrainingBatches
 from allmlp.weights.load import load
 from allmlp.weights.resize import resize
+from allmlp.zoo.model import require_batches
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ class Built(NamedTuple):
 def build(
     recipe: Recipe,
     data: DatasetSplits,
-    model: Mixer,
+    model: Model,
     device: torch.device,
     precision: torch.dtype,
     evaluators: Sequence[Evaluator],
@@ -82,11 +82,13 @@ def build(
         progress: shows the progress of the run.
 
     Raises:
+        UserError: micro-batches of one image, and the model has batch normalization.
         RunError: a batch that does not fit into memory, or a compiler that fails.
     """
     context, settings, images = preemption.context, recipe.optimization, len(data.splits["train"])
     steps, warmup_steps = run_lengths(settings, images)
     micro_batch_size = resolve_micro_batch_size(settings, context.world_size)
+    require_batches(model, micro_batch_size)
     ema = None if settings.ema_decay is None else EMA(model, settings.ema_decay)
     if settings.recompute:
         recompute_blocks(model)
@@ -167,7 +169,7 @@ def build_cadence(recipe: Recipe, steps: int, epochs_per_step: float) -> Cadence
     )
 
 
-def build_optimizer(settings: OptimizationRecipe, model: Mixer) -> torch.optim.Optimizer:
+def build_optimizer(settings: OptimizationRecipe, model: Model) -> torch.optim.Optimizer:
     if settings.optimizer == "sgd":
         return sgd(model, momentum=settings.momentum)
     return adamw(model, weight_decay=settings.weight_decay, beta1=settings.beta1, beta2=settings.beta2)
@@ -179,7 +181,7 @@ def build_mixing(data: DataRecipe) -> Mixing | None:
     return Mixing(mixup=data.mixup, cutmix=data.cutmix, group=data.mix_group_size)
 
 
-def build_training_transform(data: DataRecipe, model: Mixer) -> TrainingTransform:
+def build_training_transform(data: DataRecipe, model: Model) -> TrainingTransform:
     magnitude = data.randaugment
     return TrainingTransform(
         image_size=model.image_size,
@@ -195,7 +197,7 @@ def build_training_transform(data: DataRecipe, model: Mixer) -> TrainingTransfor
 def build_batches(
     recipe: Recipe,
     data: DatasetSplits,
-    model: Mixer,
+    model: Model,
     steps: int,
     steps_done: int = 0,
     context: DistributedContext = SINGLE_PROCESS,

@@ -19,7 +19,8 @@ from allmlp.device import autocast
 from allmlp.distributed.context import SINGLE_PROCESS, DistributedContext
 from allmlp.distributed.parallelize import replicate
 from allmlp.errors import RunError, printable
-from allmlp.model import Mixer, MlpBlock
+from allmlp.factory import Model
+from allmlp.model import MlpBlock
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +34,7 @@ _in_compiled_forward = False  # torch.compiler.is_exporting cannot tell: before 
 
 
 def compile_model(
-    model: Mixer,
+    model: Model,
     mode: Literal["auto", "on", "off"],
     *,
     batch_size: int,
@@ -101,7 +102,7 @@ def ensure_cache() -> None:
     log.warning("%s=%s cannot be written: compiled code is not kept for other runs", CACHE, printable(folder))
 
 
-def restore_eager(model: Mixer) -> None:
+def restore_eager(model: Model) -> None:
     """Gives all blocks their plain forward pass again, without compilation or recomputation."""
     remove_fast_mlps(model)
     for block in model.blocks:
@@ -124,7 +125,7 @@ class CompiledForward:
         return CompiledForward, (self.forward,)
 
 
-def compile_blocks(model: Mixer) -> None:
+def compile_blocks(model: Model) -> None:
     """Compiles each block; they share compiled code, unless their stochastic depth differs."""
     import torch._dynamo.config as settings
 
@@ -133,17 +134,17 @@ def compile_blocks(model: Mixer) -> None:
         block.forward = CompiledForward(block.forward)
 
 
-def install_fast_mlps(model: Mixer) -> None:
+def install_fast_mlps(model: Model) -> None:
     for mlp in mlp_blocks(model):
         mlp.forward = partial(fast_mlp, mlp)
 
 
-def remove_fast_mlps(model: Mixer) -> None:
+def remove_fast_mlps(model: Model) -> None:
     for mlp in mlp_blocks(model):
         mlp.__dict__.pop("forward", None)
 
 
-def mlp_blocks(model: Mixer) -> Iterator[MlpBlock]:
+def mlp_blocks(model: Model) -> Iterator[MlpBlock]:
     return (module for module in model.modules() if isinstance(module, MlpBlock))
 
 
@@ -183,7 +184,7 @@ def gelu_by_sigmoid(x: Tensor) -> Tensor:
     return x * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x))
 
 
-def warm_up(forward: Forward, model: Mixer, batch_size: int, device: torch.device, precision: torch.dtype) -> None:
+def warm_up(forward: Forward, model: Model, batch_size: int, device: torch.device, precision: torch.dtype) -> None:
     """Runs one forward and backward pass and discards the gradients."""
     images = torch.zeros(batch_size, model.in_channels, *model.image_size, device=device)
     keys = torch.zeros(batch_size, dtype=torch.long, device=device)

@@ -13,14 +13,15 @@ class EMA:
     """average = decay · average + (1 − decay) · weights after each step, starting from the weights of the first step.
 
     Args:
-        model: its parameters are averaged; if sharded, each shard by its process.
+        model: its parameters are averaged, and the statistics of batch normalization; if sharded, each shard by its
+            process.
         decay: share of the average that is kept at each step.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
-        self.parameters = dict(model.named_parameters())
+        self.weights = dict(model.named_parameters()) | dict(model.named_buffers())
         self.decay = decay
-        self.tensors = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self.tensors = {name: p.detach().clone() for name, p in self.weights.items()}
         self.started = False
 
     def update(self) -> None:
@@ -51,4 +52,4 @@ class EMA:
     def local_pairs(self) -> tuple[list[Tensor], list[Tensor]]:
         """This process's shards of the averages and of the weights."""
         averages = [local_shard(t) for t in self.tensors.values()]
-        return averages, [local_shard(p.detach()) for p in self.parameters.values()]
+        return averages, [local_shard(p.detach()) for p in self.weights.values()]

@@ -1,28 +1,51 @@
 """Memory of a training run: recomputed activations, the allocator's settings, peak usage, out-of-memory errors."""
 
+import contextlib
 import ctypes
 import functools
 import platform
 import sys
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 
 import torch
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from allmlp.device import device_errors
-from allmlp.model import Mixer
+from allmlp.factory import Model
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
-def recompute_blocks(model: Mixer) -> None:
+def recompute_blocks(model: Model) -> None:
     """Makes each block keep only its input for the backward pass, and compute the rest again there.
 
     A step takes about a third longer and needs the memory of one block's activations instead of all (Chen et al. 2016).
     The random masks of dropout and stochastic depth are the same both times.
     """
     for block in model.blocks:
-        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+        norms = [module for module in block.modules() if isinstance(module, nn.BatchNorm2d)]
+        contexts = {"context_fn": functools.partial(recomputation, norms)} if norms else {}
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, **contexts)
+
+
+def recomputation(norms: list[nn.BatchNorm2d]) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """The contexts of a block's forward pass and of its recomputation."""
+    return contextlib.nullcontext(), frozen_statistics(norms)
+
+
+@contextlib.contextmanager
+def frozen_statistics(norms: list[nn.BatchNorm2d]) -> Iterator[None]:
+    """Within the block, batch normalization leaves its running statistics: they have counted this batch already."""
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
 
 
 def keep_freed_memory() -> None:

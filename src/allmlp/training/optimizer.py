@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.sgd import sgd as update_sgd
 
 from allmlp.distributed.parallelize import is_sharded, local_shard
@@ -14,8 +14,8 @@ def adamw(model: nn.Module, *, weight_decay: float, beta1: float, beta2: float) 
 
     Its moments exist from the start, so that they can be saved and loaded before any step.
     """
-    kernels = [p for p in trainable(model) if p.ndim > 1]
-    others = [p for p in trainable(model) if p.ndim <= 1]
+    kernels = [p for name, p in model.named_parameters() if p.requires_grad and is_kernel(name, p)]
+    others = [p for name, p in model.named_parameters() if p.requires_grad and not is_kernel(name, p)]
     groups = [{"params": kernels, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(beta1, beta2), fused=fusible(kernels[0].device))
     for p in trainable(model):
@@ -53,6 +53,11 @@ class ShardedSGD(torch.optim.SGD):
                 found_inf=getattr(self, "found_inf", None),
                 **{key: group[key] for key in ("lr", "momentum", "weight_decay", "dampening", "nesterov", "maximize")},
             )
+
+
+def is_kernel(name: str, parameter: Tensor) -> bool:
+    """Whether weight decay acts on it: on the weights of dense layers and convolutions, not on embeddings or gains."""
+    return parameter.ndim > 1 and name.endswith("weight")
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:

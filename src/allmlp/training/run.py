@@ -15,8 +15,8 @@ from allmlp.device import current_device, device_errors, select_precision
 from allmlp.distributed.context import SINGLE_PROCESS, DistributedContext
 from allmlp.distributed.parallelize import shard
 from allmlp.errors import UserError
+from allmlp.factory import Model, describe_model
 from allmlp.files import to_json, write_text
-from allmlp.model import Mixer
 from allmlp.runs.folder import is_empty, locked, run_folder
 from allmlp.runs.provenance import current_commit, describe_device, versions
 from allmlp.runs.result import RunResult
@@ -35,7 +35,6 @@ from allmlp.training.memory import keep_freed_memory, peak_memory
 from allmlp.training.preemption import Preemption, deferred_signals
 from allmlp.training.trainer import Evaluator, Progress
 from allmlp.weights.native import save
-from allmlp.weights.published import variant_of
 
 log = logging.getLogger(__name__)
 
@@ -208,7 +207,7 @@ def find_start(
 
 
 def summarize(
-    recipe: Recipe, data: DatasetSplits, model: Mixer, built: Built, results: dict[str, Any], kept_step: int
+    recipe: Recipe, data: DatasetSplits, model: Model, built: Built, results: dict[str, Any], kept_step: int
 ) -> dict[str, Any]:
     """The content of summary.json, without the run's origin."""
     trainer, device, context = built.trainer, built.trainer.step.inputs.device, built.trainer.context
@@ -216,7 +215,7 @@ def summarize(
     images = steps * recipe.optimization.global_batch_size
     unreadable = trainer.batches.unreadable.names + [name for result in results.values() for name in result.unreadable]
     return {
-        "model": describe_model(model),
+        "model": describe_model(model.config),
         "started_from": recipe.model.weights,
         "parameters": sum(p.numel() for p in model.parameters()),
         "data": recipe.data.data,
@@ -245,10 +244,3 @@ def summarize(
         "unreadable_images": len(unreadable),
         "unreadable": unreadable,
     }
-
-
-def describe_model(model: Mixer) -> str:
-    sizes, variant = model.config, variant_of(model.config)
-    name = f"Mixer-{variant}" if variant else "Mixer"
-    patch = "×".join(map(str, sizes["patch_size"]))
-    return f"{name}: {sizes['num_blocks']} blocks, C {sizes['hidden_dim']}, patch {patch}"

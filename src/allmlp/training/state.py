@@ -8,7 +8,7 @@ from torch import Tensor
 
 from allmlp.checkpointing.checkpoint import read_tensors
 from allmlp.distributed.context import DistributedContext
-from allmlp.model import Mixer
+from allmlp.factory import Model
 from allmlp.runs.resume import Checkpoint
 from allmlp.training.ema import EMA
 from allmlp.training.optimizer_step import OptimizerStep
@@ -22,7 +22,7 @@ class TrainingState:
     """
 
     def __init__(
-        self, model: Mixer, optimizer_step: OptimizerStep, ema: EMA | None, identity: dict[str, Any] | None = None
+        self, model: Model, optimizer_step: OptimizerStep, ema: EMA | None, identity: dict[str, Any] | None = None
     ) -> None:
         self.model, self.optimizer_step, self.ema, self.identity = model, optimizer_step, ema, identity or {}
 
@@ -33,6 +33,7 @@ class TrainingState:
             named[f"model.{name}"] = p.detach()
             moments = self.optimizer_step.optimizer.state.get(p, {})
             named |= {f"optimizer.{name}.{key}": value for key, value in moments.items() if isinstance(value, Tensor)}
+        named |= {f"model.{name}": buffer for name, buffer in self.model.named_buffers()}
         if self.ema is not None:
             named |= {f"ema.{name}": tensor for name, tensor in self.ema.tensors.items()}
         return named

@@ -12,7 +12,7 @@ from allmlp.data.loader import Batch, UnreadableImages
 from allmlp.distributed.context import DistributedContext
 from allmlp.distributed.parallelize import full_model
 from allmlp.errors import RunError
-from allmlp.model import Mixer
+from allmlp.factory import Model
 from allmlp.runs.records import Records
 from allmlp.runs.resume import Checkpoint
 from allmlp.training.memory import memory_errors, peak_memory
@@ -47,7 +47,7 @@ class Evaluator(Protocol):
     def result(self) -> Any:
         """The complete result of the last call; None before the first."""
 
-    def __call__(self, model: Mixer) -> dict[str, float]:
+    def __call__(self, model: Model) -> dict[str, float]:
         """The metrics to log, the main one first."""
         ...
 
@@ -189,7 +189,7 @@ class Trainer:
                     self.select(model, name, value)
             self.export(model, "last.safetensors")
 
-    def select(self, model: Mixer, name: str, value: float) -> None:
+    def select(self, model: Model, name: str, value: float) -> None:
         """Exports the model if it is the best so far."""
         self.evaluations_since_best += 1
         if self.best is None or value > self.best[1]:
@@ -198,7 +198,7 @@ class Trainer:
         if self.stopped_early:
             log.info("stopped early: no improvement in %d evaluations", self.evaluations_since_best)
 
-    def export(self, model: Mixer, file: str, **provenance: Any) -> None:
+    def export(self, model: Model, file: str, **provenance: Any) -> None:
         if self.context.is_rank0:
             save(model, self.checkpoints.folder / file, step=self.steps_done, epoch=self.epoch, **provenance)
 
@@ -215,7 +215,7 @@ class Trainer:
                 f"or lengthen --warmup-steps; the weights of step {step - 1:.0f}, the last good one, are in {path}"
             )
 
-    def kept_model(self, which: Literal["last", "best"]) -> tuple[Mixer, int]:
+    def kept_model(self, which: Literal["last", "best"]) -> tuple[Model, int]:
         """The model that the run keeps and the step of its weights; the first evaluator's result is then for it."""
         if which == "last" or self.best is None or self.best[0] == self.steps_done:
             return full_model(self.state.model), self.steps_done

@@ -10,9 +10,12 @@ import torch
 from torch import Tensor
 
 from allmlp.errors import UserError
+from allmlp.factory import Model
 from allmlp.model import Mixer
+from allmlp.weights import timm_systems
 from allmlp.weights.layouts import AUTHORS, TIMM, Layout
 from allmlp.weights.native import PREFIX, make_header, save, saved_file, write
+from allmlp.zoo.model import ZooModel
 
 log = logging.getLogger(__name__)
 
@@ -20,7 +23,7 @@ Format = Literal["native", "npz", "timm"]
 ENDINGS = {"native": ".safetensors", "npz": ".npz", "timm": ".safetensors"}
 
 
-def save_as(model: Mixer, path: str | Path, to: Format) -> None:
+def save_as(model: Model, path: str | Path, to: Format) -> None:
     """Writes every tensor of a model, bit for bit, to a file in another format, atomically.
 
     Logs a warning that names what the format cannot store.
@@ -42,6 +45,8 @@ def save_as(model: Mixer, path: str | Path, to: Format) -> None:
     if to == "native":
         save(model, path)
     elif to == "npz":
+        if isinstance(model, ZooModel):
+            raise UserError(f"{path}: the authors' .npz layout is a Mixer's, and this is none: give --to timm")
         write_npz(model, path)
     else:
         write_timm(model, path)
@@ -54,10 +59,13 @@ def write_npz(model: Mixer, path: Path) -> None:
         np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
 
 
-def write_timm(model: Mixer, path: Path) -> None:
+def write_timm(model: Model, path: Path) -> None:
     """Writes timm's layout; timm ignores the header's config and metadata, by which ``load`` restores the model."""
-    warn_of_loss(model, TIMM, path)
-    tensors = tensors_in_layout(model, TIMM)
+    if isinstance(model, ZooModel):
+        tensors = system_in_timm(model)
+    else:
+        warn_of_loss(model, TIMM, path)
+        tensors = tensors_in_layout(model, TIMM)
     header = make_header(model.config, model.metadata, tensors)
     write(path, tensors, {"format": "pt"} | {PREFIX + key: text for key, text in header.items()})
 
@@ -68,6 +76,12 @@ def tensors_in_layout(model: Mixer, layout: Layout) -> dict[str, Tensor]:
         names[name]: layout.from_native(name, tensor.detach().cpu()).contiguous()
         for name, tensor in model.state_dict().items()
     }
+
+
+def system_in_timm(model: ZooModel) -> dict[str, Tensor]:
+    family = model.config["system"]
+    pairs = (timm_systems.from_native(family, name, tensor) for name, tensor in model.state_dict().items())
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in pairs}
 
 
 def as_array(tensor: Tensor) -> np.ndarray:

@@ -6,17 +6,18 @@ from dataclasses import replace
 from typing import Any
 
 from allmlp.errors import UserError, printable
+from allmlp.factory import Model
 from allmlp.metadata import Metadata, Preprocessing
-from allmlp.model import Mixer
 from allmlp.weights.containers import Container
 from allmlp.weights.hub import WeightsFile
 from allmlp.weights.layouts import TIMM, Layout
 from allmlp.weights.published import CHECKPOINTS, MIIL, MIIL_CLASSES, PublishedCheckpoint, candidates, class_names
+from allmlp.zoo.model import ZooModel
 
 log = logging.getLogger(__name__)
 
 
-def foreign_metadata(container: Container, file: WeightsFile, layout: Layout, model: Mixer) -> Metadata:
+def foreign_metadata(container: Container, file: WeightsFile, layout: Layout, model: Model) -> Metadata:
     """Metadata from the hub's config.json if there is one, else from the published checkpoint or the layout.
 
     Logs a warning where the preprocessing is an assumption.
@@ -51,6 +52,32 @@ def foreign_metadata(container: Container, file: WeightsFile, layout: Layout, mo
             name,
         )
     return Metadata(classes=classes, preprocessing=preprocessing, provenance={"source": source})
+
+
+def system_metadata(container: Container, file: WeightsFile, model: ZooModel) -> Metadata:
+    """Metadata for a comparison system in timm's layout: from the hub's config.json, else assumed, with a warning."""
+    source = {"file": container.path.name, "layout": TIMM.title, "publisher": "timm"}
+    classes, preprocessing = class_names(model.num_classes), TIMM.preprocessing
+    if file.config:
+        labels = label_names(file.config)
+        classes = labels if labels and len(labels) == model.num_classes else classes
+        preprocessing = timm_preprocessing(file.config, preprocessing, model.in_channels)
+    else:
+        log.warning(
+            "%s does not say how pixels were normalized: [−1, 1] is assumed, as for ViT and BiT (to change it: mixer "
+            "convert --mean --std)",
+            printable(str(container.path.name)),
+        )
+    return Metadata(classes=classes, preprocessing=preprocessing, provenance={"source": source})
+
+
+def input_size(config: dict[str, Any]) -> tuple[int, int] | None:
+    """(height, width) of the images in timm's config.json; None where it does not say."""
+    pretrained = config.get("pretrained_cfg")
+    size = pretrained.get("input_size") if isinstance(pretrained, dict) else None
+    if not isinstance(size, list) or len(size) != 3 or not all(isinstance(n, int) and n > 0 for n in size):
+        return None
+    return size[1], size[2]
 
 
 def identify_checkpoint(container: Container, file: WeightsFile, layout: Layout) -> PublishedCheckpoint | None:

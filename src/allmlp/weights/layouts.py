@@ -217,18 +217,18 @@ def is_square(number: int) -> bool:
 
 
 def expected_shapes(config: Mapping[str, Any], tensors: int, file_name: str) -> dict[str, tuple[int, ...]]:
-    """The native names and shapes of the tensors of a Mixer with this config, without allocating them.
+    """The native names and shapes of the tensors of a model with this config, without allocating them.
 
     Args:
-        config: the arguments of ``Mixer``.
+        config: the arguments of ``Mixer`` or ``ZooModel``.
         tensors: how many tensors the file has; a file that claims more blocks is refused before they are built.
         file_name: named in messages.
 
     Raises:
-        UserError: no Mixer can have this config.
+        UserError: no model can have this config.
     """
     try:
-        if config["num_blocks"] > tensors:
+        if config.get("num_blocks", 0) > tensors:
             raise ValueError(f"{config['num_blocks']} blocks in {tensors} tensors")
         return {name: tuple(tensor.shape) for name, tensor in build_meta(config).state_dict().items()}
     except (ValueError, TypeError, KeyError, RuntimeError, OverflowError) as error:

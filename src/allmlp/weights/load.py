@@ -1,8 +1,8 @@
-"""``load`` for any Mixer's weights: the format is recognized by content, and every tensor must be accounted for."""
+"""``load`` for any weights: the format is recognized by content, and every tensor must be accounted for."""
 
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,26 +11,27 @@ import torch
 from torch import Tensor
 
 from allmlp.errors import UserError, printable
-from allmlp.factory import build_meta
+from allmlp.factory import Model, build_meta
 from allmlp.files import as_path
-from allmlp.model import Mixer
 from allmlp.sizes import Size, as_pair
-from allmlp.weights import layouts, native
-from allmlp.weights.containers import Container, open_container, require_floats
-from allmlp.weights.foreign_metadata import foreign_metadata
+from allmlp.weights import layouts, native, timm_systems
+from allmlp.weights.containers import Container, TensorInfo, open_container, require_floats
+from allmlp.weights.foreign_metadata import foreign_metadata, input_size, system_metadata
 from allmlp.weights.hub import HUB_PREFIX, WeightsFile, download
 from allmlp.weights.local import find_weights, read_config
 from allmlp.weights.prefixes import without_prefix
+from allmlp.zoo.model import ZooModel
 
 log = logging.getLogger(__name__)
 
 
-def load(path: str | Path, *, image_size: Size | None = None, in_channels: int | None = None) -> Mixer:
-    """Reads a Mixer from a weights file: in evaluation mode, on the CPU, with its ``metadata``.
+def load(path: str | Path, *, image_size: Size | None = None, in_channels: int | None = None) -> Model:
+    """Reads a model from a weights file: in evaluation mode, on the CPU, with its ``metadata``.
 
     It reads native safetensors; the authors' ``.npz`` in both layouts, bare or below ``params/`` or ``opt/target/``;
     state dicts with timm's, lucidrains', mmpretrain's or native names, below any one prefix, alone or in a training
-    checkpoint, as safetensors, ``.pt`` or ``.pth``. A folder stands for the weights in it: of a run, or copied from the
+    checkpoint, as safetensors, ``.pt`` or ``.pth``. Of the comparison systems, native files and timm's ViT, BiT (ResNet
+    v2), NFNet and EfficientNet. A folder stands for the weights in it: of a run, or copied from the
     hub. Sizes come from the shapes. GELU, LayerNorm's ε and preprocessing come from native metadata, or timm's
     config.json on the hub or beside the file, else they are the layout's defaults. Tensors of 16 bits become float32,
     except in files that this package saved.
@@ -38,7 +39,8 @@ def load(path: str | Path, *, image_size: Size | None = None, in_channels: int |
     Args:
         path: a file, a folder with weights, or "hf-hub:OWNER/NAME", "hf-hub:OWNER/NAME@REVISION" on the Hugging Face
             hub.
-        image_size: size that the weights were trained at, in pixels; needed if the grid of patches is not square.
+        image_size: size that the weights were trained at, in pixels; needed if the grid of patches is not square, and
+            where a convolutional network's file does not say it.
         in_channels: number of channels of the images; needed if a flat stem (lucidrains') leaves it ambiguous.
 
     Raises:
@@ -66,7 +68,7 @@ def load(path: str | Path, *, image_size: Size | None = None, in_channels: int |
     return model.requires_grad_(True).eval()
 
 
-def read_foreign(container: Container, file: WeightsFile, image_size: Size | None, in_channels: int | None) -> Mixer:
+def read_foreign(container: Container, file: WeightsFile, image_size: Size | None, in_channels: int | None) -> Model:
     """A model from tensors in one of the layouts; all shapes are checked before a tensor is read."""
     file_name = container.name
     unwrapped = unwrap(container.infos, file_name)
@@ -75,6 +77,8 @@ def read_foreign(container: Container, file: WeightsFile, image_size: Size | Non
     if ignored := [*container.ignored, *sorted(set(container.infos) - set(stored_names.values()))]:
         log.info("%s: ignored, not weights of the model: %s", file_name, printable(layouts.shortened(ignored)))
     detected = layouts.detect_layout(infos)
+    if detected is None and (family := timm_systems.detect_family(shapes_of(infos))):
+        return read_system(container, file, family, stored_names, image_size)
     if detected is None:
         raise UserError(
             f"{file_name} holds {len(infos)} tensors, but no token mixing of a Mixer, below no prefix either (its "
@@ -118,6 +122,43 @@ def read_foreign(container: Container, file: WeightsFile, image_size: Size | Non
     model.load_state_dict(tensors, assign=True)
     model.metadata = metadata or foreign_metadata(container, file, layout, model)
     return model
+
+
+def read_system(
+    container: Container, file: WeightsFile, family: str, stored_names: Mapping[str, str], image_size: Size | None
+) -> ZooModel:
+    """A comparison system from tensors with timm's names; all shapes are checked before a tensor is read."""
+    infos = {
+        name: container.infos[stored]
+        for name, stored in stored_names.items()
+        if not name.endswith(timm_systems.COUNTER)
+    }
+    require_floats(infos, container.name)
+    published_size = input_size(file.config)
+    config, metadata = native.embedded_header(container) or (None, None)
+    if config is None:
+        size = image_size or published_size
+        config = timm_systems.infer_system(family, shapes_of(infos), size, container.name)
+    check_arguments(config, image_size, None, container.name)
+    names = timm_systems.native_names(family, shapes_of(infos))
+    expected = layouts.expected_shapes(config, len(infos), container.name)
+    shapes = {ours: timm_systems.native_shape(ours, infos[theirs].shape) for theirs, ours in names.items()}
+    stored = {ours: theirs for theirs, ours in names.items()}
+    layouts.check_shapes(expected, shapes, (), stored, f"{container.name} (timm's layout)")
+    tensors: dict[str, Tensor] = {}
+    for theirs, ours in names.items():
+        tensor = timm_systems.to_native(ours, container.read(stored_names[theirs]))
+        tensors[ours] = tensor.to(tensor.dtype if metadata else torch.float32).contiguous()
+        native.check_finite(tensors[ours], theirs, container.name)
+    model = build_meta(config)
+    assert isinstance(model, ZooModel)
+    model.load_state_dict(tensors, assign=True)
+    model.metadata = metadata or system_metadata(container, file, model)
+    return model
+
+
+def shapes_of(infos: Mapping[str, TensorInfo]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(info.shape) for name, info in infos.items()}
 
 
 def unwrap(names: Iterable[str], file_name: str) -> dict[str, str]:

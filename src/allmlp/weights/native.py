@@ -1,7 +1,8 @@
 """The native format: a safetensors file whose header holds everything that is needed to predict.
 
-Header keys: ``format`` ("allmlp"), ``version``, ``config`` (the arguments of ``Mixer``), ``metadata`` (classes,
-preprocessing, provenance) and ``sha256`` over all of these and every tensor, so that loading detects a changed byte.
+Header keys: ``format`` ("allmlp"), ``version``, ``config`` (the arguments of ``Mixer`` or ``ZooModel``), ``metadata``
+(classes, preprocessing, provenance) and ``sha256`` over all of these and every tensor, so that loading detects a
+changed byte.
 Files of the earlier version can be loaded too: their format is "mlp-mixer", and their metadata's key is ``card``.
 """
 
@@ -22,25 +23,25 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from allmlp.errors import RunError, UserError, brief, printable, reason, remedy
-from allmlp.factory import as_mixer, build_meta
+from allmlp.factory import Model, as_model, build_meta
 from allmlp.files import as_path, atomic_write, to_json
 from allmlp.metadata import Metadata, Preprocessing
-from allmlp.model import Mixer
 from allmlp.sizes import as_pair
 from allmlp.weights.containers import Container, require_floats
 from allmlp.weights.layouts import check_shapes, expected_shapes, not_a_mixer
 
 FORMAT, VERSION = "allmlp", "1"
 EARLIER_FORMAT = "mlp-mixer"
+PAIRS = ("image_size", "patch_size")  # (height, width) in the configuration of a Mixer
 PREFIX = "allmlp."  # marks these keys in the header of a file in timm's layout
 EARLIER_PREFIX = "mlp_mixer."
 
 
-def save(model: Mixer, path: str | Path, classes: Sequence[str] | None = None, **provenance: Any) -> None:
+def save(model: Model, path: str | Path, classes: Sequence[str] | None = None, **provenance: Any) -> None:
     """Writes a model's weights and metadata to a file in the native format, atomically.
 
     Args:
-        model: a Mixer with its ``metadata``.
+        model: a Mixer or comparison system with its ``metadata``.
         path: a file name ending in ``.safetensors``; an existing file is replaced.
         classes: class names in the order of the logits; by default the metadata's.
         provenance: JSON values on where the weights come from, added to the metadata's.
@@ -50,7 +51,7 @@ def save(model: Mixer, path: str | Path, classes: Sequence[str] | None = None, *
             ending, or a folder that does not exist.
         RunError: the disk is full.
     """
-    model, path = as_mixer(model), as_path("path", path)
+    model, path = as_model(model), as_path("path", path)
     if path.suffix != ".safetensors":
         raise UserError(f"{path}: weights are saved as .safetensors: give a file name with that ending")
     if not path.parent.is_dir():
@@ -103,7 +104,7 @@ def saved_file(path: Path) -> Iterator[Path]:
         raise RunError(f"{path} cannot be written ({reason(cause)}): {remedy(cause, 'save elsewhere')}") from None
 
 
-def read(container: Container) -> Mixer:
+def read(container: Container) -> Model:
     """The model in a file that ``save`` wrote.
 
     Raises:
@@ -168,10 +169,11 @@ def metadata_key(header: Mapping[str, str]) -> str:
 
 
 def parse(header: Mapping[str, str], path: str) -> tuple[dict[str, Any], Metadata]:
-    """The arguments of ``Mixer`` and the metadata; a UserError if the header's JSON is not valid."""
+    """The model's configuration and the metadata; a UserError if the header's JSON is not valid."""
     try:
         config, metadata = json.loads(header["config"]), parse_metadata(json.loads(header[metadata_key(header)]))
-        config |= {key: as_pair(config[key]) for key in ("image_size", "patch_size")}
+        config = {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}
+        config |= {key: as_pair(config[key]) for key in (PAIRS if "system" not in config else PAIRS[:1])}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise not_a_mixer(path, error) from None
     return config, metadata

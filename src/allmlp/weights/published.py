@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from allmlp.metadata import Preprocessing
-from allmlp.variants import VARIANTS
+from allmlp.variants import variant_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,16 +76,6 @@ SYNSETS = {
     21843: "imagenet21k_goog_synsets.txt",
     MIIL_CLASSES: "imagenet21k_miil_synsets.txt",
 }
-
-
-def variant_of(config: Mapping[str, Any]) -> str | None:
-    """The name of these sizes in Table 1, or "S/8" (which GSAM published); None for other sizes."""
-    (height, width), patch = config["image_size"], config["patch_size"]
-    for name, sizes in (VARIANTS | {"S/8": VARIANTS["S/16"] | {"patch_size": 8}}).items():
-        same = all(config[key] == value for key, value in sizes.items() if key != "patch_size")
-        if same and patch == (sizes["patch_size"],) * 2 and height == width:
-            return name
-    return None
 
 
 def candidates(config: Mapping[str, Any], authors: bool) -> list[PublishedCheckpoint]:

@@ -7,18 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from allmlp.errors import RunError, UserError, brief, printable
-from allmlp.factory import as_mixer, build_meta
+from allmlp.factory import Model, as_model, build_meta, describe_model, is_zoo, name_of
 from allmlp.flops import cost
-from allmlp.model import Mixer
 from allmlp.weights.hub import first_line, import_huggingface_hub
 from allmlp.weights.native import save
-from allmlp.weights.published import variant_of
 
 NOT_RECORDED = "not recorded"
 
 
 def push_to_hub(
-    model: Mixer,
+    model: Model,
     repo: str,
     *,
     license: str,
@@ -40,7 +38,7 @@ def push_to_hub(
         UserError: an unknown owner, or no permission to write to the repository.
         RunError: the hub cannot be reached.
     """
-    model = as_mixer(model)
+    model = as_model(model)
     if not isinstance(repo, str):
         raise UserError(f"repo = {brief(repo)}: give OWNER/NAME")
     hub = import_huggingface_hub()
@@ -72,12 +70,12 @@ def score_row(provenance: Mapping[str, Any], split: str, top1: float) -> str:
     return f"{split} top-1: {top1:.4f}{beside}"
 
 
-def model_card(model: Mixer, repo: str, license: str) -> str:
+def model_card(model: Model, repo: str, license: str) -> str:
     """The repository's README.md: YAML metadata for the hub, then the same in words."""
     hub = import_huggingface_hub()
     provenance, num_classes = model.metadata.provenance, model.num_classes
-    variant = variant_of(model.config)
-    name = f"Mixer-{variant}" if variant else "MLP-Mixer"
+    mixer = not is_zoo(model.config)
+    name = name_of(model.config) or ("MLP-Mixer" if mixer else describe_model(model.config).partition(":")[0])
     data = provenance.get("data") or section(section(provenance, "recipe"), "data").get("data")
     scores = {split: provenance.get(f"{split}_top1") for split in ("val", "test")}
     scores = {split: float(score) for split, score in scores.items() if isinstance(score, int | float)}
@@ -97,7 +95,7 @@ def model_card(model: Mixer, repo: str, license: str) -> str:
         license=license,
         library_name="allmlp",
         pipeline_tag="image-classification" if num_classes else "image-feature-extraction",
-        tags=["mlp-mixer", *(["image-classification"] if num_classes else [])],
+        tags=["mlp-mixer" if mixer else model.config["system"], *(["image-classification"] if num_classes else [])],
         model_name=repo.rpartition("/")[2],
         eval_results=results or None,
     )
@@ -113,7 +111,8 @@ def model_card(model: Mixer, repo: str, license: str) -> str:
         "Recipe": recipe_rows(provenance),
     }
     body = "\n\n".join(f"## {title}\n\n" + "\n".join(f"- {row}" for row in rows) for title, rows in sections.items())
-    about = f"An MLP-Mixer ([arXiv:2105.01601](https://arxiv.org/abs/2105.01601)). License of the weights: {license}."
+    about = "An MLP-Mixer ([arXiv:2105.01601](https://arxiv.org/abs/2105.01601))" if mixer else f"A {name}"
+    about += f". License of the weights: {license}."
     usage = usage_example(repo, has_head=num_classes > 0)
     return f"---\n{metadata.to_yaml()}\n---\n\n# {name}\n\n{about}\n\n## How to load\n\n{usage}\n\n{body}\n"
 
@@ -129,14 +128,17 @@ def usage_example(repo: str, has_head: bool) -> str:
     return "\n".join(["```python", *lines, "```", "", f"or {command}."])
 
 
-def model_rows(model: Mixer, name: str) -> list[str]:
+def model_rows(model: Model, name: str) -> list[str]:
     config, view, counted = model.config, model.metadata.preprocessing, cost(build_meta(model.config))
-    keys = ("num_blocks", "hidden_dim", "tokens_mlp_dim", "channels_mlp_dim")
-    sizes = ", ".join(f"{key} {config[key]}" for key in keys)
+    if is_zoo(config):
+        sizes = describe_model(config).partition(": ")[2]
+    else:
+        keys = ("num_blocks", "hidden_dim", "tokens_mlp_dim", "channels_mlp_dim")
+        patch = " × ".join(map(str, config["patch_size"]))
+        sizes = f"patches of {patch} px; {', '.join(f'{key} {config[key]}' for key in keys)}; {config['gelu']} GELU"
     return [
         f"{name}, {counted.parameters:,} parameters, {counted.macs / 1e9:.3g} GMAC per image",
-        f"Resolution: {model.image_size[0]} × {model.image_size[1]} px, patches of "
-        f"{model.patch_size[0]} × {model.patch_size[1]} px; {sizes}; {config['gelu']} GELU",
+        f"Resolution: {model.image_size[0]} × {model.image_size[1]} px, {sizes}",
         f"Classes: {model.num_classes or 'none, features only'}",
         f"Input: {view.crop} crop, ratio {view.crop_ratio:g}, {view.interpolation}; mean {view.mean}, std {view.std}",
     ]

@@ -15,9 +15,9 @@ from allmlp.errors import UserError, printable
 from allmlp.files import to_json
 
 if TYPE_CHECKING:
-    from allmlp.model import Mixer
+    from allmlp.factory import Model
 
-DESCRIPTION = """Prints what a variant of Table 1 costs, or what weights contain and cost, and what a resize would add.
+DESCRIPTION = """Prints what a model costs, or what weights contain and cost, and what a resize would add.
 
 example: mixer info Mixer-B_16.npz --image-size 448"""
 
@@ -26,42 +26,43 @@ example: mixer info Mixer-B_16.npz --image-size 448"""
 @help_from_docstrings
 class Arguments:
     model: tyro.conf.Positional[str]
-    """S/32, S/16, B/32, B/16, L/32, L/16, H/14, a weights file, or hf-hub:OWNER/NAME."""
+    """S/32, S/16, B/32, B/16, L/32, L/16, H/14, a comparison system (ViT-B/16, BiT-R50x1, …), a weights file, or
+    hf-hub:OWNER/NAME."""
     image_size: tuple[int, ...] = ()
-    """In pixels, one number, or height and width; by default 224, or that of the weights, which are resized."""
+    """In pixels, one number, or height and width; by default that of the name, or of the weights, which are resized."""
     num_classes: int | None = None
-    """Number of classes of a variant's head; by default 1000."""
+    """Number of classes of the head of a model by name; by default 1000."""
     json: bool = False
     """Print one JSON object."""
 
 
 def run(args: Sequence[str]) -> None:
     arguments = parse(Arguments, args, command="info", description=DESCRIPTION)
-    from allmlp.factory import build_meta
+    from allmlp.factory import build_meta, name_of, resized_config
     from allmlp.flops import cost
-    from allmlp.resolution import resized_config
 
     model = load_weights(arguments.model)
-    before = dict(model.config) if model else variant_config(arguments.model)
+    size = height_and_width(arguments.image_size) if arguments.image_size else None
     if arguments.num_classes is not None and model:
         raise UserError(f"--num-classes {arguments.num_classes}: {arguments.model} has its own head: leave it out")
-    if arguments.num_classes is not None:
-        before["num_classes"] = arguments.num_classes
-    after = resized_config(before, height_and_width(arguments.image_size)) if arguments.image_size else before
-    # a variant is created at this size, and so keeps Table 1's D_S; weights are resized
-    config = after if model else before | {"image_size": after["image_size"]}
+    before = dict(model.config) if model else config_by_name(arguments.model, None, arguments.num_classes)
+    config = before
+    if size is not None:  # a name is created at this size, and so keeps Table 1's D_S; weights are resized
+        config = resized_config(before, size) if model else config_by_name(arguments.model, size, arguments.num_classes)
     found: dict[str, Any] = {"model": arguments.model, **asdict(cost(build_meta(config))), **config}
-    found |= {"variant": model and variant_name(model), **(describe_weights(model) if model else {})}
-    if after["image_size"] != before["image_size"]:
-        found["resize"] = compare_costs(before, after)
+    found |= {"variant": model and name_of(model.config), **(describe_weights(model) if model else {})}
+    if config["image_size"] != before["image_size"]:
+        found["resize"] = compare_costs(before, resized_config(before, config["image_size"]))
+    if not model and (note := system_note(arguments.model)):
+        found["note"] = note
     if arguments.json:
         print(to_json(found))
     else:
         print_info(found, config)
 
 
-def load_weights(name: str) -> "Mixer | None":
-    """The model in a weights file or on the hub; None if this is the name of a variant."""
+def load_weights(name: str) -> "Model | None":
+    """The model in a weights file or on the hub; None if this is the name of a variant or comparison system."""
     from allmlp.weights.load import load
 
     endings = (".safetensors", ".npz", ".pt", ".pth", ".bin")
@@ -69,30 +70,36 @@ def load_weights(name: str) -> "Mixer | None":
     return load(name) if is_file else None
 
 
-def variant_config(name: str) -> dict[str, Any]:
-    """The arguments of ``Mixer`` for a variant of Table 1, as the paper pre-trains it."""
+def config_by_name(name: str, image_size: tuple[int, int] | None, num_classes: int | None) -> dict[str, Any]:
+    """The configuration of a variant of Table 1 or a comparison system, as it is created."""
     import torch
 
     from allmlp.factory import create
 
     with torch.device("meta"):
-        return dict(create(name).config)
+        model = create(name, image_size=image_size, num_classes=1000 if num_classes is None else num_classes)
+    return dict(model.config)
 
 
-def variant_name(model: "Mixer") -> str | None:
-    from allmlp.weights.published import variant_of
+def system_note(name: str) -> str:
+    """Where a comparison system comes from, and what the literature leaves open about it; "" for a Mixer."""
+    from allmlp.factory import resolve_name
+    from allmlp.zoo.systems import SYSTEMS
 
-    return variant_of(model.config)
+    system = SYSTEMS.get(resolve_name(name))
+    return "; ".join(filter(None, (system.source, system.note))) if system else ""
 
 
-def describe_weights(model: "Mixer") -> dict[str, Any]:
+def describe_weights(model: "Model") -> dict[str, Any]:
     """The metadata of the weights, whether their head is all zero, and the published files that they may be."""
+    from allmlp.factory import is_zoo
     from allmlp.weights.published import candidates
 
     source = model.metadata.provenance.get("source")
     source = source if isinstance(source, dict) else {}
     published_as, publisher = source.get("known_as"), source.get("publisher")
-    possible = candidates(model.config, authors=publisher == "authors") if publisher else []
+    known = publisher and not is_zoo(model.config)
+    possible = candidates(model.config, authors=publisher == "authors") if known else []
     named = [asdict(one) for one in possible if published_as in (None, one.file)]
     head_is_zero = not model.get_parameter("head.weight").any().item() if model.config["num_classes"] else None
     return {**asdict(model.metadata), "head_is_zero": head_is_zero, "may_be": named}
@@ -100,13 +107,15 @@ def describe_weights(model: "Mixer") -> dict[str, Any]:
 
 def print_info(found: dict[str, Any], config: dict[str, Any]) -> None:
     height, width = config["image_size"]
-    variant = f" (Mixer-{found['variant']})" if found.get("variant") else ""
+    variant = f" ({found['variant']})" if found.get("variant") else ""
     print(f"{printable(found['model'])}{variant} at {height} × {width} px, {config['num_classes']} classes")
     print(f"  parameters         {found['parameters']:>15,}")
     print(f"  MACs per image     {found['macs']:>15,}   ({found['macs'] / 1e9:.3g} G; FLOPs are twice that)")
     activations = f"{found['activation_bytes']:>15,}   bytes per image, stored for the backward pass, float32"
     print(f"  activations        {activations}")
     print("  " + ", ".join(f"{key} {config[key]}" for key in config if key not in ("image_size", "num_classes")))
+    if "note" in found:
+        print(f"  {found['note']}")
     if "resize" in found:
         print_comparison(found["resize"])
     if found.get("head_is_zero"):
