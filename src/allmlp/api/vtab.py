@@ -14,9 +14,9 @@ from allmlp.data.sources import hold_out, walk_once
 from allmlp.distributed.context import SINGLE_PROCESS, DistributedContext
 from allmlp.errors import UserError
 from allmlp.evaluation.vtab import ALL, vtab_means
+from allmlp.factory import resized_config
 from allmlp.files import to_json, write_text
 from allmlp.recipes.vtab import Schedule, vtab
-from allmlp.resolution import resized_config
 from allmlp.runs.folder import is_empty
 from allmlp.runs.resume import check_resumable
 from allmlp.training.build import image_size, load_data
