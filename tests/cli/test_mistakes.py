@@ -48,7 +48,7 @@ MISTAKES = {  # command → what the message names
     "info page.safetensors ": ("web page", "download"),
     "train --data data --out taken": ("taken", "exists", "--out"),
     # names that do not exist
-    "xyzzy": ("'xyzzy'", "train, finetune, status, evaluate, fewshot, vtab, predict, data, info, resize, convert"),
+    "xyzzy": ("'xyzzy'", "train, finetune, status, evaluate, fewshot, vtab, predict, data, bench, info, resize, convert"),
     "trian": ("'trian'", "did you mean train?", "mixer --help"),
     "train digitz": ("'digitz'", "did you mean digits"),
     "train --data digitz": ("'digitz'", "did you mean digits?"),
