@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 import allmlp
+from allmlp.cli import COMMANDS
 
 TWO = "train --nnodes 2 --rdzv-endpoint"
 FINETUNE = "finetune w.safetensors --data data"
@@ -48,7 +49,10 @@ MISTAKES = {  # command → what the message names
     "info page.safetensors ": ("web page", "download"),
     "train --data data --out taken": ("taken", "exists", "--out"),
     # names that do not exist
-    "xyzzy": ("'xyzzy'", "train, finetune, status, evaluate, fewshot, vtab, predict, data, bench, info, resize, convert"),
+    "xyzzy": (
+        "'xyzzy'",
+        f"there are {', '.join(COMMANDS)}",
+    ),
     "trian": ("'trian'", "did you mean train?", "mixer --help"),
     "train digitz": ("'digitz'", "did you mean digits"),
     "train --data digitz": ("'digitz'", "did you mean digits?"),

@@ -24,6 +24,7 @@ from allmlp.training.optimizer import adamw
 from allmlp.training.optimizer_step import OptimizerStep
 from allmlp.training.step import InputPreparation, TrainingStep
 from allmlp.weights.load import load
+from allmlp.weights.named import NAMED
 from allmlp.weights.resize import resize
 from allmlp.zoo.model import require_batches
 
@@ -75,7 +76,8 @@ def bench(
 
 def is_weights(name: str) -> bool:
     """Whether this names trained weights; else a model without any."""
-    return Path(name).exists() or name.startswith("hf-hub:") or Path(name).suffix in (".safetensors", ".npz", ".pth")
+    endings = (".safetensors", ".npz", ".pt", ".pth", ".bin")
+    return Path(name).exists() or name.startswith("hf-hub:") or Path(name).suffix in endings or name.lower() in NAMED
 
 
 def config_of(name: str, image_size: Size | None) -> dict[str, Any]:
