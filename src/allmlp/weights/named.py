@@ -149,7 +149,7 @@ def advise_to_finetune(images: int, data: str, image_size: int) -> str:
         return ""
     weights = NAMED["mixer-b16-in21k"]
     return (
-        f"{images:,} training images are few to start from nothing with; starting from published weights is far better: "
+        f"{images:,} training images are few to start from nothing; starting from published weights is far better: "
         f"mixer finetune {weights.name} --data {shlex.quote(data)} (downloads {weights.megabytes} MB)"
     )
 
