@@ -119,6 +119,8 @@ class ModelSubject:
     def wait(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+        elif self.device.type == "mps":
+            torch.mps.synchronize()
 
     @property
     def loaded(self) -> Model:
