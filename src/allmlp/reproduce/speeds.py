@@ -5,9 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
-
-from allmlp.device import Precision, select_device, select_precision
+from allmlp.device import Precision, select_device
 from allmlp.errors import UserError
 from allmlp.factory import Model
 from allmlp.reproduce.systems import build
@@ -60,8 +58,8 @@ def measure_speeds(
     needed = MIN_SECONDS * len(configs)
     if options.budget_seconds < needed:
         raise UserError(
-            f"--budget {options.budget_seconds:g}s is too small for {len(configs)} models: give at least {needed:.0f}s, "
-            "fewer --models, or --no-measure"
+            f"--budget {options.budget_seconds:g}s is too small for {len(configs)} models: give at least "
+            f"{needed:.0f}s, fewer --models, or --no-measure"
         )
     select_device(options.device)
     models = {name: partial(build, config) for name, config in configs.items()}
