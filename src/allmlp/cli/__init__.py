@@ -24,6 +24,7 @@ COMMANDS = {
     "vtab": "fine-tune on each task of VTAB-1k, and the means of its groups and of all 19",
     "predict": "labels and probabilities for image files, folders and zips",
     "data": "what is in a data set: classes, sizes, duplicates; and which images are in test sets too",
+    "reproduce": "the paper's tables and figures, with our numbers beside the published ones",
     "info": "parameters, FLOPs and memory of a variant, or the contents of a weights file",
     "resize": "convert weights to another image size",
     "convert": "convert weights to another format: allmlp's, the authors' .npz, timm's",

@@ -9,7 +9,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -209,8 +208,5 @@ def growth(before: Mapping[str, Any], after: Mapping[str, Any], key: str) -> flo
 
 def time_exponents(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """The growth of the time between the two largest numbers of patches, by kind."""
-    last = {}
-    for kind in KINDS:
-        mine = [row for row in rows if row["kind"] == kind.key]
-        last |= {kind.key: growth(first, second, "seconds") for first, second in list(pairwise(mine))[-1:]}
-    return last
+    mine = {kind.key: [row for row in rows if row["kind"] == kind.key] for kind in KINDS}
+    return {key: growth(found[-2], found[-1], "seconds") for key, found in mine.items() if len(found) > 1}

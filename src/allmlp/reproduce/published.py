@@ -12,8 +12,8 @@ IMAGES: Mapping[str, int] = MappingProxyType({IMAGENET: 1_281_167, IMAGENET21K: 
 """Training images: of ILSVRC2012; of ImageNet-21k and JFT-300M as the paper rounds them (Section 3)."""
 PRETRAINING_SIZE = 224  # pixels, Section 3: "We pre-train all models at resolution 224"
 
-# Rows of Table 2: our name, and the pixels that its ImageNet accuracy is for. Table 2 says only that Mixer's are 448, and
-# footnote 2 that all are 448 and above. Table 3 has the sizes of ViT and BiT; the others are from their own papers.
+# Rows of Table 2: our name, and the pixels that its ImageNet accuracy is for. Table 2 says only that Mixer's are 448,
+# and footnote 2 that all are 448 and above. Table 3 has the sizes of ViT and BiT; the others are from their own papers.
 TABLE_2: Mapping[str, tuple[str, int]] = MappingProxyType(
     {
         "HaloNet": ("HaloNet-H4", 512),

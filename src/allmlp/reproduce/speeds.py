@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from allmlp.device import Precision, select_device
+from allmlp.device import Precision, select_device, select_precision
 from allmlp.errors import UserError
 from allmlp.factory import Model
 from allmlp.reproduce.systems import build
@@ -64,3 +64,28 @@ def measure_speeds(
     select_device(options.device)
     models = {name: partial(build, config) for name, config in configs.items()}
     return (measure or measure_throughput)(models, trained, options)
+
+
+def measure_throughput(models: Models, trained: frozenset[str], options: SpeedOptions) -> dict[str, Speed]:
+    """The best throughput of a sweep over batch sizes, and the speed of training of the models in ``trained``."""
+    from allmlp.throughput.measure import measure
+
+    device = select_device(options.device)
+    found = measure(
+        models,
+        device=device,
+        precision=select_precision(options.precision, device),
+        budget_seconds=options.budget_seconds,
+        latency=False,
+        on_progress=options.on_progress,
+    )
+    return {
+        one.name: Speed(
+            images_per_second=one.images_per_second,
+            range=one.images_per_second_range,
+            batch_size=one.batch_size,
+            train_images_per_second=one.train_images_per_second,
+            problem=one.problem,
+        )
+        for one in found
+    }

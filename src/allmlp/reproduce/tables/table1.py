@@ -4,7 +4,7 @@ from typing import Any
 
 from allmlp.reproduce.published import read_table
 from allmlp.reproduce.systems import config_at, cost_at
-from allmlp.reproduce.table import Column, Table, View, decimals, integer
+from allmlp.reproduce.tables.table import Column, Table, View, decimals, integer
 
 SIZES = {  # key of a row → header of the published table, option of a Mixer
     "layers": ("num_layers", "num_blocks"),
@@ -110,10 +110,14 @@ def compare_parameters(rows: list[dict[str, Any]]) -> str:
 def explain_preprint(rows: list[dict[str, Any]]) -> str:
     """What the preprint's column of parameters shows, by arithmetic on these rows."""
     low, high = preprint_offset(rows)
+    per_channel = [
+        (row["parameters"] - 1e6 * row["preprint_millions"]) / 1e3 / row["published_channels"] for row in rows
+    ]
     text = (
         "The preprint (arXiv v1) printed other parameter counts, which no architecture of these sizes has: they are "
-        f"too small by {describe_gaps(rows)} million. Per channel that is about the same for all seven, whatever the "
-        "number of layers and patches, as if by a linear layer on the C features."
+        f"too small, in millions, by {describe_gaps(rows)}. For each of the C channels that is about the same number, "
+        f"{min(per_channel):.1f} to {max(per_channel):.1f} thousand, whatever the number of layers and patches, as if "
+        "by a linear layer on the C features."
     )
     if low <= high:
         text += (

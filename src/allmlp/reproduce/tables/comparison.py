@@ -10,7 +10,7 @@ from allmlp.reproduce.published import PRETRAINING_SIZE, PublishedRow, system_ke
 from allmlp.reproduce.selection import row_of_weights
 from allmlp.reproduce.speeds import Speed
 from allmlp.reproduce.systems import config_at, cost_of
-from allmlp.reproduce.table import Column, Table, View, decimals, integer, significant
+from allmlp.reproduce.tables.table import Column, Table, View, decimals, integer, significant
 from allmlp.zoo.systems import SYSTEMS
 
 TABLES = {"table2": table_2, "table3": table_3}
@@ -26,49 +26,49 @@ COLUMNS = (
     Column(key="epochs", name="pre-training epochs", short="epochs", source="published", form=integer),
     Column(key="preprint_only", name="only in the preprint", short="preprint"),
     Column(key="top1", name="ImageNet top-1", unit="percent", short="top-1", source="published", form=percent),
-    Column(key="measured_top1", name="ImageNet top-1", unit="percent", short="ours", source="measured", form=percent),
+    Column(key="measured_top1", name="ImageNet top-1", unit="percent", short="our top-1", source="measured", form=percent),
     Column(key="real_top1", name="ReaL top-1", unit="percent", short="ReaL", source="published", form=percent),
-    Column(key="measured_real_top1", name="ReaL top-1", unit="percent", short="ours", source="measured", form=percent),
+    Column(key="measured_real_top1", name="ReaL top-1", unit="percent", short="our ReaL", source="measured", form=percent),
     Column(key="average_of_five", name="average of 5 tasks", unit="percent", short="Avg. 5", source="published",
            form=percent),
     Column(key="vtab", name="VTAB-1k 19 tasks", unit="percent", short="VTAB-1k", source="published", form=percent),
     Column(key="parameters", name="parameters with a head of 1000 classes", short="parameters", source="computed",
            form=lambda value: f"{value / 1e6:,.1f} M"),
     Column(key="gmacs", name="cost of an image", unit="GMAC", short="GMAC", source="computed", form=decimals(1)),
-    Column(key="images_per_second", name="throughput of a TPU-v3 core", unit="images/s", short="TPU-v3",
+    Column(key="images_per_second", name="throughput of a TPU-v3 core", unit="images/s", short="TPU img/s",
            source="published", form=integer),
-    Column(key="measured_images_per_second", name="throughput of this device", unit="images/s", short="here",
+    Column(key="measured_images_per_second", name="throughput of this device", unit="images/s", short="our img/s",
            source="measured", form=significant),
     Column(key="measured_lowest", name="lowest throughput", unit="images/s", short="lowest", source="measured"),
     Column(key="measured_highest", name="highest throughput", unit="images/s", short="highest", source="measured"),
     Column(key="batch_size", name="batch size", unit="images", short="batch", source="measured", form=integer),
-    Column(key="relative", name="throughput relative to Mixer-B/16 at 224", short="× B/16", source="published",
+    Column(key="relative", name="throughput relative to Mixer-B/16 at 224", short="TPU × B/16", source="published",
            form=decimals(3)),
-    Column(key="measured_relative", name="throughput relative to Mixer-B/16 at 224", short="here", source="measured",
+    Column(key="measured_relative", name="throughput relative to Mixer-B/16 at 224", short="our × B/16", source="measured",
            form=decimals(3)),
-    Column(key="core_days", name="pre-training on TPU-v3", unit="core-days", short="core-days", source="published",
+    Column(key="core_days", name="pre-training on TPU-v3", unit="core-days", short="TPU core-days", source="published",
            form=integer),
-    Column(key="train_images_per_second", name="training at 224 pixels", unit="images/s", short="train img/s",
+    Column(key="train_images_per_second", name="training at 224 pixels", unit="images/s", short="our training img/s",
            source="measured", form=significant),
-    Column(key="device_days", name="pre-training on this device", unit="device-days", short="device-days",
+    Column(key="device_days", name="pre-training on this device", unit="device-days", short="our device-days",
            source="measured", form=significant),
     Column(key="problem", name="why something is not measured", short="problem"),
     Column(key="note", name="note", short="note"),
 )  # fmt: skip
 LABEL = "row"  # stands for the letter of a row, in views
 ACCURACY = View(
-    title="accuracy in %: published, and ours beside it",
+    title="accuracy in %",
     columns=(LABEL, "top1", "measured_top1", "real_top1", "measured_real_top1", "average_of_five", "vtab"),
 )
 SPEED = View(
-    title="size, and images/s: of a TPU-v3 core as published, of this device, and relative to Mixer-B/16 at 224 px",
+    title="images/s of a TPU-v3 core and of this device; × B/16: as multiples of Mixer-B/16",
     columns=(
         LABEL, "parameters", "gmacs", "images_per_second", "measured_images_per_second", "batch_size", "relative",
         "measured_relative",
     ),
 )  # fmt: skip
 PRETRAINING = View(
-    title="pre-training: TPU-v3 core-days as published; days of this device, at its speed of training",
+    title="pre-training on TPU-v3 cores, and on this device at its speed of training",
     columns=(LABEL, "core_days", "train_images_per_second", "device_days"),
 )
 LEGEND = "–: in a column of the paper, not published; in one of ours, not measured."
@@ -84,6 +84,19 @@ def plan(
     keys |= {key: (row.system, PRETRAINING_SIZE) for key, row in trained.items()}
     configs = {key: config for key, named in keys.items() if (config := config_or_problem(*named)[0]) is not None}
     return configs | {one.weights: one.config for one in accuracies}, frozenset(trained)
+
+
+def assign(name: str, accuracies: Sequence[Accuracy]) -> tuple[dict[PublishedRow, Accuracy], list[Accuracy]]:
+    """The rows that are about these weights, and the accuracies without such a row."""
+    of_row: dict[PublishedRow, Accuracy] = {}
+    others = []
+    for accuracy in accuracies:
+        found = row_of_weights(TABLES[name](), accuracy.config, accuracy.provenance)
+        if found is None or found in of_row:
+            others.append(accuracy)
+        else:
+            of_row[found] = accuracy
+    return of_row, others
 
 
 def config_or_problem(system: str, image_size: int) -> tuple[Mapping[str, Any] | None, str | None]:
@@ -111,14 +124,7 @@ def comparison(
         details: of the measurement, for the JSON.
     """
     speeds = speeds or {}
-    of_row: dict[PublishedRow, Accuracy] = {}
-    others = []
-    for accuracy in accuracies:
-        found = row_of_weights(TABLES[name](), accuracy.config, accuracy.provenance)
-        if found is None or found in of_row:
-            others.append(accuracy)
-        else:
-            of_row[found] = accuracy
+    of_row, others = assign(name, accuracies)
     shown = [row for row in TABLES[name]() if row in rows or row in of_row]
     cells = [published_cells(row) | measured_cells(row, of_row.get(row), speeds) for row in shown]
     cells += [cells_of_weights(accuracy, speeds) for accuracy in others]

@@ -15,6 +15,7 @@ class Column:
     """A column; its numbers are rounded in the terminal alone.
 
     ``source``: of its numbers; in files it is part of the header. ``short``: the header in the terminal.
+    ``in_files``: whether CSV and JSON have it too; the terminal shows the columns that a view names.
     """
 
     key: str  # in rows
@@ -23,6 +24,7 @@ class Column:
     source: Source = ""
     short: str
     form: Callable[[Any], str] = str
+    in_files: bool = True
 
     @property
     def header(self) -> str:
@@ -46,7 +48,7 @@ class View:
 class Table:
     """What a command found. ``rows``: values by the keys of the columns; None where there is none.
 
-    ``label`` names a row in one line. ``notes``: paragraphs below the table. ``figures``: draws the pictures.
+    ``label`` names a row in one line. ``notes``: paragraphs below the table.
     """
 
     name: str
@@ -61,13 +63,18 @@ class Table:
     def column(self, key: str) -> Column:
         return next(column for column in self.columns if column.key == key)
 
+    @property
+    def columns_in_files(self) -> list[Column]:
+        return [column for column in self.columns if column.in_files]
+
     def to_csv(self) -> str:
         """One line for each row; an empty cell was not published, or not measured, as its header says."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerow([column.header for column in self.columns])
+        columns = self.columns_in_files
+        writer.writerow([column.header for column in columns])
         for row in self.rows:
-            writer.writerow(["" if (value := row.get(column.key)) is None else value for column in self.columns])
+            writer.writerow(["" if (value := row.get(column.key)) is None else value for column in columns])
         return text.getvalue()
 
     def to_json_object(self) -> dict[str, Any]:
@@ -76,9 +83,9 @@ class Table:
             "title": self.title,
             "columns": {
                 column.key: {"name": column.name, "unit": column.unit, "source": column.source}
-                for column in self.columns
+                for column in self.columns_in_files
             },
-            "rows": [{column.key: row.get(column.key) for column in self.columns} for row in self.rows],
+            "rows": [{column.key: row.get(column.key) for column in self.columns_in_files} for row in self.rows],
             "notes": list(self.notes),
             **self.details,
         }

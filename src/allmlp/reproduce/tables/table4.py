@@ -6,7 +6,7 @@ from typing import Any
 from allmlp.config.recipe import Recipe
 from allmlp.recipes.pretrain import PRETRAIN
 from allmlp.reproduce.published import IMAGENET, IMAGENET21K, JFT, number_in, read_table
-from allmlp.reproduce.table import Column, Table, View
+from allmlp.reproduce.tables.table import Column, Table, View
 
 FIELDS = {  # key → header of the published table, name, short name
     "epochs": ("epochs", "epochs", "epochs"),
@@ -28,6 +28,7 @@ COLUMNS = (
         for source in ("published", "computed")
         for key, (_, name, short) in FIELDS.items()
     ),
+    *(Column(key=key, name=name, short=short, in_files=False) for key, (_, name, short) in FIELDS.items()),
     Column(key="differences", name="fields that differ", short="differ"),
 )
 
