@@ -80,6 +80,9 @@ def convert(hint: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return build(typing.cast(type, hint), value, where)
     kinds = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+    sequence = next((kind for kind in kinds if typing.get_origin(kind) is tuple), None)
+    if sequence is not None and value is not None:
+        return convert(sequence, value, where)
     choices = [choice for kind in kinds if typing.get_origin(kind) is Literal for choice in typing.get_args(kind)]
     if choices:
         choices += [None] * (type(None) in kinds)
@@ -88,6 +91,8 @@ def convert(hint: Any, value: Any, where: str) -> Any:
         return value
     if float in kinds and type(value) is int and abs(value) < 10**300:
         return float(value)
+    if value is None and type(None) in kinds:
+        return None
     if type(value) not in kinds:
         raise UserError(f"{where} = {brief(value)}: should be {' or '.join(kind.__name__ for kind in kinds)}")
     return value

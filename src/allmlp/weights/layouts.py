@@ -247,8 +247,9 @@ def check_shapes(
     stored_names: Mapping[str, str],
     file_name: str,
     layout: Layout = NATIVE,
+    kind: str = "Mixer",
 ) -> None:
-    """Checks that a file has exactly a Mixer's tensors.
+    """Checks that a file has exactly a model's tensors.
 
     Args:
         expected, actual: shapes by native names.
@@ -256,6 +257,7 @@ def check_shapes(
         stored_names: native name → name in the file, for the message.
         file_name: named in the message.
         layout: the file's layout; shapes are reported in its order of axes.
+        kind: what the model is, for the message.
 
     Raises:
         UserError: lists every tensor that is missing, unexpected or of another shape, and names the likely cause.
@@ -274,7 +276,9 @@ def check_shapes(
     listed = "; ".join(
         f"{len(names)} {problem}: {printable(shortened(names))}" for problem, names in problems.items() if names
     )
-    raise UserError(f"{file_name} does not contain a complete Mixer: {listed}. {likely_cause(expected, actual, wrong)}")
+    raise UserError(
+        f"{file_name} does not contain a complete {kind}: {listed}. {likely_cause(expected, actual, wrong)}"
+    )
 
 
 def likely_cause(

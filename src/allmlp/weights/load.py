@@ -20,6 +20,7 @@ from allmlp.weights.foreign_metadata import foreign_metadata, input_size, system
 from allmlp.weights.hub import HUB_PREFIX, WeightsFile, download
 from allmlp.weights.local import find_weights, read_config
 from allmlp.weights.prefixes import without_prefix
+from allmlp.zoo.families import FAMILIES
 from allmlp.zoo.model import ZooModel
 
 log = logging.getLogger(__name__)
@@ -143,8 +144,9 @@ def read_system(
     names = timm_systems.native_names(family, shapes_of(infos))
     expected = layouts.expected_shapes(config, len(infos), container.name)
     shapes = {ours: timm_systems.native_shape(ours, infos[theirs].shape) for theirs, ours in names.items()}
-    stored = {ours: theirs for theirs, ours in names.items()}
-    layouts.check_shapes(expected, shapes, (), stored, f"{container.name} (timm's layout)")
+    stored = {ours: timm_systems.timm_name(family, ours) for ours in (*expected, *shapes)}
+    title = FAMILIES[family].title
+    layouts.check_shapes(expected, shapes, (), stored, f"{container.name} (timm's layout)", kind=title)
     tensors: dict[str, Tensor] = {}
     for theirs, ours in names.items():
         tensor = timm_systems.to_native(ours, container.read(stored_names[theirs]))

@@ -5,10 +5,11 @@ from collections.abc import Iterable
 
 from allmlp.errors import UserError, printable
 from allmlp.weights.layouts import LAYOUTS, NAMES
+from allmlp.weights.timm_systems import MARKS
 
 WRAPPERS = re.compile(r"\b(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")  # torch's, anywhere
 TOKEN_MIXING = next(row for row in NAMES if row[0] == "blocks.{i}.token_mixing.dense_0.weight")
-FIRST_KERNELS = tuple(TOKEN_MIXING[layout.column].format(i=0, b=2) for layout in LAYOUTS)
+FIRST_KERNELS = (*(TOKEN_MIXING[layout.column].format(i=0, b=2) for layout in LAYOUTS), *MARKS.values())
 
 
 def without_prefix(names: Iterable[str], file_name: str) -> dict[str, str]:
@@ -39,7 +40,7 @@ def without_prefix(names: Iterable[str], file_name: str) -> dict[str, str]:
 
 
 def find_prefixes(names: Iterable[str]) -> set[str]:
-    """What stands before the first token-mixing kernel of each model."""
+    """What stands before the first token-mixing kernel of each Mixer, or the mark of each comparison system."""
     found: set[str] = set()
     for name in names:
         for kernel in FIRST_KERNELS:

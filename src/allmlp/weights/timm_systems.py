@@ -160,7 +160,11 @@ def to_native(name: str, tensor: Tensor) -> Tensor:
 
 def from_native(family: str, name: str, tensor: Tensor) -> tuple[str, Tensor]:
     """The name and tensor in timm's state dict."""
+    conv = family == "bit" and name == "head.weight"
+    return timm_name(family, name), tensor[..., None, None] if conv else tensor
+
+
+def timm_name(family: str, name: str) -> str:
     if name.startswith("head."):
-        conv = family == "bit" and name == "head.weight"
-        return f"{FAMILIES[family].timm_head}.{name[5:]}", tensor[..., None, None] if conv else tensor
-    return name.removeprefix("backbone."), tensor
+        return f"{FAMILIES[family].timm_head}.{name[5:]}"
+    return name.removeprefix("backbone.")

@@ -73,9 +73,7 @@ class ZooModel(nn.Module):
             self.backbone.to(device)
         rate = dropout if FAMILIES[system].head_dropout else 0.0
         self.head_dropout = install_keyed_dropout(self.backbone, self.sample_keys, rescale, rate)
-        self.head = nn.Linear(self.num_features, self.num_classes) if self.num_classes else nn.Identity()
-        for parameter in self.head.parameters():
-            nn.init.zeros_(parameter)
+        self.head = zero_head(self.num_features, self.num_classes, device=device)
 
     def build_backbone(self) -> nn.Module:
         """timm's model for this configuration, with timm's initial weights from torch's generator."""
@@ -134,11 +132,7 @@ class ZooModel(nn.Module):
         self.num_classes = whole_number("num_classes", num_classes, 0)
         self.config = self.config | {"num_classes": self.num_classes}
         like = next(self.backbone.parameters())
-        self.head = nn.Identity()
-        if self.num_classes:
-            self.head = nn.Linear(self.num_features, self.num_classes, device=like.device, dtype=like.dtype)
-            for parameter in self.head.parameters():
-                nn.init.zeros_(parameter)
+        self.head = zero_head(self.num_features, self.num_classes, device=like.device, dtype=like.dtype)
         self.head.train(self.training)
         provenance = {key: value for key, value in self.metadata.provenance.items() if key not in SCORES}
         self.metadata = replace(self.metadata, classes=None, provenance=provenance)
@@ -155,6 +149,18 @@ class ZooModel(nn.Module):
         resized_backbone(self.backbone, self.config, config)
         self.config, self.image_size = config, config["image_size"]
         self.metadata = replace(self.metadata, provenance=after_resize(self.metadata.provenance, old_size))
+
+
+def zero_head(features: int, classes: int, device: torch.device, dtype: torch.dtype | None = None) -> nn.Module:
+    """A dense layer of zeros, which draws no random numbers; without classes, the identity."""
+    if not classes:
+        return nn.Identity()
+    head = nn.Linear(features, classes, device="meta", dtype=dtype)
+    if device.type != "meta":
+        head.to_empty(device=device)
+        for parameter in head.parameters():
+            nn.init.zeros_(parameter)
+    return head
 
 
 def without_counter(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
