@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 IMAGENET, IMAGENET21K, JFT, WEB = "ImageNet", "ImageNet-21k", "JFT-300M", "web or pseudo-labels"
 IMAGES: Mapping[str, int] = MappingProxyType({IMAGENET: 1_281_167, IMAGENET21K: 14_200_000, JFT: 300_000_000})
@@ -123,7 +124,7 @@ def table_3() -> tuple[PublishedRow, ...]:
     )
 
 
-def shared_columns(row: Mapping[str, str]) -> dict[str, float | str | None]:
+def shared_columns(row: Mapping[str, str]) -> dict[str, Any]:
     return {
         "top1": number_in(row["imagenet_top1_pct"]),
         "real_top1": number_in(row["imagenet_real_top1_pct"]),

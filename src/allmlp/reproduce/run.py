@@ -34,7 +34,7 @@ class Options:
     models: rows of the tables, by name, and weights to evaluate; none: all rows.
     data, part, real_labels: what weights are evaluated on.
     measure: measure speeds too, within the budget; False: published and computed numbers alone.
-    speed_of: measures the speeds; None: ``allmlp.throughput``.
+    speed_of: measures the speeds.
     """
 
     out: Path
@@ -47,7 +47,7 @@ class Options:
     device: str = "auto"
     precision: Precision = "auto"
     progress: bool | None = None
-    speed_of: Measure | None = None
+    speed_of: Measure = measure_speeds
 
 
 def reproduce(target: str, options: Options) -> tuple[Table, dict[str, Any]]:
@@ -122,9 +122,9 @@ def speeds_of(
             device=options.device,
             precision=options.precision,
             budget_seconds=options.budget_seconds,
-            on_progress=bar.update,
+            on_progress=lambda text: bar.update(0, None, text),
         )
-        speeds = measure_speeds(configs, trained, settings, options.speed_of)
+        speeds = options.speed_of(configs, trained, settings)
     details = {
         "measured": True,
         "budget_seconds": options.budget_seconds,

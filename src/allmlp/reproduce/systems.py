@@ -1,4 +1,4 @@
-"""The architectures of the tables: by name at an image size, their costs, and their models."""
+"""The architectures of the tables: by name at an image size, and their costs."""
 
 from collections.abc import Mapping
 from functools import cache
@@ -7,10 +7,8 @@ from typing import Any
 
 import torch
 
-from allmlp.factory import Model, build_meta, create, is_zoo, resized_config
+from allmlp.factory import build_meta, create, is_zoo, resized_config
 from allmlp.flops import Cost, cost
-from allmlp.model import Mixer
-from allmlp.zoo.model import ZooModel
 
 
 @cache
@@ -35,8 +33,3 @@ def cost_at(name: str, image_size: int | None = None, num_classes: int = 1000) -
 def cost_of(config: Mapping[str, Any]) -> Cost:
     """Counted on the meta device, which computes nothing."""
     return cost(build_meta(config))
-
-
-def build(config: Mapping[str, Any]) -> Model:
-    """A model of this configuration with initial weights, on the current device."""
-    return ZooModel(**config) if is_zoo(config) else Mixer(**config)

@@ -11,7 +11,6 @@ import tyro
 
 from allmlp.cli.arguments import parse
 from allmlp.cli.docstrings import help_from_docstrings
-from allmlp.cli.durations import seconds_in
 from allmlp.files import to_json
 
 if TYPE_CHECKING:
@@ -60,8 +59,8 @@ class Arguments:
 
 def run(args: Sequence[str]) -> None:
     arguments = parse(Arguments, args, command="reproduce", description=DESCRIPTION)
-    budget = seconds_in("--budget", arguments.budget)
     from allmlp.reproduce.run import Options, reproduce
+    from allmlp.throughput.budget import parse_budget
 
     options = Options(
         out=arguments.out,
@@ -70,7 +69,7 @@ def run(args: Sequence[str]) -> None:
         part=arguments.part,
         real_labels=arguments.real_labels,
         measure=arguments.measure,
-        budget_seconds=budget,
+        budget_seconds=parse_budget(arguments.budget),
         device=arguments.device,
         precision=arguments.precision,
     )

@@ -71,7 +71,7 @@ def figure3(speeds: Mapping[str, Speed] | None, rows: Sequence[PublishedRow], de
     table = comparison("table3", rows, (), speeds, details)
     names = [row["model"] for row in table.rows]
     shown = [
-        row
+        dict(row)
         | {
             "label": row["model"].removeprefix("Mixer-").removeprefix("BiT-").removeprefix("ViT-")
             + (f" ({row['epochs']} epochs)" if names.count(row["model"]) > 1 else "")

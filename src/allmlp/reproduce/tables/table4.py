@@ -10,12 +10,12 @@ from allmlp.reproduce.tables.table import Column, Table, View
 
 FIELDS = {  # key → header of the published table, name, short name
     "epochs": ("epochs", "epochs", "epochs"),
-    "learning_rate": ("learning_rate", "learning rate", "rate"),
-    "weight_decay": ("weight_decay", "weight decay", "decay"),
-    "randaugment": ("randaugment_magnitude", "RandAugment magnitude", "RandAug."),
+    "learning_rate": ("learning_rate", "learning rate", "lr"),
+    "weight_decay": ("weight_decay", "weight decay", "wd"),
+    "randaugment": ("randaugment_magnitude", "RandAugment magnitude", "RandAug"),
     "mixup": ("mixup_strength_p", "mixup strength", "mixup"),
     "dropout": ("dropout_rate", "dropout rate", "dropout"),
-    "stochastic_depth": ("stochastic_depth_max_rate", "stochastic depth", "depth"),
+    "stochastic_depth": ("stochastic_depth_max_rate", "stochastic depth", "st. depth"),
 }
 DATA = {"ImNet": (IMAGENET, "imagenet"), "ImNet-21k": (IMAGENET21K, "imagenet21k"), "JFT-300M": (JFT, "jft")}
 
