@@ -26,6 +26,7 @@ COMMANDS = {
     "data": "what is in a data set: classes, sizes, duplicates; and which images are in test sets too",
     "models": "the models that there are: Mixers, comparison systems, published weights",
     "bench": "images per second, latency, training and memory of models, side by side",
+    "reproduce": "the paper's tables and figures, with our numbers beside the published ones",
     "info": "parameters, FLOPs and memory of a variant, or the contents of a weights file",
     "resize": "convert weights to another image size",
     "convert": "convert weights to another format: allmlp's, the authors' .npz, timm's",
