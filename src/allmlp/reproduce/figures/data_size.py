@@ -27,7 +27,8 @@ COLUMNS = (
     Column(key="images", name="pre-training images", short="images", form=integer),
     Column(key="epochs", name="epochs", short="epochs", form=integer),
     Column(key="steps", name="steps", short="steps", form=integer),
-    Column(key="kept_step", name="step with the best validation accuracy", source="measured", short="kept", form=integer),
+    Column(key="kept_step", name="step with the best validation accuracy", source="measured", short="kept",
+           form=integer),
     Column(key="parameters", name="parameters", source="computed", short="parameters", form=integer),
     Column(key="macs", name="cost of an image", unit="MAC", source="computed", short="MMACs",
            form=lambda value: f"{value / 1e6:.2f}"),
@@ -62,9 +63,9 @@ def data_size_table(result: Mapping[str, Any]) -> Table:
             ),
         ),
         notes=[
-            f"Pre-trained on {', '.join(classes['upstream'])}; 5-shot (mean of three draws of the shots) and fine-tuned "
-            f"on {', '.join(classes['downstream'])}. val and test are of pre-training; the weights with the best val "
-            "are kept.",
+            f"Pre-trained on {', '.join(classes['upstream'])}; 5-shot (mean of three draws of the shots) and "
+            f"fine-tuned on {', '.join(classes['downstream'])}. val and test are of pre-training; the weights with the "
+            "best val are kept.",
             f"One seed, {settings['seed']}: differences of a few points between rows may be chance.",
         ],
         details={key: result[key] for key in ("source", "classes", "steps", "settings", "models")},
