@@ -29,7 +29,8 @@ def test_weights_and_a_system_by_name(mixer, weights: Path, tmp_path: Path) -> N
     assert (small["name"], large["name"]) == (str(weights), "BiT-R50x1")
     assert small["image_size"] == large["image_size"] == [64, 64]
     assert small["images_per_second"] > large["images_per_second"]
-    assert set(small["sweep"]) == {"1", "2"}
+    assert "1" in small["sweep"]
+    assert set(small["sweep"]) <= {"1", "2"}
     assert small["pretraining_device_days"]["ImageNet, 300 epochs"] > 0
     assert found["threads"] >= 1
     assert (tmp_path / "b.png").stat().st_size > 1000

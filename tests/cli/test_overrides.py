@@ -99,7 +99,7 @@ MEANINGS: list[tuple[str, str | None, str | None, str]] = [  # word, the recipe,
     ("photos", "photos", None, "for the folder of that name, give photos/"),
     ("digits", "digits", None, "for the folder of that name, give digits/"),
     ("cifar10", "cifar10", None, ""),
-    ("B/16", "B/16", None, ""),  # which is unknown, and told as such
+    ("b16", "b16", None, ""),  # which is unknown, and told as such
 ]
 
 

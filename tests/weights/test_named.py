@@ -80,7 +80,7 @@ def test_a_name_loads_from_the_cache(hub, mixer) -> None:
     with torch.no_grad():
         torch.testing.assert_close(model(images), theirs(images), rtol=1e-4, atol=1e-5)
     info = json.loads(mixer("info", "mixer-b16-miil-in1k", "--json").out)
-    assert info["variant"] == "Mixer-B/16"
+    assert info["variant"] == "B/16"
     assert info["num_classes"] == 1000
 
 

@@ -23,8 +23,7 @@ class ModelRecipe:
     """The model: a Mixer or comparison system by name, custom sizes (which override the name's), or trained weights."""
 
     model: str | None = None
-    """A Mixer of Table 1 (S/32, S/16, B/32, B/16, L/32, L/16, H/14), a comparison system (ViT-B/16, BiT-R50x1, …: mixer
-    models lists them), or a family of those with custom sizes: vit, bit, nfnet, efficientnet, halonet, botnet."""
+    """A name (S/32, B/16, L/16, ViT-B/16, …: see mixer models), or a family for custom sizes (vit, bit, …)."""
     weights: str | None = None
     """Trained weights to start from, a file or hf-hub:OWNER/NAME. They set the sizes; the head starts at zero."""
     image_size: Annotated[int | None, Limits(above=0)] = 224

@@ -105,6 +105,10 @@ class ZooModel(nn.Module):
         features = self.backbone.forward_head(output, pre_logits=True)  # pyright: ignore[reportCallIssue]
         return features if pre_logits else self.head(self.head_dropout(features))
 
+    def forward_intermediates(self, images: Tensor, *arguments: Any, **options: Any) -> Any:
+        """timm's: the output before pooling, and the outputs of chosen blocks or stages."""
+        return self.backbone.forward_intermediates(images, *arguments, **options)  # pyright: ignore[reportCallIssue]
+
     def features(self, images: Tensor, keys: Tensor | None = None) -> Tensor:
         """(B, in_channels, H, W) → (B, C): the pre-logits. ``keys``: see ``Mixer.tokens``."""
         self.sample_keys.value = keys

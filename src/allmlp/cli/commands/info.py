@@ -38,7 +38,7 @@ class Arguments:
 
 def run(args: Sequence[str]) -> None:
     arguments = parse(Arguments, args, command="info", description=DESCRIPTION)
-    from allmlp.factory import build_meta, name_of, resized_config
+    from allmlp.factory import build_meta, resized_config
     from allmlp.flops import cost
 
     model = load_weights(arguments.model)
@@ -50,7 +50,7 @@ def run(args: Sequence[str]) -> None:
     if size is not None:  # a name is created at this size, and so keeps Table 1's D_S; weights are resized
         config = resized_config(before, size) if model else config_by_name(arguments.model, size, arguments.num_classes)
     found: dict[str, Any] = {"model": arguments.model, **asdict(cost(build_meta(config))), **config}
-    found |= {"variant": model and name_of(model.config), **(describe_weights(model) if model else {})}
+    found |= {"variant": model and variant_name(model), **(describe_weights(model) if model else {})}
     if config["image_size"] != before["image_size"]:
         found["resize"] = compare_costs(before, resized_config(before, config["image_size"]))
     if not model and (note := system_note(arguments.model)):
@@ -82,6 +82,14 @@ def config_by_name(name: str, image_size: tuple[int, int] | None, num_classes: i
     return dict(model.config)
 
 
+def variant_name(model: "Model") -> str | None:
+    """A name as in Table 1 ("B/16"), or of a comparison system; None for other sizes."""
+    from allmlp.factory import name_of
+
+    name = name_of(model.config)
+    return name and name.removeprefix("Mixer-")
+
+
 def system_note(name: str) -> str:
     """Where a comparison system comes from, and what the literature leaves open about it; "" for a Mixer."""
     from allmlp.factory import resolve_name
@@ -108,7 +116,8 @@ def describe_weights(model: "Model") -> dict[str, Any]:
 
 def print_info(found: dict[str, Any], config: dict[str, Any]) -> None:
     height, width = config["image_size"]
-    variant = f" ({found['variant']})" if found.get("variant") else ""
+    prefix = "" if "system" in config else "Mixer-"
+    variant = f" ({prefix}{found['variant']})" if found.get("variant") else ""
     print(f"{printable(found['model'])}{variant} at {height} × {width} px, {config['num_classes']} classes")
     print(f"  parameters         {found['parameters']:>15,}")
     print(f"  MACs per image     {found['macs']:>15,}   ({found['macs'] / 1e9:.3g} G; FLOPs are twice that)")
