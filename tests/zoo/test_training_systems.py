@@ -101,7 +101,7 @@ def test_fine_tuning_at_another_size(family: str, tmp_path: Path) -> None:
 
 
 def test_one_image_at_a_time_is_refused_where_batches_are_normalized(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="a batch of 1 image, and this model has batch normalization: give at least 2"):
+    with pytest.raises(UserError, match="a batch of 1 image, and this model has batch normalization: use batches"):
         train(recipe(**settings("efficientnet", micro_batch_size=1)), tmp_path / "run", resume=False)
     train(recipe(**settings("bit", micro_batch_size=1, steps=1)), tmp_path / "bit", resume=False)
 

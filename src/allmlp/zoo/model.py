@@ -190,4 +190,6 @@ def init_zoo_weights(model: ZooModel, seed: int, copy_: Callable[[Tensor, Tensor
 def require_batches(model: nn.Module, batch_size: int) -> None:
     """Raises a UserError for a batch of one image where the model has BatchNorm, which needs several."""
     if batch_size == 1 and any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
-        raise UserError("a batch of 1 image, and this model has batch normalization: give at least 2 images at a time")
+        raise UserError(
+            "a batch of 1 image, and this model has batch normalization: use batches, and micro-batches, of at least 2"
+        )
