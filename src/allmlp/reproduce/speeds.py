@@ -1,5 +1,6 @@
 """Speeds of many models, measured in one run within a budget of time."""
 
+import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -92,7 +93,7 @@ def check_budget(configs: Configs, trained: Collection[str], seconds: float) -> 
         needed = max(needed / (1.0 - TRAINING_SHARE), LEAST_SECONDS * len(trained) / TRAINING_SHARE)
     if seconds < needed:
         raise UserError(
-            f"--budget {seconds:g}s is too small for {len(configs)} models: give at least {needed + 1:.0f}s, fewer "
+            f"--budget {seconds:g}s is too small for {len(configs)} models: give at least {math.ceil(needed)}s, fewer "
             "--models, or --no-measure"
         )
 

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.patheffects import withStroke
 from matplotlib.text import Annotation
 from matplotlib.transforms import Bbox
 
@@ -51,7 +50,8 @@ def place_labels(axes: Axes, labels: Sequence[Label], size: float = 7.5) -> list
                 text = annotate(axes, label, (dx * distance, dy * distance), size, line=distance > 2 * NEAR)
                 box = text.get_window_extent(renderer)
                 outside = box.width * box.height - overlap(box, frame)
-                covered = sum(overlap(box, other) for other in (*taken, *lines)) + 5 * outside
+                covered = 5 * (sum(overlap(box, other) for other in taken) + outside)
+                covered += sum(overlap(box, other) for other in lines)
                 covered += AMBIGUOUS * (away(box, points[i]) > min_away(box, points, i))
                 candidates.append((round(covered) + distance * 0.5, len(candidates), text, box))
         best = min(candidates)
@@ -76,7 +76,6 @@ def annotate(axes: Axes, label: Label, offset: tuple[float, float], size: float,
         color=label.color,
         ha=horizontal,
         va=vertical,
-        path_effects=[withStroke(linewidth=2, foreground="white")],
         arrowprops={"arrowstyle": "-", "color": label.color, "linewidth": 0.5, "shrinkB": 3} if line else None,
     )
 
