@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Annotation
 from matplotlib.transforms import Bbox
 
-NEAR, FAR = 6, 30  # points between a marker and its label
+NEAR, FAR = 6, 46  # points between a marker and its label
 DIRECTIONS = ((1, 0), (-1, 0), (0, 1), (0, -1), (0.8, 0.8), (0.8, -0.8), (-0.8, 0.8), (-0.8, -0.8))
 MARKER = 4  # half of a marker's size, in points
 SPACING = 4  # pixels
@@ -50,7 +50,7 @@ def place_labels(axes: Axes, labels: Sequence[Label], size: float = 7.5) -> list
                 text = annotate(axes, label, (dx * distance, dy * distance), size, line=distance > 2 * NEAR)
                 box = text.get_window_extent(renderer)
                 outside = box.width * box.height - overlap(box, frame)
-                covered = 5 * (sum(overlap(box, other) for other in taken) + outside)
+                covered = 50 * (sum(overlap(box, other) for other in taken) + outside)
                 covered += sum(overlap(box, other) for other in lines)
                 covered += AMBIGUOUS * (away(box, points[i]) > min_away(box, points, i))
                 candidates.append((round(covered) + distance * 0.5, len(candidates), text, box))

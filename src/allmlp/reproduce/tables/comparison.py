@@ -38,16 +38,16 @@ COLUMNS = (
     Column(key="parameters", name="parameters with a head of 1000 classes", short="params", source="computed",
            form=lambda value: f"{value / 1e6:,.1f} M"),
     Column(key="gmacs", name="cost of an image", unit="GMAC", short="GMAC", source="computed", form=decimals(1)),
-    Column(key="images_per_second", name="throughput of a TPU-v3 core", unit="images/s", short="TPU img/s",
+    Column(key="images_per_second", name="throughput of a TPU-v3 core", unit="images/s", short="img/s",
            source="published", form=integer),
     Column(key="measured_images_per_second", name="throughput of this device", unit="images/s", short="our img/s",
            source="measured", form=significant),
     Column(key="measured_lowest", name="lowest throughput", unit="images/s", short="lowest", source="measured"),
     Column(key="measured_highest", name="highest throughput", unit="images/s", short="highest", source="measured"),
     Column(key="batch_size", name="batch size", unit="images", short="batch", source="measured", form=integer),
-    Column(key="relative", name="throughput relative to Mixer-B/16 at 224", short="TPU × B/16", source="published",
+    Column(key="relative", name="throughput relative to Mixer-B/16 at 224", short="× B/16", source="published",
            form=decimals(3)),
-    Column(key="measured_relative", name="throughput relative to Mixer-B/16 at 224", short="our × B/16",
+    Column(key="measured_relative", name="throughput relative to Mixer-B/16 at 224", short="our ×",
            source="measured", form=decimals(3)),
     Column(key="core_days", name="pre-training on TPU-v3", unit="core-days", short="TPU core-days", source="published",
            form=integer),
@@ -64,7 +64,7 @@ ACCURACY = View(
     columns=(LABEL, "top1", "measured_top1", "real_top1", "measured_real_top1", "average_of_five", "vtab"),
 )
 SPEED = View(
-    title="images/s of a TPU-v3 core and of this device; × B/16: as multiples of Mixer-B/16",
+    title="images/s of a TPU-v3 core, and ours; × B/16: as multiples of Mixer-B/16 at 224",
     columns=(
         LABEL, "parameters", "gmacs", "images_per_second", "measured_images_per_second", "batch_size", "relative",
         "measured_relative",
