@@ -19,6 +19,17 @@ VARIANTS: dict[str, dict[str, int]] = {
     }.items()
 }
 
+# parameters with a head of 1000 classes, and multiply-accumulates per image of 224 px; a test counts them
+COSTS = {
+    "S/32": (19_104_624, 1_002_426_368),
+    "S/16": (18_528_264, 3_776_958_464),
+    "B/32": (60_293_428, 3_237_722_112),
+    "B/16": (59_880_472, 12_601_767_936),
+    "L/32": (206_939_264, 11_253_293_056),
+    "L/16": (208_196_168, 44_547_678_208),
+    "H/14": (432_350_952, 120_989_911_040),
+}
+
 
 def variant_of(config: Mapping[str, Any]) -> str | None:
     """The name of these sizes in Table 1, or "S/8" (which GSAM published); None for other sizes."""

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 import allmlp
+from allmlp.cli import COMMANDS
 
 TWO = "train --nnodes 2 --rdzv-endpoint"
 FINETUNE = "finetune w.safetensors --data data"
@@ -48,8 +49,14 @@ MISTAKES = {  # command → what the message names
     "info page.safetensors ": ("web page", "download"),
     "train --data data --out taken": ("taken", "exists", "--out"),
     # names that do not exist
-    "xyzzy": ("'xyzzy'", "train, finetune, status, evaluate, fewshot, vtab, predict, data, info, resize, convert"),
+    "xyzzy": (
+        "'xyzzy'",
+        f"there are {', '.join(COMMANDS)}",
+    ),
     "trian": ("'trian'", "did you mean train?", "mixer --help"),
+    "train B/16": ("'B/16' is no recipe, but a model", "--model B/16"),
+    "train vit-b_16": ("--model ViT-B/16",),
+    "train mixer-b16-in21k": ("mixer finetune mixer-b16-in21k --data SOURCE",),
     "train digitz": ("'digitz'", "did you mean digits"),
     "train --data digitz": ("'digitz'", "did you mean digits?"),
     "train cifar": ("'cifar'", "did you mean cifar10?"),

@@ -221,3 +221,27 @@ def test_block_size_follows_the_image() -> None:
     assert sizes == {224: 7, 256: 8, 384: 12, 512: 8}
     with pytest.raises(UserError, match=r"blocks of 12 needs multiples of 384"):
         on_meta("HaloNet-H4").set_input_size(512)
+
+
+REDUCED = {"vit": {"num_blocks": 1}, "efficientnet": {"depths": (1,) * 7}}
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_every_published_width_computes_and_takes_a_step_with_fewer_blocks(name: str) -> None:
+    from allmlp.api.bench import make_training_step
+    from allmlp.throughput.subject import fill_with_noise
+
+    system = SYSTEMS[name]
+    options = REDUCED.get(system.family, {"depths": (1,) * 4})
+    config = on_meta(name, num_classes=3, image_size=28 if name == "ViT-H/14" else 32, **options).config
+    model = build_meta(config).to_empty(device="cpu")
+    fill_with_noise(model)
+    images = torch.rand(2, 3, *model.image_size)
+    with torch.no_grad():
+        logits = model.eval()(images)
+    assert logits.shape == (2, 3)
+    assert logits.isfinite().all()
+    before = model.head.weight.clone()
+    make_training_step(model, torch.device("cpu"), torch.float32)(2)
+    assert not torch.equal(model.head.weight, before)
+    assert all(p.isfinite().all() for p in model.parameters())

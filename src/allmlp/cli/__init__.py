@@ -24,6 +24,8 @@ COMMANDS = {
     "vtab": "fine-tune on each task of VTAB-1k, and the means of its groups and of all 19",
     "predict": "labels and probabilities for image files, folders and zips",
     "data": "what is in a data set: classes, sizes, duplicates; and which images are in test sets too",
+    "models": "the models that there are: Mixers, comparison systems, published weights",
+    "bench": "images per second, latency, training and memory of models, side by side",
     "reproduce": "the paper's tables and figures, with our numbers beside the published ones",
     "info": "parameters, FLOPs and memory of a variant, or the contents of a weights file",
     "resize": "convert weights to another image size",
@@ -45,8 +47,10 @@ examples:
   mixer finetune Mixer-B_16.npz --data photos/ --image-size 448
   mixer convert Mixer-B_16.npz b16.safetensors
   mixer info B/16
+  mixer bench B/16 ViT-B/16
 
-WEIGHTS is a file of allmlp, the authors (.npz), timm or lucidrains, or hf-hub:OWNER/NAME.
+WEIGHTS is a file of allmlp, the authors (.npz), timm or lucidrains, a name such as mixer-b16-in21k (mixer models lists
+them), or hf-hub:OWNER/NAME.
 
 mixer COMMAND --help shows a command's options, mixer --version the version; --debug shows the traceback of an error.
 exit status: 0 done, 1 the run failed, 2 a mistake in the command, 129, 130 or 143 stopped by a signal.""".format(

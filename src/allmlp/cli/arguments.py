@@ -17,7 +17,10 @@ from allmlp.errors import UserError
 
 T = TypeVar("T")
 
-WEIGHTS_HELP = "A file of allmlp, the authors (.npz), timm or others, a run's folder, or hf-hub:OWNER/NAME."
+WEIGHTS_HELP = (
+    "A file of allmlp, the authors (.npz), timm or others, a run's folder, a name such as mixer-b16-in21k (see mixer "
+    "models), or hf-hub:OWNER/NAME."
+)
 Weights = Annotated[
     str,
     tyro.conf.Positional,

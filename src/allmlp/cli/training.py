@@ -53,6 +53,7 @@ def recipe_or_data(word: str | None, recipes: Container[str], given: Overrides) 
         return Choice(word, f"{word} is a recipe; for the folder of that name, give {word}/" if ambiguous else "")
     is_path = word.endswith(("/", "\\")) or word.startswith(("./", "../", ".\\", "..\\")) or path.is_absolute()
     if not is_path and not path.is_dir() and not (path.suffix.lower() == ".zip" and path.is_file()):
+        check_no_model(word)
         return Choice(word)
     if data is not None:
         raise UserError(f"both {word!r} and --data {data}: give one of them")
@@ -64,6 +65,20 @@ def recipe_or_data(word: str | None, recipes: Container[str], given: Overrides) 
     if word in BUILT_IN:
         raise UserError(f"{word!r} is no recipe: give --data {word} for the data set, or {word}/ for the folder")
     return Choice(None, f"{printable(word)} is no recipe, but is there to train on: taken as --data {printable(word)}")
+
+
+def check_no_model(word: str) -> None:
+    """Raises a UserError for a word that is no recipe, but the name of a model or of published weights."""
+    from allmlp.factory import resolve_name
+    from allmlp.weights.named import NAMED
+
+    if word.lower() in NAMED:
+        raise UserError(f"{word!r} is no recipe, but published weights: mixer finetune {word} --data SOURCE")
+    try:
+        model = resolve_name(word)
+    except UserError:
+        return
+    raise UserError(f"{word!r} is no recipe, but a model: give --model {model}")
 
 
 def resume_with(out: Path, launch: LaunchOptions, context: "DistributedContext") -> str:

@@ -23,8 +23,11 @@ from allmlp.data.dataset import ImageDataset
 from allmlp.data.decode import UnreadableImage
 from allmlp.data.sources import load_source
 from allmlp.data.split import stratified_split
+from allmlp.device import Precision
 from allmlp.errors import UserError
+from allmlp.factory import build_meta
 from allmlp.files import atomic_write, to_json, write_text
+from allmlp.flops import cost
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +61,8 @@ class DataSizeSettings:
     finetune_rate: float = 0.03
     image_size: int = 32
     seed: int = 0
-    precision: str = "auto"
+    device: str = "auto"
+    precision: Precision = "auto"
 
 
 def run_data_size(
@@ -134,7 +138,8 @@ def run_one(
     name = f"{model}-{percent}".lower()
     recipe = pretraining(model, sets["upstream"][percent], steps, settings)
     run = train(recipe, out=out / name, resume=True, progress=progress)
-    probe = fewshot(run.model, sets["downstream"], shots=[SHOT], device="auto", progress=progress)
+    where: dict[str, Any] = {"device": settings.device, "precision": settings.precision}
+    probe = fewshot(run.model, sets["downstream"], shots=[SHOT], progress=progress, **where)
     tuned = finetune(
         out / name / "model.safetensors",
         sets["downstream"],
@@ -144,8 +149,8 @@ def run_one(
         steps=settings.finetune_steps,
         global_batch_size=settings.batch_size,
         train_crop="pad",
-        precision=settings.precision,
         seed=settings.seed,
+        **where,
     )
     summary = run.summary
     return {
@@ -156,6 +161,7 @@ def run_one(
         "steps": summary["steps"],
         "kept_step": summary["kept_step"],
         "parameters": summary["parameters"],
+        "macs": cost(build_meta(run.model.config)).macs,
         "pretraining_val_top1": summary["val_top1"],
         "pretraining_test_top1": summary["test_top1"],
         "fewshot_top1": probe.mean(SHOT),
@@ -184,7 +190,8 @@ def pretraining(model: str, data: str, steps: int, settings: DataSizeSettings) -
             seed=settings.seed,
             evaluate_every_steps=max(steps // settings.evaluations, 1),
             keep="best",
-            precision=settings.precision,  # pyright: ignore[reportArgumentType]
+            precision=settings.precision,
+            device=settings.device,
             log_every_steps=50,
         ),
     )

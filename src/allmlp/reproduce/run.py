@@ -13,7 +13,9 @@ from allmlp.api.progress import progress_bar
 from allmlp.device import Precision, choose_device
 from allmlp.errors import UserError
 from allmlp.reproduce.accuracy import Accuracy, AccuracyOptions, measure_accuracy
+from allmlp.reproduce.data_size import SMALL_MODELS, DataSizeSettings, run_data_size
 from allmlp.reproduce.figures.contents import figure2_left, figure3, patches_table, pictures, rows_of_figure_3
+from allmlp.reproduce.figures.data_size import data_size_table
 from allmlp.reproduce.outputs import check_folder, describe_machine, write_table
 from allmlp.reproduce.patches import measure_patches
 from allmlp.reproduce.published import PublishedRow
@@ -24,6 +26,7 @@ from allmlp.reproduce.tables.table import Table
 from allmlp.reproduce.tables.table1 import table1
 from allmlp.reproduce.tables.table4 import table4
 
+RIGHT = "figure2-right"  # folder of the experiment's data sets and runs
 PATCHES_SECONDS = 60.0  # more time would change little
 
 
@@ -76,10 +79,15 @@ def reproduce(target: str, options: Options) -> tuple[Table, dict[str, Any]]:
 
 def check_options(target: str, options: Options) -> None:
     """Raises a UserError for options that the target would ignore."""
-    if options.models and target not in (*TABLES, "figure3"):
+    if options.models and target == "figure2" and options.data is None:
+        raise UserError(f"--models {options.models[0]}: the left part of figure2 shows all; give --data for the right")
+    if options.models and target not in (*TABLES, "figure2", "figure3"):
         raise UserError(f"--models {options.models[0]}: {target} always shows all models: leave the option out")
-    if options.data is not None and target not in TABLES:
-        raise UserError(f"--data {options.data}: {target} has no accuracies to measure; {' and '.join(TABLES)} have")
+    if options.data is not None and target not in (*TABLES, "figure2"):
+        have = ", ".join((*TABLES, "figure2"))
+        raise UserError(f"--data {options.data}: {target} has no accuracies to measure; {have} have")
+    if options.real_labels is not None and target == "figure2":
+        raise UserError(f"--real-labels {options.real_labels}: figure2 does not use them: leave the option out")
     if options.real_labels is not None and options.data is None:
         raise UserError(f"--real-labels {options.real_labels}: give --data with ImageNet's validation images too")
     if target == "patches" and not options.measure:
@@ -149,12 +157,23 @@ def growth_with_patches(options: Options) -> Table:
     return patches_table(rows, {"budget_seconds": budget, "precision": "float32", "threads": 1})
 
 
+def figure2(options: Options) -> Table:
+    """The left part, of published numbers; with data, the right part as an experiment."""
+    if options.data is None:
+        return figure2_left()
+    settings = DataSizeSettings(device=options.device, precision=options.precision)
+    models = tuple(options.models) or tuple(SMALL_MODELS)
+    return data_size_table(
+        run_data_size(options.data, options.out / RIGHT, models, settings, progress=options.progress)
+    )
+
+
 TARGETS: dict[str, Callable[[Options], Table]] = {
     "table1": lambda options: table1(),
     "table2": lambda options: compared("table2", options),
     "table3": lambda options: compared("table3", options),
     "table4": lambda options: table4(),
-    "figure2": lambda options: figure2_left(),  # its right part: data_size.run_data_size
+    "figure2": figure2,
     "figure3": scales,
     "patches": growth_with_patches,
 }

@@ -15,6 +15,7 @@ from allmlp.checkpointing.manager import CheckpointManager
 from allmlp.config.batch_size import resolve_micro_batch_size
 from allmlp.config.recipe import DataRecipe, OptimizationRecipe, Recipe
 from allmlp.config.serialize import to_json_object
+from allmlp.data.builtin.catalog import BUILT_IN
 from allmlp.data.dataset import Dataset, DatasetSplits, peek
 from allmlp.data.duplicates.repeats import describe_repeats
 from allmlp.data.loader import Batches, UnreadableImages, default_workers, training_batches
@@ -45,6 +46,7 @@ from allmlp.training.state import TrainingState
 from allmlp.training.step import InputPreparation, TrainingStep
 from allmlp.training.trainer import Cadence, Evaluator, Progress, Trainer, TrainingBatches
 from allmlp.weights.load import load
+from allmlp.weights.named import advise_to_finetune
 from allmlp.weights.resize import resize
 from allmlp.zoo.model import require_batches
 
@@ -320,6 +322,10 @@ def check_data(recipe: Recipe) -> DatasetSplits:
         log.warning("%s", remark)
     for warning in describe_repeats(data.splits, recipe.data.data):
         log.warning("%s", warning)
+    if recipe.model.weights is None and recipe.data.data not in BUILT_IN:
+        advice = advise_to_finetune(len(data.split("train")), recipe.data.data, max(image_size(recipe) or (0,)))
+        if advice:
+            log.warning("%s", advice)
     peek(data.split("train"))
     if len(data.classes) < 2:
         raise UserError(f"{recipe.data.data} has one class, {', '.join(data.classes)}: a classifier needs at least two")

@@ -1,6 +1,7 @@
 """``load`` for any weights: the format is recognized by content, and every tensor must be accounted for."""
 
 import logging
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -19,6 +20,7 @@ from allmlp.weights.containers import Container, TensorInfo, open_container, req
 from allmlp.weights.foreign_metadata import foreign_metadata, input_size, system_metadata
 from allmlp.weights.hub import HUB_PREFIX, WeightsFile, download
 from allmlp.weights.local import find_weights, read_config
+from allmlp.weights.named import resolve_weights
 from allmlp.weights.prefixes import without_prefix
 from allmlp.zoo.families import FAMILIES
 from allmlp.zoo.model import ZooModel
@@ -38,8 +40,8 @@ def load(path: str | Path, *, image_size: Size | None = None, in_channels: int |
     except in files that this package saved.
 
     Args:
-        path: a file, a folder with weights, or "hf-hub:OWNER/NAME", "hf-hub:OWNER/NAME@REVISION" on the Hugging Face
-            hub.
+        path: a file, a folder with weights, the name of published weights ("mixer-b16-in21k": ``mixer models`` lists
+            them), or "hf-hub:OWNER/NAME", "hf-hub:OWNER/NAME@REVISION" on the Hugging Face hub.
         image_size: size that the weights were trained at, in pixels; needed if the grid of patches is not square, and
             where a convolutional network's file does not say it.
         in_channels: number of channels of the images; needed if a flat stem (lucidrains') leaves it ambiguous.
@@ -49,8 +51,9 @@ def load(path: str | Path, *, image_size: Size | None = None, in_channels: int |
             of another shape or not finite (the message names them and the likely cause); a size must be given.
         RunError: the hub cannot be reached and the file is not in its cache.
     """
+    path = resolve_weights(os.fspath(path)) if isinstance(path, str | os.PathLike) else path
     given = as_path("path", path)
-    file = download(str(path)) if str(path).startswith(HUB_PREFIX) else WeightsFile(path=find_weights(given))
+    file = download(path) if path.startswith(HUB_PREFIX) else WeightsFile(path=find_weights(given))
     with open_container(file.path) as container:
         if native.is_native(container.metadata):
             model = native.read(container)

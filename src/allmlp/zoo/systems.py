@@ -17,7 +17,36 @@ class System:
     source: str
     note: str = ""  # where its sizes are not those of a published table
 
+    @property
+    def parameters(self) -> int:
+        """With a head of 1000 classes."""
+        return COSTS[self.name][0]
 
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates per image of ``image_size``."""
+        return COSTS[self.name][1]
+
+
+COSTS = {  # counted without computing; a test counts them again
+    "ViT-B/32": (88_224_232, 4_409_186_304),
+    "ViT-B/16": (86_567_656, 17_563_828_224),
+    "ViT-L/32": (306_535_400, 15_377_539_072),
+    "ViT-L/16": (304_326_632, 61_554_712_576),
+    "ViT-H/14": (632_045_800, 167_295_109_120),
+    "BiT-R50x1": (25_549_352, 4_089_184_256),
+    "BiT-R50x2": (97_988_712, 16_116_613_120),
+    "BiT-R152x1": (60_185_128, 11_513_626_624),
+    "BiT-R152x2": (236_335_208, 45_814_382_592),
+    "BiT-R152x4": (936_533_224, 182_777_282_560),
+    "BiT-R200x3": (568_633_000, 134_346_964_992),
+    "ResNet50x1": (25_549_352, 4_089_184_256),
+    "HaloNet-H4": (69_833_768, 42_231_793_664),
+    "NFNet-F4+": (525_038_908, 336_197_304_320),
+    "EfficientNet-B6-Wide": (316_649_180, 131_992_907_520),
+    "EfficientNet-L2": (468_596_796, 270_353_403_664),
+    "BoTNet-T7": (69_180_824, 45_794_435_072),
+}
 VIT_PAPER = "Dosovitskiy et al. 2021, arXiv:2010.11929"
 BIT_PAPER = "Kolesnikov et al. 2020, arXiv:1912.11370"
 PLAIN_HEAD = "the head is one linear layer, as in fine-tuning; pre-training has a tanh layer before it"

@@ -64,10 +64,11 @@ def run(args: Sequence[str]) -> None:
 def load_weights(name: str) -> "Model | None":
     """The model in a weights file or on the hub; None if this is the name of a variant or comparison system."""
     from allmlp.weights.load import load
+    from allmlp.weights.named import NAMED
 
     endings = (".safetensors", ".npz", ".pt", ".pth", ".bin")
     is_file = Path(name).exists() or Path(name).suffix in endings or name.startswith("hf-hub:")
-    return load(name) if is_file else None
+    return load(name) if is_file or name.lower() in NAMED else None
 
 
 def config_by_name(name: str, image_size: tuple[int, int] | None, num_classes: int | None) -> dict[str, Any]:

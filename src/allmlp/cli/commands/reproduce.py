@@ -22,10 +22,12 @@ examples: mixer reproduce table1
           mixer reproduce table3 --budget 10m
           mixer reproduce figure3 --no-measure
           mixer reproduce table3 --models model.safetensors --data imagenet/
+          mixer reproduce figure2 --data cifar10
 
 TARGET is one of table1 (the Mixers), table2 and table3 (accuracy, throughput and cost of the systems compared), table4
-(hyperparameters), figure2 (left: accuracy against the cost of pre-training), figure3 (accuracy against cost and
-throughput), patches (cost by the number of patches, Section 2).
+(hyperparameters), figure2 (accuracy against the cost of pre-training; with --data its right part, accuracy against the
+number of pre-training images, as an experiment with small models: half an hour for CIFAR-10 on two cores), figure3
+(accuracy against cost and throughput), patches (cost by the number of patches, Section 2).
 
 Throughput is measured within the budget: for --models the named rows alone. Weights after --models are evaluated on
 --data; their accuracy stands in the row that is about them, or in a row of its own."""

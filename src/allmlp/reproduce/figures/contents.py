@@ -6,6 +6,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from allmlp.reproduce.figures import charts
+from allmlp.reproduce.figures.data_size import draw_data_size
 from allmlp.reproduce.figures.frontier import pareto_frontier
 from allmlp.reproduce.patches import ATTENTION, KINDS, TOKEN_MIXING, time_exponents
 from allmlp.reproduce.published import IMAGENET21K, JFT, PublishedRow, table_2, table_3
@@ -136,6 +137,8 @@ def pictures(table: Table, device: str) -> dict[str, Figure]:
     """The pictures of a table, by the name of their files."""
     if table.name == "figure2":
         return {"figure2-left": charts.draw_frontier(table.rows)}
+    if table.name == "figure2-right":
+        return {"figure2-right": draw_data_size(table.rows)}
     if table.name == "figure3":
         found = {"figure3": charts.draw_scales(table.rows)}
         measured = charts.draw_measured_scales(table.rows, device)

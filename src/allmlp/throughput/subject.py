@@ -1,0 +1,149 @@
+"""A model that is measured: loaded, run on random images, trained on them, and unloaded."""
+
+import contextlib
+import gc
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from allmlp.device import autocast, is_out_of_memory
+from allmlp.factory import Model
+from allmlp.throughput.memory import available_memory, peak_growth
+
+MakeTrainingStep = Callable[
+    [Model, torch.device, torch.dtype], Callable[[int], None]
+]  # → a step on a batch of this size
+SAFE_SHARE = 0.85  # of the memory that is left, which a larger batch may take
+
+
+class OutOfMemory(Exception):
+    """A batch does not fit into memory."""
+
+
+class Subject(Protocol):
+    """What the rounds of a benchmark require of a model."""
+
+    name: str
+
+    def forward(self, batch_size: int) -> None:
+        """Computes the logits of a batch, and waits for them; raises OutOfMemory if it does not fit."""
+        ...
+
+    def train(self, batch_size: int) -> None:
+        """Takes one optimizer step, and waits for it; raises OutOfMemory if it does not fit."""
+        ...
+
+
+class ModelSubject:
+    """A model on a device, with random images.
+
+    Args:
+        name: how it is reported.
+        make: creates or loads the model, on the CPU.
+        device, precision: those of the computation.
+        make_training_step: prepares training; None: the model is not trained.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        make: Callable[[], Model],
+        device: torch.device,
+        precision: torch.dtype,
+        make_training_step: MakeTrainingStep | None = None,
+    ) -> None:
+        self.name, self.make, self.device, self.precision = name, make, device, precision
+        self.make_training_step = make_training_step
+        self.model: Model | None = None
+        self.step: Callable[[int], None] | None = None
+        self.images: dict[int, Tensor] = {}
+        self.bytes_per_image = 0.0  # of the largest batch so far, beyond the weights
+
+    def load(self) -> None:
+        if self.model is None:
+            with raising_out_of_memory():
+                self.model = self.make().to(self.device).eval()
+
+    def end_training(self) -> None:
+        """Frees the optimizer and the gradients."""
+        self.step = None
+        if self.model is not None:
+            self.model.zero_grad(set_to_none=True)
+        gc.collect()
+
+    def unload(self) -> None:
+        self.model, self.step, self.images = None, None, {}
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def forward(self, batch_size: int) -> None:
+        self.require_room(batch_size)
+        images = self.batch(batch_size)
+        with raising_out_of_memory(), torch.inference_mode(), autocast(self.device, self.precision):
+            self.loaded.eval()(images)
+            self.wait()
+
+    def train(self, batch_size: int) -> None:
+        assert self.make_training_step is not None
+        with raising_out_of_memory():
+            if self.step is None:
+                self.step = self.make_training_step(self.loaded, self.device, self.precision)
+            self.step(batch_size)
+            self.wait()
+
+    def peak_memory(self, batch_size: int) -> int | None:
+        """Bytes of the weights and of a forward pass at its peak; None where that is not known."""
+        growth = peak_growth(lambda: self.forward(batch_size), self.device)
+        if growth is None:
+            return None
+        self.bytes_per_image = max(self.bytes_per_image, growth / batch_size)
+        return growth + sum(tensor.nbytes for tensor in self.loaded.state_dict().values())
+
+    def require_room(self, batch_size: int) -> None:
+        """Raises OutOfMemory for a batch that would need more than there is, where the system would end the process."""
+        room = available_memory(self.device) if self.device.type == "cpu" else None
+        if room is not None and self.bytes_per_image * batch_size > SAFE_SHARE * room:
+            raise OutOfMemory
+
+    def batch(self, batch_size: int) -> Tensor:
+        """Random images; only the last batch is kept."""
+        if batch_size not in self.images:
+            shape = (batch_size, self.loaded.in_channels, *self.loaded.image_size)
+            with raising_out_of_memory():
+                self.images = {batch_size: torch.rand(shape, device=self.device) * 2 - 1}
+        return self.images[batch_size]
+
+    def wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        elif self.device.type == "mps":
+            torch.mps.synchronize()
+
+    @property
+    def loaded(self) -> Model:
+        assert self.model is not None, "load() comes first"
+        return self.model
+
+
+@contextlib.contextmanager
+def raising_out_of_memory() -> Iterator[None]:
+    """Within the block, running out of memory is an OutOfMemory."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        gc.collect()
+        raise OutOfMemory from None
+
+
+def fill_with_noise(model: nn.Module) -> None:
+    """Gives a model that has memory, but no weights yet, small random ones: fast, where only the speed matters."""
+    with torch.no_grad():
+        for tensor in model.parameters():
+            tensor.uniform_(-1, 1).mul_(tensor[0].numel() ** -0.5 if tensor.ndim > 1 else 0.1)
+        for name, buffer in model.named_buffers():
+            buffer.fill_(1.0 if name.endswith("running_var") else 0.0)
