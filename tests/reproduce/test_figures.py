@@ -16,7 +16,7 @@ from PIL import Image
 from allmlp.errors import UserError
 from allmlp.reproduce.figures import charts
 from allmlp.reproduce.figures.contents import figure2_left, figure3, pictures, rows_of_figure_3
-from allmlp.reproduce.figures.labels import Label, overlap, place_labels
+from allmlp.reproduce.figures.labels import Label, overlap, place_labels, text_box
 from allmlp.reproduce.outputs import check_folder, describe_machine, write_table
 from allmlp.reproduce.speeds import SpeedOptions
 from allmlp.reproduce.tables.comparison import plan
@@ -54,7 +54,7 @@ def boxes(figure: Figure) -> list:
     canvas.draw()
     renderer = canvas.get_renderer()
     return [
-        [text.get_window_extent(renderer) for text in axes.texts if isinstance(text, Annotation)]
+        [text_box(text, renderer) for text in axes.texts if isinstance(text, Annotation)]
         for axes in figure.axes
     ]
 
@@ -94,7 +94,7 @@ def test_files_of_a_figure(scales: Table, tmp_path: Path) -> None:
     assert names == ["figure3-measured.png", "figure3-measured.svg", "figure3.csv", "figure3.json", "figure3.png",
                      "figure3.svg"]  # fmt: skip
     with Image.open(tmp_path / "new" / "out" / "figure3.png") as image:
-        assert len(set(image.convert("RGB").resize((200, 100)).getdata())) > 10
+        assert len(image.convert("RGB").resize((200, 100)).getcolors(20_000) or []) > 10
     svg = (tmp_path / "new" / "out" / "figure3.svg").read_text(encoding="utf-8")
     ElementTree.fromstring(svg)
     for row in scales.rows:

@@ -44,14 +44,14 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 @pytest.fixture
 def rate(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """A device of 1,000,000 multiply-accumulates a second; records what is timed by a single image."""
+    """A device of 100,000 multiply-accumulates a second; records what is timed by a single image."""
     timed: list[str] = []
 
     def time_one(self: module.Place, name: str, config: Any, clock: Any) -> Speed:
         timed.append(name)
         return Speed(images_per_second=0.5, batch_size=1, alternated=False)
 
-    monkeypatch.setattr(module.Place, "calibrate", lambda self, clock: 1e6)
+    monkeypatch.setattr(module.Place, "calibrate", lambda self, clock: 1e5)
     monkeypatch.setattr(module.Place, "time_one", time_one)
     return timed
 
@@ -73,11 +73,11 @@ def test_all_are_measured_together_and_training_of_those_asked_for(calls: list, 
 
 
 def test_models_too_slow_for_the_rounds_are_timed_once_and_slower_ones_are_told(calls: list, rate: list[str]) -> None:
-    seconds = module.SLOWER * cost(create(num_classes=3, image_size=16, **SIZES)).macs / 1e6  # of one image
+    seconds = module.SLOWER * cost(create(num_classes=3, image_size=16, **SIZES)).macs / 1e5  # of one image
     slow = create(num_classes=3, image_size=160, **SIZES).config
     slower = create(num_classes=3, image_size=1600, **SIZES).config
     named = {**configs("a"), "slow": slow, "slower": slower}
-    budget = 2 * module.SLOWER * cost(build_meta(slow)).macs / 1e6
+    budget = 2 * module.SLOWER * cost(build_meta(slow)).macs / 1e5
     assert budget > 10 * module.MIN_CALLS * seconds
     speeds = measure_speeds(named, ["a", "slow"], options(budget), clock=lambda: 0.0)
     assert calls[0]["models"] == ["a"]

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.text import Annotation
+from matplotlib.text import Annotation, Text
 from matplotlib.transforms import Bbox
 
 NEAR, FAR = 6, 46  # points between a marker and its label
@@ -48,7 +48,7 @@ def place_labels(axes: Axes, labels: Sequence[Label], size: float = 7.5) -> list
         for distance in range(NEAR, FAR, 4):
             for dx, dy in DIRECTIONS:
                 text = annotate(axes, label, (dx * distance, dy * distance), size, line=distance > 2 * NEAR)
-                box = text.get_window_extent(renderer)
+                box = text_box(text, renderer)
                 outside = box.width * box.height - overlap(box, frame)
                 covered = 50 * (sum(overlap(box, other) for other in taken) + outside)
                 covered += sum(overlap(box, other) for other in lines)
@@ -61,6 +61,12 @@ def place_labels(axes: Axes, labels: Sequence[Label], size: float = 7.5) -> list
         taken.append(best[3])
         drawn.append(best[2])
     return drawn
+
+
+def text_box(label: Annotation, renderer: Any) -> Bbox:
+    """Where the text is, without the line to its point, in pixels."""
+    label.update_positions(renderer)
+    return Text.get_window_extent(label, renderer)
 
 
 def annotate(axes: Axes, label: Label, offset: tuple[float, float], size: float, line: bool) -> Annotation:
