@@ -52,13 +52,17 @@ def test_json_is_one_object_alone(mixer, tmp_path) -> None:
 
 
 def test_measured_beside_published(mixer, tmp_path) -> None:
-    words = ("--models", "S/32", "--budget", "8s", "--device", "cpu", "--out", tmp_path, "--json")
+    words = ("--models", "S/32", "--budget", "10s", "--device", "cpu", "--out", tmp_path, "--json")
     answer = mixer("reproduce", "table3", *words)
     assert answer.status == 0, answer.err
     found = json.loads(answer.out)
     (row,) = found["rows"]
-    assert row["measured_images_per_second"] > row["train_images_per_second"] > 0
-    assert row["device_days"] == pytest.approx(5 * 300e6 / row["train_images_per_second"] / 86_400)
+    if (rate := row["train_images_per_second"]) is None:  # other programs took the time
+        assert row["problem"] == "no time was left for training"
+        assert row["device_days"] is None
+    else:
+        assert row["measured_images_per_second"] > rate > 0
+        assert row["device_days"] == pytest.approx(5 * 300e6 / rate / 86_400)
     reference = found["speeds"]["Mixer-B/16 at 224"]["images_per_second"]
     assert row["measured_relative"] == pytest.approx(row["measured_images_per_second"] / reference)
     assert row["measured_relative"] > 1

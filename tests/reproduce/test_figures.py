@@ -53,10 +53,7 @@ def boxes(figure: Figure) -> list:
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     renderer = canvas.get_renderer()
-    return [
-        [text_box(text, renderer) for text in axes.texts if isinstance(text, Annotation)]
-        for axes in figure.axes
-    ]
+    return [[text_box(text, renderer) for text in axes.texts if isinstance(text, Annotation)] for axes in figure.axes]
 
 
 @pytest.mark.parametrize("name", ["figure2-left", "figure3", "figure3-measured"])
