@@ -20,8 +20,8 @@ from allmlp.reproduce.outputs import check_folder, describe_machine, write_table
 from allmlp.reproduce.patches import measure_patches
 from allmlp.reproduce.published import PublishedRow
 from allmlp.reproduce.selection import Selection, select
-from allmlp.reproduce.speeds import Measure, Speed, SpeedOptions, measure_speeds
-from allmlp.reproduce.tables.comparison import TABLES, assign, comparison, plan
+from allmlp.reproduce.speeds import Measure, Speed, SpeedOptions, check_budget, measure_speeds
+from allmlp.reproduce.tables.comparison import TABLES, assign, comparison, plan, systems_of
 from allmlp.reproduce.tables.table import Table
 from allmlp.reproduce.tables.table1 import table1
 from allmlp.reproduce.tables.table4 import table4
@@ -124,6 +124,7 @@ def speeds_of(
     """The speeds for these rows, None without measuring; and what the JSON tells about how they were measured."""
     if not options.measure:
         return None, {"measured": False}
+    check_budget(len(systems_of(rows)) + len(accuracies), options.budget_seconds)  # before anything is computed
     configs, trained = plan(rows, accuracies)
     with progress_bar(options.progress) as bar:
         settings = SpeedOptions(

@@ -77,17 +77,22 @@ PRETRAINING = View(
 LEGEND = "–: in a column of the paper, not published; in one of ours, not measured."
 
 
+def systems_of(rows: Sequence[PublishedRow]) -> dict[str, tuple[str, int]]:
+    """The name and image size of what is measured for these rows, each once, by key."""
+    keys = {REFERENCE: ("Mixer-B/16", PRETRAINING_SIZE)}
+    keys |= {row.key: (row.system, row.image_size) for row in rows}
+    return keys | {row.pretraining_key: (row.system, PRETRAINING_SIZE) for row in rows if row.pretraining_key}
+
+
 def plan(
     rows: Sequence[PublishedRow], accuracies: Sequence[Accuracy] = ()
 ) -> tuple[dict[str, Mapping[str, Any]], frozenset[str]]:
     """What to measure for these rows: configurations by key, each once, and the keys whose training is measured."""
-    keys = {REFERENCE: ("Mixer-B/16", PRETRAINING_SIZE)}
-    keys |= {row.key: (row.system, row.image_size) for row in rows}
-    trained = {row.pretraining_key: row for row in rows if row.pretraining_key is not None}
-    keys |= {key: (row.system, PRETRAINING_SIZE) for key, row in trained.items()}
+    keys = systems_of(rows)
+    trained = frozenset(row.pretraining_key for row in rows if row.pretraining_key is not None)
     found = {key: system_or_problem(*named)[0] for key, named in keys.items()}
     configs = {key: system[0] for key, system in found.items() if system is not None}
-    return configs | {one.weights: one.config for one in accuracies}, frozenset(trained)
+    return configs | {one.weights: one.config for one in accuracies}, trained
 
 
 def assign(name: str, accuracies: Sequence[Accuracy]) -> tuple[dict[PublishedRow, Accuracy], list[Accuracy]]:
