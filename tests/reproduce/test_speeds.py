@@ -13,7 +13,7 @@ import allmlp.reproduce.speeds as module
 from allmlp.errors import UserError
 from allmlp.factory import build_meta, create
 from allmlp.flops import cost
-from allmlp.reproduce.speeds import Speed, SpeedOptions, affordable, measure_speeds, random_model
+from allmlp.reproduce.speeds import Speed, SpeedOptions, affordable, check_budget, measure_speeds, random_model
 from allmlp.throughput.measure import Measurement
 from allmlp.throughput.subject import ModelSubject, OutOfMemory
 
@@ -64,7 +64,7 @@ def test_all_are_measured_together_and_training_of_those_asked_for(calls: list, 
     speeds = measure_speeds(configs("a", "b", "large"), {"b", "large"}, options(1000), clock=lambda: 0.0)
     assert [call["models"] for call in calls] == [["a", "b", "large"], ["b"]]
     assert [call["make_training_step"] is None for call in calls] == [True, False]
-    assert [call["budget_seconds"] for call in calls] == [pytest.approx(550), 1000]  # no time passes here
+    assert [call["budget_seconds"] for call in calls] == [pytest.approx(550), pytest.approx(900)]  # no time passes here
     assert [speeds[name].images_per_second for name in ("a", "b", "large")] == [8.0, 8.0, None]
     assert [speeds[name].train_images_per_second for name in ("a", "b", "large")] == [None, 2.0, None]
     assert speeds["large"].problem == "too large"
@@ -113,11 +113,10 @@ def test_the_quickest_that_fit_together_are_affordable(seconds: dict[str, float]
     assert all(seconds[name] <= min(left, default=10) for name in chosen)
 
 
-def test_a_budget_too_small_names_the_least(calls: list, rate: list[str]) -> None:
+def test_a_budget_too_small_names_the_least() -> None:
     with pytest.raises(UserError, match=r"--budget 2s is too small for 3 models: give at least 6s, fewer --models"):
-        measure_speeds(configs("a", "b", "c"), (), options(2))
-    assert calls == []
-    measure_speeds(configs("a", "b", "c"), (), options(6))
+        check_budget(3, 2)
+    check_budget(3, 6)
 
 
 def test_what_does_not_fit_into_memory_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,7 @@ SHARE = 0.55  # of the budget, for the models whose throughput is measured in al
 MIN_CALLS = 5  # forward passes that ``measure`` takes of one image at least
 SLOWER = 2  # than by its operations in comparison with Mixer-B/16; what a model may be
 TRAINING_CALLS = 30  # the time of the shortest measurement of training, in forward passes of one image
+IN_TIME = 0.9  # of the time that is left: a round that has begun is finished
 FILLED_PER_SECOND = 2e8  # random weights
 CALIBRATION = "B/16"
 
@@ -68,12 +69,11 @@ def measure_speeds(
         clock: the time in seconds.
 
     Raises:
-        UserError: a budget that is too small for so many models, or a device that does not exist.
+        UserError: a device that does not exist, or a precision that it does not compute in.
     """
     watch = Stopwatch(options.budget_seconds, clock)
     device = select_device(options.device)
     place = Place(device, select_precision(options.precision, device), options.on_progress)
-    check_budget(len(configs), options.budget_seconds)
     options.on_progress("counting operations")
     costs = {name: cost(build_meta(config)) for name, config in configs.items()}
     rate = place.calibrate(clock)
@@ -105,11 +105,12 @@ def measure_training(
     """The speeds with those of training, of the models for which there is time."""
     rates = {name: speeds[name].images_per_second for name in trained}
     shortest = {name: TRAINING_CALLS / rate + loading[name] for name, rate in rates.items() if rate is not None}
-    chosen = affordable(shortest, watch.left)
+    seconds = IN_TIME * watch.left
+    chosen = affordable(shortest, seconds)
     late = {name: replace(speeds[name], problem="no time was left for training") for name in shortest.keys() - chosen}
     if not chosen:
         return late
-    found = place.measure({name: configs[name] for name in configs if name in chosen}, watch.left, train=True)
+    found = place.measure({name: configs[name] for name in configs if name in chosen}, seconds, train=True)
     return late | {one.name: with_training(speeds[one.name], one) for one in found}
 
 
