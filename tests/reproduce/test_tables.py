@@ -8,12 +8,14 @@ import json
 import pytest
 from made_speeds import made_speeds
 
+from allmlp.errors import UserError
 from allmlp.factory import create
 from allmlp.recipes.pretrain import PRETRAIN
 from allmlp.reproduce.accuracy import Accuracy, crop_of
 from allmlp.reproduce.published import IMAGENET, IMAGENET21K, JFT, read_table, table_2, table_3
 from allmlp.reproduce.speeds import Speed, SpeedOptions
 from allmlp.reproduce.systems import config_at, cost_at
+from allmlp.reproduce.tables import comparison as module
 from allmlp.reproduce.tables import table1 as first
 from allmlp.reproduce.tables import table4 as fourth
 from allmlp.reproduce.tables.comparison import REFERENCE, TABLES, comparison, plan
@@ -131,6 +133,19 @@ def test_what_was_not_measured_is_marked_with_its_reason() -> None:
     for key in ("measured_images_per_second", "measured_relative", "device_days", "measured_top1"):
         assert table.rows[0][key] is None
         assert table.column(key).show(table.rows[0]) == "–"
+
+
+def test_what_cannot_be_built_keeps_its_published_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str, size: int) -> None:
+        raise UserError(f"{name} needs timm: pip install timm")
+
+    monkeypatch.setattr(module, "system_at", missing)
+    rows = table_2()[:1]
+    assert plan(rows) == ({}, frozenset())
+    table = comparison("table2", rows, (), {})
+    (row,) = table.rows
+    assert (row["top1"], row["parameters"], row["gmacs"]) == (85.8, None, None)
+    assert row["problem"] == "HaloNet-H4 needs timm: pip install timm"
 
 
 def accuracy(name: str, size: int, provenance: dict, top1: float = 76.5) -> Accuracy:

@@ -11,7 +11,7 @@ import torch
 
 from allmlp.api.evaluate import Part
 from allmlp.api.progress import progress_bar
-from allmlp.device import Precision, choose_device
+from allmlp.device import Precision, choose_device, select_precision
 from allmlp.errors import UserError
 from allmlp.reproduce.accuracy import Accuracy, AccuracyOptions, measure_accuracy
 from allmlp.reproduce.data_size import SMALL_MODELS, DataSizeSettings, run_data_size
@@ -136,10 +136,11 @@ def speeds_of(
             on_progress=lambda text: bar.update(0, None, text),
         )
         speeds = options.speed_of(configs, trained, settings)
+    precision = select_precision(options.precision, choose_device(options.device))
     details = {
         "measured": True,
         "budget_seconds": options.budget_seconds,
-        "precision": options.precision,
+        "precision": str(precision).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "speeds": {name: vars(speed) for name, speed in speeds.items()},
     }
