@@ -120,7 +120,7 @@ def evaluate_all(name: Literal["table2", "table3"], selection: Selection, option
 
 
 def speeds_of(
-    rows: Sequence[PublishedRow], accuracies: Sequence[Accuracy], options: Options
+    rows: Sequence[PublishedRow], accuracies: Sequence[Accuracy], options: Options, train: bool = True
 ) -> tuple[dict[str, Speed] | None, dict[str, Any]]:
     """The speeds for these rows, None without measuring; and what the JSON tells about how they were measured."""
     if not options.measure:
@@ -135,7 +135,7 @@ def speeds_of(
             budget_seconds=options.budget_seconds - (time.perf_counter() - start),
             on_progress=lambda text: bar.update(0, None, text),
         )
-        speeds = options.speed_of(configs, trained, settings)
+        speeds = options.speed_of(configs, trained if train else (), settings)
     precision = select_precision(options.precision, choose_device(options.device))
     details = {
         "measured": True,
@@ -150,7 +150,7 @@ def speeds_of(
 def scales(options: Options) -> Table:
     """Figure 3."""
     selection = select("figure3", rows_of_figure_3(), options.models, has_data=False)
-    speeds, details = speeds_of(selection.rows, (), options)
+    speeds, details = speeds_of(selection.rows, (), options, train=False)
     return figure3(speeds, selection.rows, details)
 
 
