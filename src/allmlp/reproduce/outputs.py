@@ -5,11 +5,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import torch
 from matplotlib.figure import Figure
 
 from allmlp.errors import UserError
 from allmlp.files import atomic_write, to_json, write_text
+from allmlp.reproduce.figures.charts import STYLE
 from allmlp.reproduce.tables.table import Table
 from allmlp.runs.provenance import current_commit, describe_device, versions
 
@@ -56,5 +58,5 @@ def write_table(table: Table, figures: Mapping[str, Figure], machine: Mapping[st
 def write_figure(figure: Figure, path: Path) -> None:
     kind = path.suffix[1:]
     metadata = {"Date": None} if kind == "svg" else {}  # the same picture is the same file
-    with atomic_write(path) as temporary:
+    with atomic_write(path) as temporary, matplotlib.rc_context(STYLE):
         figure.savefig(temporary, format=kind, metadata=metadata)

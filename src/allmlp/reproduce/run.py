@@ -1,6 +1,7 @@
 """Any of the paper's tables and figures by name, with its files."""
 
 import difflib
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 
 from allmlp.api.evaluate import Part
 from allmlp.api.progress import progress_bar
-from allmlp.device import Precision, choose_device
+from allmlp.device import Precision, choose_device, select_precision
 from allmlp.errors import UserError
 from allmlp.reproduce.accuracy import Accuracy, AccuracyOptions, measure_accuracy
 from allmlp.reproduce.data_size import SMALL_MODELS, DataSizeSettings, run_data_size
@@ -20,8 +21,8 @@ from allmlp.reproduce.outputs import check_folder, describe_machine, write_table
 from allmlp.reproduce.patches import measure_patches
 from allmlp.reproduce.published import PublishedRow
 from allmlp.reproduce.selection import Selection, select
-from allmlp.reproduce.speeds import Measure, Speed, SpeedOptions, measure_speeds
-from allmlp.reproduce.tables.comparison import TABLES, assign, comparison, plan
+from allmlp.reproduce.speeds import Measure, Speed, SpeedOptions, check_budget, measure_speeds
+from allmlp.reproduce.tables.comparison import TABLES, assign, comparison, plan, systems_of
 from allmlp.reproduce.tables.table import Table
 from allmlp.reproduce.tables.table1 import table1
 from allmlp.reproduce.tables.table4 import table4
@@ -119,24 +120,27 @@ def evaluate_all(name: Literal["table2", "table3"], selection: Selection, option
 
 
 def speeds_of(
-    rows: Sequence[PublishedRow], accuracies: Sequence[Accuracy], options: Options
+    rows: Sequence[PublishedRow], accuracies: Sequence[Accuracy], options: Options, train: bool = True
 ) -> tuple[dict[str, Speed] | None, dict[str, Any]]:
     """The speeds for these rows, None without measuring; and what the JSON tells about how they were measured."""
     if not options.measure:
         return None, {"measured": False}
-    configs, trained = plan(rows, accuracies)
+    check_budget(len(systems_of(rows)) + len(accuracies), options.budget_seconds)  # before anything is computed
+    start = time.perf_counter()
+    configs, trained = plan(rows, accuracies)  # counts operations, which takes its time for the largest models
     with progress_bar(options.progress) as bar:
         settings = SpeedOptions(
             device=options.device,
             precision=options.precision,
-            budget_seconds=options.budget_seconds,
+            budget_seconds=options.budget_seconds - (time.perf_counter() - start),
             on_progress=lambda text: bar.update(0, None, text),
         )
-        speeds = options.speed_of(configs, trained, settings)
+        speeds = options.speed_of(configs, trained if train else (), settings)
+    precision = select_precision(options.precision, choose_device(options.device))
     details = {
         "measured": True,
         "budget_seconds": options.budget_seconds,
-        "precision": options.precision,
+        "precision": str(precision).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "speeds": {name: vars(speed) for name, speed in speeds.items()},
     }
@@ -146,7 +150,7 @@ def speeds_of(
 def scales(options: Options) -> Table:
     """Figure 3."""
     selection = select("figure3", rows_of_figure_3(), options.models, has_data=False)
-    speeds, details = speeds_of(selection.rows, (), options)
+    speeds, details = speeds_of(selection.rows, (), options, train=False)
     return figure3(speeds, selection.rows, details)
 
 

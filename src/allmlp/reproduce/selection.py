@@ -82,8 +82,9 @@ def models_of(rows: Sequence[PublishedRow]) -> str:
 
 def unknown(name: str, table: str, rows: Sequence[PublishedRow]) -> str:
     known = {row.model.lower(): row.model for row in rows}
-    near = [known[key] for key in difflib.get_close_matches(name.lower(), known, 3, cutoff=0.5)]
-    hint = f"the nearest in {table}: {', '.join(near)}" if near else f"{table} has {models_of(rows)}"
+    known |= {key.removeprefix("mixer-"): model for key, model in known.items()}
+    near = [known[key] for key in difflib.get_close_matches(name.lower(), known, 4, cutoff=0.5)]
+    hint = f"the nearest in {table}: {', '.join(dict.fromkeys(near))}" if near else f"{table} has {models_of(rows)}"
     return f"--models {name}: unknown model; {hint}; weights need --data SOURCE"
 
 

@@ -7,29 +7,31 @@ from typing import Any
 
 import torch
 
-from allmlp.factory import build_meta, create, is_zoo, resized_config
+from allmlp.factory import build_meta, create, resized_config, resolve_name
 from allmlp.flops import Cost, cost
+from allmlp.zoo.systems import SYSTEMS
 
 
 @cache
-def config_at(name: str, image_size: int | None = None, num_classes: int = 1000) -> Mapping[str, Any]:
-    """The configuration of a model by name for an image size in pixels, None: its own.
+def system_at(name: str, image_size: int | None = None, num_classes: int = 1000) -> tuple[Mapping[str, Any], Cost]:
+    """The configuration of a model by name for an image size in pixels, None: its own; and its cost.
 
     A Mixer is resized from 224, which widens token mixing as fine-tuning does (Supplement C).
+
+    Raises:
+        UserError: an unknown name, a size that the model cannot take, or timm is missing.
     """
+    is_zoo = resolve_name(name) in SYSTEMS
     with torch.device("meta"):
-        config = create(name, num_classes=num_classes).config
-        if image_size is not None and is_zoo(config):
-            config = create(name, num_classes=num_classes, image_size=image_size).config
-        elif image_size is not None:
-            config = resized_config(config, image_size)
-    return MappingProxyType(dict(config))
+        model = create(name, num_classes=num_classes, image_size=image_size if is_zoo else None)
+    if image_size is not None and not is_zoo:
+        model = build_meta(resized_config(model.config, image_size))
+    return MappingProxyType(dict(model.config)), cost(model)
+
+
+def config_at(name: str, image_size: int | None = None) -> Mapping[str, Any]:
+    return system_at(name, image_size)[0]
 
 
 def cost_at(name: str, image_size: int | None = None, num_classes: int = 1000) -> Cost:
-    return cost_of(config_at(name, image_size, num_classes))
-
-
-def cost_of(config: Mapping[str, Any]) -> Cost:
-    """Counted on the meta device, which computes nothing."""
-    return cost(build_meta(config))
+    return system_at(name, image_size, num_classes)[1]

@@ -38,9 +38,11 @@ Throughput is measured within the budget: for --models the named rows alone. Wei
 class Arguments:
     target: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="TARGET", help_behavior_hint="(required)")]
     models: tuple[str, ...] = ()
-    """table2, table3, figure3: only these rows (Mixer-B/16, HaloNet, …); table2, table3: WEIGHTS to evaluate too."""
+    """table2, table3, figure3: only these rows (Mixer-B/16, HaloNet, …); table2, table3: WEIGHTS to evaluate too;
+    figure2 with --data: of Mixer, ViT and ResNet only these."""
     data: str | None = None
-    """table2, table3: SOURCE that the weights are evaluated on: imagenet, a folder of images, or a .zip of one."""
+    """table2, table3: SOURCE that the weights are evaluated on: imagenet, a folder of images, or a .zip of one.
+    figure2: SOURCE that the small models are trained on."""
     part: Literal["test", "val", "train", "all"] = "test"
     """Split of --data to evaluate on."""
     real_labels: Path | None = None

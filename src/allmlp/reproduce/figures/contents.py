@@ -82,7 +82,7 @@ def figure3(speeds: Mapping[str, Speed] | None, rows: Sequence[PublishedRow], de
     view = (LABEL, "top1", "core_days", "images_per_second", "measured_images_per_second", "relative")
     return Table(
         name="figure3",
-        title="Figure 3: ImageNet top-1 against the cost of pre-training and throughput; JFT-300M, 224 px",
+        title="Figure 3: ImageNet top-1 against cost and throughput; JFT-300M, 224 px",
         columns=columns((*KEEP, *SPEEDS, "problem")),
         rows=shown,
         views=(View(title="", columns=(*view, "measured_relative")),),

@@ -7,11 +7,10 @@ from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.patheffects import withStroke
-from matplotlib.text import Annotation
+from matplotlib.text import Annotation, Text
 from matplotlib.transforms import Bbox
 
-NEAR, FAR = 6, 30  # points between a marker and its label
+NEAR, FAR = 6, 46  # points between a marker and its label
 DIRECTIONS = ((1, 0), (-1, 0), (0, 1), (0, -1), (0.8, 0.8), (0.8, -0.8), (-0.8, 0.8), (-0.8, -0.8))
 MARKER = 4  # half of a marker's size, in points
 SPACING = 4  # pixels
@@ -49,9 +48,10 @@ def place_labels(axes: Axes, labels: Sequence[Label], size: float = 7.5) -> list
         for distance in range(NEAR, FAR, 4):
             for dx, dy in DIRECTIONS:
                 text = annotate(axes, label, (dx * distance, dy * distance), size, line=distance > 2 * NEAR)
-                box = text.get_window_extent(renderer)
+                box = text_box(text, renderer)
                 outside = box.width * box.height - overlap(box, frame)
-                covered = sum(overlap(box, other) for other in (*taken, *lines)) + 5 * outside
+                covered = 50 * (sum(overlap(box, other) for other in taken) + outside)
+                covered += sum(overlap(box, other) for other in lines)
                 covered += AMBIGUOUS * (away(box, points[i]) > min_away(box, points, i))
                 candidates.append((round(covered) + distance * 0.5, len(candidates), text, box))
         best = min(candidates)
@@ -61,6 +61,12 @@ def place_labels(axes: Axes, labels: Sequence[Label], size: float = 7.5) -> list
         taken.append(best[3])
         drawn.append(best[2])
     return drawn
+
+
+def text_box(label: Annotation, renderer: Any) -> Bbox:
+    """Where the text is, without the line to its point, in pixels."""
+    label.update_positions(renderer)
+    return Text.get_window_extent(label, renderer)
 
 
 def annotate(axes: Axes, label: Label, offset: tuple[float, float], size: float, line: bool) -> Annotation:
@@ -76,7 +82,6 @@ def annotate(axes: Axes, label: Label, offset: tuple[float, float], size: float,
         color=label.color,
         ha=horizontal,
         va=vertical,
-        path_effects=[withStroke(linewidth=2, foreground="white")],
         arrowprops={"arrowstyle": "-", "color": label.color, "linewidth": 0.5, "shrinkB": 3} if line else None,
     )
 

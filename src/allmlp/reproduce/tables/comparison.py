@@ -4,12 +4,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from allmlp.errors import UserError
-from allmlp.factory import describe_model, name_of
+from allmlp.factory import build_meta, describe_model, name_of
+from allmlp.flops import Cost, cost
 from allmlp.reproduce.accuracy import Accuracy
 from allmlp.reproduce.published import PRETRAINING_SIZE, PublishedRow, system_key, table_2, table_3
 from allmlp.reproduce.selection import row_of_weights
 from allmlp.reproduce.speeds import Speed
-from allmlp.reproduce.systems import config_at, cost_of
+from allmlp.reproduce.systems import system_at
 from allmlp.reproduce.tables.table import Column, Table, View, decimals, integer, significant
 from allmlp.zoo.systems import SYSTEMS
 
@@ -37,16 +38,16 @@ COLUMNS = (
     Column(key="parameters", name="parameters with a head of 1000 classes", short="params", source="computed",
            form=lambda value: f"{value / 1e6:,.1f} M"),
     Column(key="gmacs", name="cost of an image", unit="GMAC", short="GMAC", source="computed", form=decimals(1)),
-    Column(key="images_per_second", name="throughput of a TPU-v3 core", unit="images/s", short="TPU img/s",
+    Column(key="images_per_second", name="throughput of a TPU-v3 core", unit="images/s", short="img/s",
            source="published", form=integer),
     Column(key="measured_images_per_second", name="throughput of this device", unit="images/s", short="our img/s",
            source="measured", form=significant),
     Column(key="measured_lowest", name="lowest throughput", unit="images/s", short="lowest", source="measured"),
     Column(key="measured_highest", name="highest throughput", unit="images/s", short="highest", source="measured"),
     Column(key="batch_size", name="batch size", unit="images", short="batch", source="measured", form=integer),
-    Column(key="relative", name="throughput relative to Mixer-B/16 at 224", short="TPU × B/16", source="published",
+    Column(key="relative", name="throughput relative to Mixer-B/16 at 224", short="× B/16", source="published",
            form=decimals(3)),
-    Column(key="measured_relative", name="throughput relative to Mixer-B/16 at 224", short="our × B/16",
+    Column(key="measured_relative", name="throughput relative to Mixer-B/16 at 224", short="our ×",
            source="measured", form=decimals(3)),
     Column(key="core_days", name="pre-training on TPU-v3", unit="core-days", short="TPU core-days", source="published",
            form=integer),
@@ -63,7 +64,7 @@ ACCURACY = View(
     columns=(LABEL, "top1", "measured_top1", "real_top1", "measured_real_top1", "average_of_five", "vtab"),
 )
 SPEED = View(
-    title="images/s of a TPU-v3 core and of this device; × B/16: as multiples of Mixer-B/16",
+    title="images/s of a TPU-v3 core, and ours; × B/16: as multiples of Mixer-B/16 at 224",
     columns=(
         LABEL, "parameters", "gmacs", "images_per_second", "measured_images_per_second", "batch_size", "relative",
         "measured_relative",
@@ -76,16 +77,22 @@ PRETRAINING = View(
 LEGEND = "–: in a column of the paper, not published; in one of ours, not measured."
 
 
+def systems_of(rows: Sequence[PublishedRow]) -> dict[str, tuple[str, int]]:
+    """The name and image size of what is measured for these rows, each once, by key."""
+    keys = {REFERENCE: ("Mixer-B/16", PRETRAINING_SIZE)}
+    keys |= {row.key: (row.system, row.image_size) for row in rows}
+    return keys | {row.pretraining_key: (row.system, PRETRAINING_SIZE) for row in rows if row.pretraining_key}
+
+
 def plan(
     rows: Sequence[PublishedRow], accuracies: Sequence[Accuracy] = ()
 ) -> tuple[dict[str, Mapping[str, Any]], frozenset[str]]:
     """What to measure for these rows: configurations by key, each once, and the keys whose training is measured."""
-    keys = {REFERENCE: ("Mixer-B/16", PRETRAINING_SIZE)}
-    keys |= {row.key: (row.system, row.image_size) for row in rows}
-    trained = {row.pretraining_key: row for row in rows if row.pretraining_key is not None}
-    keys |= {key: (row.system, PRETRAINING_SIZE) for key, row in trained.items()}
-    configs = {key: config for key, named in keys.items() if (config := config_or_problem(*named)[0]) is not None}
-    return configs | {one.weights: one.config for one in accuracies}, frozenset(trained)
+    keys = systems_of(rows)
+    trained = frozenset(row.pretraining_key for row in rows if row.pretraining_key is not None)
+    found = {key: system_or_problem(*named)[0] for key, named in keys.items()}
+    configs = {key: system[0] for key, system in found.items() if system is not None}
+    return configs | {one.weights: one.config for one in accuracies}, trained
 
 
 def assign(name: str, accuracies: Sequence[Accuracy]) -> tuple[dict[PublishedRow, Accuracy], list[Accuracy]]:
@@ -101,10 +108,10 @@ def assign(name: str, accuracies: Sequence[Accuracy]) -> tuple[dict[PublishedRow
     return of_row, others
 
 
-def config_or_problem(system: str, image_size: int) -> tuple[Mapping[str, Any] | None, str | None]:
-    """The configuration; else why there is none, such as that timm is not installed."""
+def system_or_problem(system: str, image_size: int) -> tuple[tuple[Mapping[str, Any], Cost] | None, str | None]:
+    """The configuration and cost; else why there is none, such as that timm is not installed."""
     try:
-        return config_at(system, image_size), None
+        return system_at(system, image_size), None
     except UserError as error:
         return None, str(error)
 
@@ -169,13 +176,13 @@ def published_cells(row: PublishedRow) -> dict[str, Any]:
 
 
 def measured_cells(row: PublishedRow, accuracy: Accuracy | None, speeds: Mapping[str, Speed]) -> dict[str, Any]:
-    config, missing = config_or_problem(row.system, row.image_size)
+    system, missing = system_or_problem(row.system, row.image_size)
     speed = speeds.get(row.key, Speed())
     training = speeds.get(row.pretraining_key or "", Speed())
     rate, seen = training.train_images_per_second, row.images_seen
     return {
         **accuracy_cells(accuracy),
-        **speed_cells(config, speed),
+        **speed_cells(system and system[1], speed),
         "train_images_per_second": rate,
         "device_days": None if rate is None or seen is None else seen / rate / SECONDS_A_DAY,
         "problem": missing or speed.problem or training.problem,
@@ -190,7 +197,7 @@ def cells_of_weights(accuracy: Accuracy, speeds: Mapping[str, Speed]) -> dict[st
         "built_as": name_of(accuracy.config) or describe_model(accuracy.config),
         "image_size": max(accuracy.config["image_size"]),
         **accuracy_cells(accuracy),
-        **speed_cells(accuracy.config, speed),
+        **speed_cells(cost(build_meta(accuracy.config)), speed),
         "problem": speed.problem,
         "note": "weights of yours: no row of the paper is about this model, image size and pre-training data",
     }
@@ -202,8 +209,7 @@ def accuracy_cells(accuracy: Accuracy | None) -> dict[str, Any]:
     return {"measured_top1": accuracy.top1, "measured_real_top1": accuracy.real_top1}
 
 
-def speed_cells(config: Mapping[str, Any] | None, speed: Speed) -> dict[str, Any]:
-    costs = None if config is None else cost_of(config)
+def speed_cells(costs: Cost | None, speed: Speed) -> dict[str, Any]:
     lowest, highest = speed.range or (None, None)
     return {
         "parameters": costs and costs.parameters,
