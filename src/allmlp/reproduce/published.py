@@ -8,8 +8,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from allmlp.throughput import device_days
+
 IMAGENET, IMAGENET21K, JFT, WEB = "ImageNet", "ImageNet-21k", "JFT-300M", "web or pseudo-labels"
-IMAGES: Mapping[str, int] = MappingProxyType({IMAGENET: 1_281_167, IMAGENET21K: 14_200_000, JFT: 300_000_000})
+IMAGES: Mapping[str, int] = MappingProxyType(
+    {IMAGENET: device_days.IMAGENET.images, IMAGENET21K: device_days.IMAGENET21K.images, JFT: device_days.JFT.images}
+)
 """Training images: of ILSVRC2012; of ImageNet-21k and JFT-300M as the paper rounds them (Section 3)."""
 PRETRAINING_SIZE = 224  # pixels, Section 3: "We pre-train all models at resolution 224"
 

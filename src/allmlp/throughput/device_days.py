@@ -21,8 +21,9 @@ class Pretraining:
         return f"{self.data}, {self.epochs} epochs"
 
 
+# 14.2 million: as the paper gives ImageNet-21k
 IMAGENET = Pretraining(data="ImageNet", images=1_281_167, epochs=300)
-IMAGENET21K = Pretraining(data="ImageNet-21k", images=14_197_122, epochs=300)
+IMAGENET21K = Pretraining(data="ImageNet-21k", images=14_200_000, epochs=300)
 JFT_SHORT = Pretraining(data="JFT-300M", images=300_000_000, epochs=7)
 JFT = Pretraining(data="JFT-300M", images=300_000_000, epochs=14)
 PRETRAININGS = (IMAGENET, IMAGENET21K, JFT_SHORT, JFT)

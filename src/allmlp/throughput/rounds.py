@@ -141,7 +141,7 @@ def run_rounds(
         rounds: at most this many.
         slice_seconds: how long one timing repeats a short call.
     """
-    for number in range(rounds):
+    for _ in range(rounds):
         start = watch.clock()
         for call, found in zip(calls, results, strict=True):
             if call is not None:
@@ -149,5 +149,5 @@ def run_rounds(
                     found.append(watch.time(call, slice_seconds))
                 except OutOfMemory:  # other programs took the memory that there was in the sweep
                     continue
-        if watch.left < watch.clock() - start and number:
+        if watch.left < watch.clock() - start:
             return

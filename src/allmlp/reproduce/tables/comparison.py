@@ -12,11 +12,11 @@ from allmlp.reproduce.selection import row_of_weights
 from allmlp.reproduce.speeds import Speed
 from allmlp.reproduce.systems import system_at
 from allmlp.reproduce.tables.table import Column, Table, View, decimals, integer, significant
+from allmlp.throughput.device_days import DAY
 from allmlp.zoo.systems import SYSTEMS
 
 TABLES = {"table2": table_2, "table3": table_3}
 REFERENCE = system_key("Mixer-B/16", PRETRAINING_SIZE)  # speeds are also given as multiples of this one's
-SECONDS_A_DAY = 86_400
 percent = decimals(2)
 
 COLUMNS = (
@@ -184,7 +184,7 @@ def measured_cells(row: PublishedRow, accuracy: Accuracy | None, speeds: Mapping
         **accuracy_cells(accuracy),
         **speed_cells(system and system[1], speed),
         "train_images_per_second": rate,
-        "device_days": None if rate is None or seen is None else seen / rate / SECONDS_A_DAY,
+        "device_days": None if rate is None or seen is None else seen / rate / DAY,
         "problem": missing or speed.problem or training.problem,
     }
 
