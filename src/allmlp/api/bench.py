@@ -1,8 +1,8 @@
 """Models measured side by side: what ``mixer bench`` does."""
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +63,8 @@ def bench(
     configs = {name: config_of(name, image_size) for name in models}
     with progress_bar(progress) as bar:
         return measure(
-            {name: partial(make_model, name, config) for name, config in configs.items()},
-            configs={name: partial(build_meta, config) for name, config in configs.items()},
+            {name: functools.partial(make_model, name, config) for name, config in configs.items()},
+            configs={name: functools.partial(build_meta, config) for name, config in configs.items()},
             device=where,
             precision=select_precision(precision, where),
             budget_seconds=budget_seconds,
@@ -105,15 +105,13 @@ def make_training_step(model: Model, device: torch.device, precision: torch.dtyp
     )
     inputs = InputPreparation(device, Preprocessing(), seed=0)
     step = TrainingStep(model, inputs, softmax, optimizer_step, lambda number: 1e-4, precision)
-    numbers, batches = itertools.count(1), {}
+    numbers = itertools.count(1)
+    make_batch = functools.cache(functools.partial(random_batch, model))
 
     def take(batch_size: int) -> None:
         require_batches(model, batch_size)
-        if batch_size not in batches:
-            batches.clear()
-            batches[batch_size] = random_batch(model, batch_size)
         model.train()
-        step(next(numbers), [batches[batch_size]])
+        step(next(numbers), [make_batch(batch_size)])
 
     return take
 

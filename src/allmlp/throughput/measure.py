@@ -251,7 +251,7 @@ class Bench:
 
 def noting_memory(subject: ModelSubject, batch_size: int) -> None:
     """A forward pass; the first of each size notes the memory that it takes, by which larger ones are refused."""
-    if batch_size not in subject.images:
+    if batch_size not in subject.sizes_run:
         subject.peak_memory(batch_size)
     else:
         subject.forward(batch_size)

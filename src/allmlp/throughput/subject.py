@@ -58,7 +58,8 @@ class ModelSubject:
         self.make_training_step = make_training_step
         self.model: Model | None = None
         self.step: Callable[[int], None] | None = None
-        self.images: dict[int, Tensor] = {}
+        self.images: Tensor | None = None  # the largest batch so far
+        self.sizes_run: set[int] = set()
         self.bytes_per_image = 0.0  # of the largest batch so far, beyond the weights
 
     def load(self) -> None:
@@ -74,7 +75,7 @@ class ModelSubject:
         gc.collect()
 
     def unload(self) -> None:
-        self.model, self.step, self.images = None, None, {}
+        self.model, self.step, self.images = None, None, None
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -85,6 +86,7 @@ class ModelSubject:
         with raising_out_of_memory(), torch.inference_mode(), autocast(self.device, self.precision):
             self.loaded.eval()(images)
             self.wait()
+        self.sizes_run.add(batch_size)
 
     def train(self, batch_size: int) -> None:
         assert self.make_training_step is not None
@@ -109,12 +111,12 @@ class ModelSubject:
             raise OutOfMemory
 
     def batch(self, batch_size: int) -> Tensor:
-        """Random images; only the last batch is kept."""
-        if batch_size not in self.images:
+        """Random images, the first of the largest batch so far."""
+        if self.images is None or len(self.images) < batch_size:
             shape = (batch_size, self.loaded.in_channels, *self.loaded.image_size)
             with raising_out_of_memory():
-                self.images = {batch_size: torch.rand(shape, device=self.device) * 2 - 1}
-        return self.images[batch_size]
+                self.images = torch.rand(shape, device=self.device) * 2 - 1
+        return self.images[:batch_size]
 
     def wait(self) -> None:
         if self.device.type == "cuda":
