@@ -171,8 +171,8 @@ def without(state: dict, part: str) -> dict:
             "looks like ViT in timm's layout, but lacks .* 'pos_embed'",
         ),
         ("vit", partial(without, part="blocks.1.mlp.fc2.bias"), "1 missing: blocks.1.mlp.fc2.bias"),
-        ("vit", lambda state: state | {"dist_token": torch.zeros(1)}, "1 unexpected: dist_token"),
-        ("bit", partial(without, part="stages.2.blocks.0"), "looks like BiT .*stages"),
+        ("vit", lambda state: state | {"dist_token": torch.zeros(1)}, "that are not of one class token"),
+        ("bit", partial(without, part="stages.2.blocks.0"), "looks like BiT .* the blocks of stage 2"),
         ("bit", lambda state: state | {"norm.weight": torch.ones(3, 4)}, "a complete BiT: 152 wrong shape: stem.conv"),
         ("efficientnet", lambda s: s | {"conv_stem.weight": torch.zeros(31, 3, 3, 3)}, "31 channels in its stem"),
         ("vit", lambda state: state | {"head.bias": torch.full((5,), torch.nan)}, "head.bias contains numbers"),
@@ -220,3 +220,56 @@ def test_npz_is_for_mixers(tmp_path) -> None:
     model = create("vit", num_classes=5, image_size=32, **SMALL["vit"])
     with pytest.raises(UserError, match=r"x.npz: .*a Mixer's, and this is none: give --to timm"):
         save_as(model, tmp_path / "x.npz", "npz")
+
+
+def test_what_shapes_do_not_tell_comes_from_timms_config(tmp_path, caplog) -> None:
+    import json
+
+    theirs = randomized(timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, num_heads=12, num_classes=5))
+    save_file(theirs.state_dict(), tmp_path / "model.safetensors")
+    assert allmlp.load(tmp_path).config["num_heads"] == 3  # as usual for this width
+    (tmp_path / "config.json").write_text(json.dumps({"model_args": {"num_heads": 12}}))
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(allmlp.load(tmp_path)(images), theirs(images), rtol=1e-4, atol=1e-4)
+    narrow = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, embed_dim=96, num_heads=3, num_classes=5)
+    save_file(narrow.state_dict(), tmp_path / "narrow.safetensors")
+    (tmp_path / "config.json").unlink()
+    allmlp.load(tmp_path / "narrow.safetensors")
+    assert "does not say its number of attention heads: 1 are assumed" in caplog.text
+
+
+def test_other_paddings_are_refused_or_told(tmp_path, caplog) -> None:
+    import json
+
+    path = saved(tmp_path, "efficientnet").rename(tmp_path / "model.safetensors")
+    model = allmlp.load(path)
+    assert "taken as one of TensorFlow's EfficientNets" in caplog.text
+    assert model.metadata.preprocessing.mean == (0.485, 0.456, 0.406)
+    assert "are assumed, as timm has for most EfficientNet" in caplog.text
+    config = {"architecture": "efficientnet_b0", "pretrained_cfg": {}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"is efficientnet_b0, whose padding is not .* give tf_efficientnet_b0"):
+        allmlp.load(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        ("deit_tiny_distilled_patch16_224", {}, "position embeddings that are not of one class token"),
+        ("deit3_small_patch16_224", {"depth": 1}, "position embeddings that are not of one class token"),
+        (
+            "mobilenetv3_small_100",
+            {},
+            "looks like EfficientNet in timm's layout, but .* the blocks of stage",
+        ),
+        ("swin_tiny_patch4_window7_224", {}, "another architecture's weights; give a Mixer's, or timm's of ViT, BiT"),
+        ("resnet18", {}, "another architecture's weights; give a Mixer's, or timm's of ViT, BiT"),
+    ],
+)
+def test_networks_like_these_are_refused_with_the_reason(name: str, options: dict, said: str, tmp_path) -> None:
+    state = {n: t.contiguous() for n, t in timm.create_model(name, **options).state_dict().items()}
+    save_file(state, tmp_path / "w.safetensors")
+    with pytest.raises(UserError, match=said) as caught:
+        allmlp.load(tmp_path / "w.safetensors")
+    assert "\n" not in str(caught.value)

@@ -12,9 +12,13 @@ from allmlp.weights.containers import Container
 from allmlp.weights.hub import WeightsFile
 from allmlp.weights.layouts import TIMM, Layout
 from allmlp.weights.published import CHECKPOINTS, MIIL, MIIL_CLASSES, PublishedCheckpoint, candidates, class_names
+from allmlp.zoo.families import FAMILIES
 from allmlp.zoo.model import ZooModel
 
 log = logging.getLogger(__name__)
+
+# of ImageNet's pixels, with which convolutional networks are usually trained
+STATISTICS = replace(TIMM.preprocessing, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 
 
 def foreign_metadata(container: Container, file: WeightsFile, layout: Layout, model: Model) -> Metadata:
@@ -54,20 +58,21 @@ def foreign_metadata(container: Container, file: WeightsFile, layout: Layout, mo
     return Metadata(classes=classes, preprocessing=preprocessing, provenance={"source": source})
 
 
-def system_metadata(container: Container, file: WeightsFile, model: ZooModel) -> Metadata:
+def system_metadata(container: Container, file: WeightsFile, family: str, model: ZooModel) -> Metadata:
     """Metadata for a comparison system in timm's layout: from the hub's config.json, else assumed, with a warning."""
     source = {"file": container.path.name, "layout": TIMM.title, "publisher": "timm"}
-    classes, preprocessing = class_names(model.num_classes), TIMM.preprocessing
+    classes = class_names(model.num_classes)
+    preprocessing = STATISTICS if family in ("nfnet", "efficientnet") else TIMM.preprocessing
     if file.config:
         labels = label_names(file.config)
         classes = labels if labels and len(labels) == model.num_classes else classes
         preprocessing = timm_preprocessing(file.config, preprocessing, model.in_channels)
     else:
         log.warning(
-            "%s does not say how pixels were normalized: [−1, 1] is assumed, as for ViT and BiT (to change it: mixer "
-            "convert --mean --std)",
-            printable(str(container.path.name)),
-        )
+            "%s does not say how pixels were normalized: mean %s and std %s are assumed, as timm has for most %s (to "
+            "change it: mixer convert --mean --std)",
+            printable(str(container.path.name)), preprocessing.mean, preprocessing.std, FAMILIES[family].title,
+        )  # fmt: skip
     return Metadata(classes=classes, preprocessing=preprocessing, provenance={"source": source})
 
 

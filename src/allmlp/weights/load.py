@@ -87,7 +87,7 @@ def read_foreign(container: Container, file: WeightsFile, image_size: Size | Non
         raise UserError(
             f"{file_name} holds {len(infos)} tensors, but no token mixing of a Mixer, below no prefix either (its "
             f"first names: {printable(layouts.shortened(sorted(infos), 3)) or 'none'}): probably another "
-            "architecture's weights; give a Mixer's"
+            "architecture's weights; give a Mixer's, or timm's of ViT, BiT, NFNet or (TensorFlow's) EfficientNet"
         )
     require_floats(infos, file_name)
     layout, num_blocks = detected
@@ -142,7 +142,7 @@ def read_system(
     config, metadata = native.embedded_header(container) or (None, None)
     if config is None:
         size = image_size or published_size
-        config = timm_systems.infer_system(family, shapes_of(infos), size, container.name)
+        config = timm_systems.infer_system(family, shapes_of(infos), size, file.config, container.name)
     check_arguments(config, image_size, None, container.name)
     names = timm_systems.native_names(family, shapes_of(infos))
     expected = layouts.expected_shapes(config, len(infos), container.name)
@@ -158,7 +158,7 @@ def read_system(
     model = build_meta(config)
     assert isinstance(model, ZooModel)
     model.load_state_dict(tensors, assign=True)
-    model.metadata = metadata or system_metadata(container, file, model)
+    model.metadata = metadata or system_metadata(container, file, family, model)
     return model
 
 

@@ -10,7 +10,7 @@ from allmlp.weights.hub import WEIGHTS_NAMES
 
 log = logging.getLogger(__name__)
 
-CONFIG_KEYS = {"pretrained_cfg", "label_names"}  # of timm's config.json; other programs' have neither
+CONFIG_KEYS = {"pretrained_cfg", "label_names", "model_args"}  # of timm's config.json; other programs' have neither
 
 
 def find_weights(path: Path) -> Path:

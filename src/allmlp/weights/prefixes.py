@@ -9,7 +9,7 @@ from allmlp.weights.timm_systems import MARKS
 
 WRAPPERS = re.compile(r"\b(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")  # torch's, anywhere
 TOKEN_MIXING = next(row for row in NAMES if row[0] == "blocks.{i}.token_mixing.dense_0.weight")
-FIRST_KERNELS = (*(TOKEN_MIXING[layout.column].format(i=0, b=2) for layout in LAYOUTS), *MARKS.values())
+FIRST_KERNELS = tuple(TOKEN_MIXING[layout.column].format(i=0, b=2) for layout in LAYOUTS)
 
 
 def without_prefix(names: Iterable[str], file_name: str) -> dict[str, str]:
@@ -40,10 +40,21 @@ def without_prefix(names: Iterable[str], file_name: str) -> dict[str, str]:
 
 
 def find_prefixes(names: Iterable[str]) -> set[str]:
-    """What stands before the first token-mixing kernel of each Mixer, or the mark of each comparison system."""
+    """What stands before the first token-mixing kernel of each Mixer, or the mark of each comparison system.
+
+    Other architectures have such marks within them, at the top or below numbered layers: these are no prefixes.
+    """
+    names = list(names)
+    systems = before(names, tuple(MARKS.values()))
+    within = len(systems) > 1 and any(not prefix or re.search(r"(?:^|[./])\d+[./]", prefix) for prefix in systems)
+    return before(names, FIRST_KERNELS) or (set() if within else systems)
+
+
+def before(names: Iterable[str], kernels: tuple[str, ...]) -> set[str]:
+    """What stands before these names."""
     found: set[str] = set()
     for name in names:
-        for kernel in FIRST_KERNELS:
+        for kernel in kernels:
             prefix = name.removesuffix(kernel)
             if prefix != name and (not prefix or prefix[-1] in "./"):
                 found.add(prefix)

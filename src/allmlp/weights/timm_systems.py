@@ -23,7 +23,7 @@ MARKS = {  # a name that only this family's state dicts have
     "efficientnet": "blocks.0.0.conv_dw.weight",
 }
 COUNTER = ".num_batches_tracked"  # of BatchNorm: not used
-VIT_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}  # by hidden width, as published
+VIT_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16, 1664: 16}  # by hidden width, as published
 WIDTHS = (1.0, 1.1, 1.2, 1.4, 1.6, 1.8, 2.0, 2.2, 4.3, 5.0, 0.25, 0.5, 0.75, 1.5, 2.5, 3.0, 3.5, 4.0)
 
 
@@ -34,21 +34,31 @@ def detect_family(shapes: Shapes) -> str | None:
     return next((key for key, mark in MARKS.items() if mark in shapes), None)
 
 
-def infer_system(family: str, shapes: Shapes, image_size: Size | None, file_name: str) -> dict[str, Any]:
+def infer_system(
+    family: str, shapes: Shapes, image_size: Size | None, timm_config: Mapping[str, Any], file_name: str
+) -> dict[str, Any]:
     """The configuration of the system whose tensors have these names and shapes in timm.
 
     Args:
         family: as ``detect_family`` found.
         shapes: names and shapes in the file.
         image_size: that of training, where it is known otherwise; None: that of the position embeddings, or 224.
+        timm_config: timm's config.json, which says what shapes cannot; empty if there is none.
         file_name: named in messages.
 
     Raises:
         UserError: a tensor that determines a size is missing, or the sizes are those of no network of the family.
     """
+    if family == "efficientnet":
+        check_padding(timm_config.get("architecture"), file_name)
+    arguments = timm_config.get("model_args")
     infer = {"vit": infer_vit, "bit": infer_bit, "nfnet": infer_nfnet, "efficientnet": infer_efficientnet}[family]
     try:
         sizes = infer(shapes, image_size, file_name)
+        if family == "vit":
+            sizes["num_heads"] = heads_of(
+                sizes["hidden_dim"], arguments if isinstance(arguments, dict) else {}, file_name
+            )
     except (KeyError, IndexError, ValueError) as error:
         if isinstance(error, UserError):
             raise
@@ -70,20 +80,58 @@ def infer_system(family: str, shapes: Shapes, image_size: Size | None, file_name
 
 def infer_vit(shapes: Shapes, image_size: Size | None, file_name: str) -> dict[str, Any]:
     hidden, channels, patch, _ = shapes["patch_embed.proj.weight"]
-    blocks = count(shapes, r"blocks\.(\d+)\.")
-    heads = VIT_HEADS.get(hidden) or max(hidden // 64, 1)
-    if hidden not in VIT_HEADS:
-        log.info("%s: %d attention heads, of 64 channels, are assumed", file_name, heads)
+    blocks = count(shapes, r"blocks\.(\d+)\.", "blocks")
+    positions = shapes["pos_embed"][1]
+    other_tokens = "cls_token" not in shapes or not {"dist_token", "reg_token"}.isdisjoint(shapes)
+    if other_tokens or (image_size is None and math.isqrt(positions - 1) ** 2 != positions - 1):
+        raise UserError(
+            f"{file_name} is a ViT with {positions} position embeddings that are not of one class token and a grid of "
+            "patches: only ViTs with one class token can be loaded"
+        )
     return {
         "image_size": infer_image_size(shapes["pos_embed"][1] - 1, (patch, patch), image_size, file_name),
         "in_channels": channels,
         "patch_size": patch,
         "num_blocks": blocks,
         "hidden_dim": hidden,
-        "num_heads": heads,
         "channels_mlp_dim": shapes["blocks.0.mlp.fc1.weight"][0],
         "gelu": "erf",
     }
+
+
+def heads_of(hidden_dim: int, arguments: Mapping[str, Any], file_name: str) -> int:
+    """The attention heads of a ViT, which its shapes do not tell: from timm's config.json, else those usual."""
+    heads = arguments.get("num_heads")
+    if isinstance(heads, int) and heads > 0:
+        return heads
+    usual = VIT_HEADS.get(hidden_dim)
+    heads = usual or max(n for n in range(1, max(hidden_dim // 64, 1) + 1) if hidden_dim % n == 0)
+    if usual is None:
+        log.warning(
+            "%s does not say its number of attention heads: %d are assumed; if there are others, write them into a "
+            'config.json beside it: {"model_args": {"num_heads": N}}',
+            file_name, heads,
+        )  # fmt: skip
+    return heads
+
+
+def check_padding(architecture: Any, file_name: str) -> None:
+    """TensorFlow's EfficientNets pad and normalize unlike PyTorch's of the same shapes.
+
+    Raises:
+        UserError: config.json names one that is not TensorFlow's.
+    """
+    if isinstance(architecture, str) and not architecture.startswith("tf_"):
+        raise UserError(
+            f"{file_name} is {architecture}, whose padding is not that of TensorFlow's EfficientNets, and only those can "
+            f"be loaded: give tf_{architecture} if there is one"
+        )
+    if architecture is None:
+        log.warning(
+            "%s is taken as one of TensorFlow's EfficientNets (timm's tf_efficientnet_…): others have the same shapes, "
+            "but another padding, and would give wrong outputs",
+            file_name,
+        )
 
 
 def infer_bit(shapes: Shapes, image_size: Size | None, file_name: str) -> dict[str, Any]:
@@ -128,14 +176,14 @@ def infer_efficientnet(shapes: Shapes, image_size: Size | None, file_name: str) 
 
 
 def stage_depths(shapes: Shapes, pattern: str, stages: int) -> tuple[int, ...]:
-    return tuple(count(shapes, pattern.replace("{i}", str(i))) for i in range(stages))
+    return tuple(count(shapes, pattern.replace("{i}", str(i)), f"the blocks of stage {i}") for i in range(stages))
 
 
-def count(shapes: Shapes, pattern: str) -> int:
-    """How many blocks there are, by the number in the first group of the pattern; limited by the number of names."""
+def count(shapes: Shapes, pattern: str, what: str) -> int:
+    """How many there are, by the number in the first group of the pattern; a ValueError if one is missing."""
     numbers = {int(match[1]) for match in (re.match(pattern, name) for name in shapes) if match and len(match[1]) < 6}
     if not numbers or max(numbers) + 1 != len(numbers):
-        raise ValueError(f"the numbers of {pattern}")
+        raise ValueError(what)
     return len(numbers)
 
 
