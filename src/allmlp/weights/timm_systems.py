@@ -123,8 +123,8 @@ def check_padding(architecture: Any, file_name: str) -> None:
     """
     if isinstance(architecture, str) and not architecture.startswith("tf_"):
         raise UserError(
-            f"{file_name} is {architecture}, whose padding is not that of TensorFlow's EfficientNets, and only those can "
-            f"be loaded: give tf_{architecture} if there is one"
+            f"{file_name} is {architecture}, whose padding is not that of TensorFlow's EfficientNets, and only those "
+            f"can be loaded: give tf_{architecture} if there is one"
         )
     if architecture is None:
         log.warning(
