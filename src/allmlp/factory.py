@@ -65,6 +65,8 @@ def create_mixer(variant: str | None, num_classes: int, image_size: Size, option
     valid = inspect.signature(Mixer).parameters
     for key in settings:
         if key not in valid:
+            if families := [family.key for family in FAMILIES.values() if key in family.sizes]:
+                raise UserError(f"{key!r} is no option of a Mixer, but of {', '.join(families)}: name one of these")
             near = difflib.get_close_matches(key, sorted(valid), 3)
             raise UserError(f"unknown option {key!r} of a Mixer: the nearest are {', '.join(near or sorted(valid))}")
     missing = [key for key in VARIANTS["B/16"] if key not in settings]

@@ -57,6 +57,8 @@ MISTAKES = {  # command → what the message names
     "train B/16": ("'B/16' is no recipe, but a model", "--model B/16"),
     "train vit-b_16": ("--model ViT-B/16",),
     "train mixer-b16-in21k": ("mixer finetune mixer-b16-in21k --data SOURCE",),
+    "train digits --model mixer-b16-in21k": ("--weights mixer-b16-in21k, or mixer finetune mixer-b16-in21k",),
+    "info mixer-b16-in21": ("published weights: mixer-b16-in21k",),
     "train digitz": ("'digitz'", "did you mean digits"),
     "train --data digitz": ("'digitz'", "did you mean digits?"),
     "train cifar": ("'cifar'", "did you mean cifar10?"),

@@ -195,6 +195,11 @@ def test_relative_positions_are_interpolated_around_distance_zero() -> None:
         ({"variant": "BiT-R50x1", "depths": (3, 4, 6)}, r"depths = \(3, 4, 6\): give 4 numbers"),
         ({"variant": "BiT-R50x1", "depths": (3, 4, 0, 1)}, "depths = 0: must be a whole number, at least 1"),
         ({"variant": "BiT-R50x1", "width": -1}, "width = -1: give a factor"),
+        ({"variant": "bit", "depths": (1,) * 4, "width": 0.1, "image_size": 32}, "GroupNorm has one number"),
+        (
+            {"variant": "B/16", "depths": (1,)},
+            "'depths' is no option of a Mixer, but of bit, halonet, nfnet, efficientnet",
+        ),
         ({"variant": "BiT-R50x1", "stem": "huge"}, "stem = 'huge': must be one of imagenet, small"),
         ({"variant": "HaloNet-H4", "image_size": 400}, "400×400: HaloNet needs multiples of 32"),
         (

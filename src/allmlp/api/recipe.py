@@ -109,11 +109,20 @@ def override_model(model: ModelRecipe, given: dict[str, Any]) -> ModelRecipe:
     A name replaces the recipe's own sizes. Weights replace the whole section.
     """
     if given.get("model"):
+        check_no_weights(given["model"])
         sizes = dict.fromkeys(MODEL_SIZES)
         return dataclasses.replace(model, **({"image_size": 224} | sizes | given))
     if given.get("weights"):
         return dataclasses.replace(ModelRecipe(image_size=None), **given)
     return dataclasses.replace(model, **given)
+
+
+def check_no_weights(name: str) -> None:
+    """Raises a UserError for the name of published weights where that of a model is needed."""
+    from allmlp.weights.named import NAMED  # imports torch, which a --help need not do
+
+    if name.lower() in NAMED:
+        raise UserError(f"--model {name} names published weights: give --weights {name}, or mixer finetune {name}")
 
 
 def override_search(search: SearchRecipe, given: Overrides) -> SearchRecipe:

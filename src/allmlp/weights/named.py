@@ -154,6 +154,11 @@ def advise_to_finetune(images: int, data: str, image_size: int) -> str:
     )
 
 
+def like_published(name: str) -> list[str]:
+    """The published names that are most like this one, at most three."""
+    return difflib.get_close_matches(name.lower(), NAMED, 3, cutoff=0.6)
+
+
 def resolve_weights(path: str) -> str:
     """The address on the hub of published weights by name; anything else as it is.
 
@@ -168,7 +173,7 @@ def resolve_weights(path: str) -> str:
         return HUB_PREFIX + found.hub
     if Path(path).suffix or Path(path).is_absolute() or "\\" in path:
         return path
-    near = difflib.get_close_matches(path.lower(), NAMED, 3, cutoff=0.6)
+    near = like_published(path)
     try:
         model = resolve_name(path)
     except UserError:

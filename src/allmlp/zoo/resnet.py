@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 
+from allmlp.errors import UserError
 from allmlp.zoo.family import (
     REQUIRED,
     Family,
@@ -18,11 +19,32 @@ from allmlp.zoo.family import (
 
 CHANNELS = (256, 512, 1024, 2048)
 STEM_CHANNELS = 64
+STRIDE = {"imagenet": 32, "small": 8}  # of the last map
 
 
 def check(config: dict[str, Any]) -> dict[str, Any]:
     config = check_stem(check_width(check_depths(config, len(CHANNELS))))
-    return config if config["groups"] is None else check_counts(config, "groups")
+    if config["groups"] is not None:
+        config = check_counts(config, "groups")
+    stride, narrowest = STRIDE[config["stem"]], min(channels_of(config["width"]))
+    if (
+        narrowest == (config["groups"] or groups_for(channels_of(config["width"])))
+        and max(config["image_size"]) <= stride
+    ):
+        height, width = config["image_size"]
+        raise UserError(
+            f"image size {height}×{width}: GroupNorm has one number in each of its groups then: use more than {stride} "
+            "pixels, or a larger width"
+        )
+    return config
+
+
+def channels_of(width: float) -> list[int]:
+    """All numbers of channels that are normalized."""
+    from timm.layers.helpers import make_divisible
+
+    outputs = [make_divisible(channels * width) for channels in CHANNELS]
+    return [make_divisible(STEM_CHANNELS * width), *outputs, *(make_divisible(channels * 0.25) for channels in outputs)]
 
 
 def build(config: dict[str, Any]) -> nn.Module:
@@ -32,10 +54,8 @@ def build(config: dict[str, Any]) -> nn.Module:
     from timm.models.resnetv2 import ResNetV2
 
     width, conv = config["width"], partial(StdConv2d, eps=1e-8)
-    outputs = [make_divisible(channels * width) for channels in CHANNELS]
     stem_channels = make_divisible(STEM_CHANNELS * width)
-    widths = [stem_channels, *outputs, *(make_divisible(channels * 0.25) for channels in outputs)]
-    groups = config["groups"] or groups_for(widths)
+    groups = config["groups"] or groups_for(channels_of(width))
     model = ResNetV2(
         layers=list(config["depths"]),
         channels=CHANNELS,

@@ -38,7 +38,7 @@ class Arguments:
 
 def run(args: Sequence[str]) -> None:
     arguments = parse(Arguments, args, command="info", description=DESCRIPTION)
-    from allmlp.factory import build_meta, resized_config
+    from allmlp.factory import build_meta, is_zoo, resized_config
     from allmlp.flops import cost
 
     model = load_weights(arguments.model)
@@ -51,7 +51,8 @@ def run(args: Sequence[str]) -> None:
         config = resized_config(before, size) if model else config_by_name(arguments.model, size, arguments.num_classes)
     found: dict[str, Any] = {"model": arguments.model, **asdict(cost(build_meta(config))), **config}
     found |= {"variant": model and variant_name(model), **(describe_weights(model) if model else {})}
-    if config["image_size"] != before["image_size"]:
+    # weights of a system are resized; a system by name is made anew at that size
+    if config["image_size"] != before["image_size"] and (model or not is_zoo(config)):
         found["resize"] = compare_costs(before, resized_config(before, config["image_size"]))
     if not model and (note := system_note(arguments.model)):
         found["note"] = note
@@ -75,8 +76,14 @@ def config_by_name(name: str, image_size: tuple[int, int] | None, num_classes: i
     """The configuration of a variant of Table 1 or a comparison system, as it is created."""
     import torch
 
-    from allmlp.factory import create
+    from allmlp.factory import create, resolve_name
+    from allmlp.weights.named import like_published
 
+    try:
+        resolve_name(name)
+    except UserError as error:
+        near = like_published(name)
+        raise UserError(f"{error}; published weights: {', '.join(near)}" if near else str(error)) from None
     with torch.device("meta"):
         model = create(name, image_size=image_size, num_classes=1000 if num_classes is None else num_classes)
     return dict(model.config)
