@@ -49,14 +49,15 @@ def create(
     """
     options = {key: value for key, value in options.items() if value is not None}
     name = resolve_name(variant) if variant is not None else None
+    size = 224 if image_size is None else image_size
     if name is not None and name in FAMILIES:
-        return ZooModel(system=name, num_classes=num_classes, image_size=image_size or 224, **options)
+        return ZooModel(system=name, num_classes=num_classes, image_size=size, **options)
     if name is not None and name in SYSTEMS:
         system = SYSTEMS[name]
         settings = dict(system.sizes) | options
-        size = image_size or system.image_size
+        size = system.image_size if image_size is None else image_size
         return ZooModel(system=system.family, num_classes=num_classes, image_size=size, **settings)
-    return create_mixer(name, num_classes, image_size or 224, options)
+    return create_mixer(name, num_classes, size, options)
 
 
 def create_mixer(variant: str | None, num_classes: int, image_size: Size, options: dict[str, Any]) -> Mixer:

@@ -58,7 +58,7 @@ def test_measured_beside_published(mixer, tmp_path) -> None:
     found = json.loads(answer.out)
     (row,) = found["rows"]
     if (rate := row["train_images_per_second"]) is None:  # other programs took the time
-        assert row["problem"] == "no time was left for training"
+        assert "no time was left" in row["problem"]
         assert row["device_days"] is None
     else:
         assert row["measured_images_per_second"] > rate > 0
@@ -68,7 +68,7 @@ def test_measured_beside_published(mixer, tmp_path) -> None:
         assert row["measured_relative"] is None
     else:
         assert row["measured_relative"] == pytest.approx(row["measured_images_per_second"] / reference)
-    assert row["measured_relative"] > 1
+        assert row["measured_relative"] > 1
 
 
 def test_patches(mixer, tmp_path, monkeypatch) -> None:

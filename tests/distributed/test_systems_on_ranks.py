@@ -14,7 +14,7 @@ NONE = dict.fromkeys(("patch_size", "num_blocks", "hidden_dim", "tokens_mlp_dim"
 VIT = NONE | {
     "model": "vit", "patch_size": 4, "num_blocks": 2, "hidden_dim": 8, "num_heads": 2, "channels_mlp_dim": 12
 }  # fmt: skip
-BIT = NONE | {"model": "bit", "depths": (1, 1, 1, 1), "width": 0.25, "stem": "small"}
+BIT = NONE | {"model": "bit", "depths": (1, 1, 1, 1), "width": 0.25, "stem": "small", "image_size": 16}
 EFFICIENTNET = NONE | {"model": "efficientnet", "depths": (1,) * 7, "width": 0.25, "stem": "small", "image_size": 16}
 
 

@@ -200,6 +200,9 @@ def test_relative_positions_are_interpolated_around_distance_zero() -> None:
             {"variant": "B/16", "depths": (1,)},
             "'depths' is no option of a Mixer, but of bit, halonet, nfnet, efficientnet",
         ),
+        ({"variant": "BiT-R50x1", "image_size": 0}, "must be at least 1 pixel"),
+        ({"variant": "B/16", "image_size": 0}, "at least 1 pixel"),
+        ({"variant": "BiT-R50x1", "groups": 7}, "groups = 7: must divide the 64 channels"),
         ({"variant": "BiT-R50x1", "stem": "huge"}, "stem = 'huge': must be one of imagenet, small"),
         ({"variant": "HaloNet-H4", "image_size": 400}, "400×400: HaloNet needs multiples of 32"),
         (

@@ -85,10 +85,12 @@ def measure_speeds(
     if repeated:
         found = place.measure({name: configs[name] for name in configs if name in repeated}, SHARE * watch.left)
         speeds = {one.name: as_speed(one) for one in found}
+    left_out = 0.0  # seconds that those without time would have taken
     for name in sorted(configs.keys() - speeds.keys(), key=lambda name: expected[name]):
-        if expected[name] + loading[name] > watch.left:
-            needed = options.budget_seconds - watch.left + expected[name] + loading[name]
-            speeds[name] = Speed(problem=f"no time was left: a budget of about {needed:.0f}s would do")
+        if left_out + expected[name] + loading[name] > watch.left:
+            left_out += expected[name] + loading[name]
+            more = math.ceil(max(left_out - watch.left, 1.0))
+            speeds[name] = Speed(problem=f"no time was left: give some {more}s more, in --budget")
         else:
             speeds[name] = place.time_one(name, configs[name], clock)
     return speeds | measure_training(configs, trained, speeds, loading, place, watch)

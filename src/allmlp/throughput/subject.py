@@ -60,7 +60,10 @@ class ModelSubject:
         self.step: Callable[[int], None] | None = None
         self.images: Tensor | None = None  # the largest batch so far
         self.sizes_run: set[int] = set()
-        self.bytes_per_image = 0.0  # of the largest batch so far, beyond the weights
+        self.sizes_trained: set[int] = set()
+        self.bytes_per_image = 0.0  # of a forward pass beyond the weights: the most so far
+        self.training_bytes_per_image = 0.0  # of a training step, likewise; unknown before the second
+        self.trained = False
 
     def load(self) -> None:
         if self.model is None:
@@ -81,7 +84,7 @@ class ModelSubject:
             torch.cuda.empty_cache()
 
     def forward(self, batch_size: int) -> None:
-        self.require_room(batch_size)
+        self.require_room(self.bytes_per_image * batch_size)
         images = self.batch(batch_size)
         with raising_out_of_memory(), torch.inference_mode(), autocast(self.device, self.precision):
             self.loaded.eval()(images)
@@ -90,11 +93,25 @@ class ModelSubject:
 
     def train(self, batch_size: int) -> None:
         assert self.make_training_step is not None
+        self.require_room(self.training_bytes_per_image * batch_size)
         with raising_out_of_memory():
             if self.step is None:
                 self.step = self.make_training_step(self.loaded, self.device, self.precision)
-            self.step(batch_size)
-            self.wait()
+                self.trained = False
+            if not self.trained:  # allocates gradients and moments, whatever the batch
+                self.take_step(batch_size)
+                self.trained = True
+            elif batch_size in self.sizes_trained:
+                self.take_step(batch_size)
+            else:
+                growth = peak_growth(lambda: self.take_step(batch_size), self.device)
+                self.training_bytes_per_image = max(self.training_bytes_per_image, (growth or 0) / batch_size)
+                self.sizes_trained.add(batch_size)
+
+    def take_step(self, batch_size: int) -> None:
+        assert self.step is not None
+        self.step(batch_size)
+        self.wait()
 
     def peak_memory(self, batch_size: int) -> int | None:
         """Bytes of the weights and of a forward pass at its peak; None where that is not known."""
@@ -104,10 +121,10 @@ class ModelSubject:
         self.bytes_per_image = max(self.bytes_per_image, growth / batch_size)
         return growth + sum(tensor.nbytes for tensor in self.loaded.state_dict().values())
 
-    def require_room(self, batch_size: int) -> None:
-        """Raises OutOfMemory for a batch that would need more than there is, where the system would end the process."""
+    def require_room(self, needed: float) -> None:
+        """Raises OutOfMemory for more bytes than there are, where the system would end the process."""
         room = available_memory(self.device) if self.device.type == "cpu" else None
-        if room is not None and self.bytes_per_image * batch_size > SAFE_SHARE * room:
+        if room is not None and needed > SAFE_SHARE * room:
             raise OutOfMemory
 
     def batch(self, batch_size: int) -> Tensor:

@@ -26,6 +26,8 @@ def check(config: dict[str, Any]) -> dict[str, Any]:
     config = check_stem(check_width(check_depths(config, len(CHANNELS))))
     if config["groups"] is not None:
         config = check_counts(config, "groups")
+        if uneven := [number for number in channels_of(config["width"]) if number % config["groups"]]:
+            raise UserError(f"groups = {config['groups']}: must divide the {uneven[0]} channels of GroupNorm")
     stride, narrowest = STRIDE[config["stem"]], min(channels_of(config["width"]))
     if (
         narrowest == (config["groups"] or groups_for(channels_of(config["width"])))

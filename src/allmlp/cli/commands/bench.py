@@ -75,14 +75,14 @@ def run(args: Sequence[str]) -> None:
     )
     described = describe_bench(rows, arguments.device, arguments.precision)
     where = f"{described['device']}, {described['precision']}"
-    if arguments.out is not None:
-        write_text(arguments.out, to_json(described, indent=2) + "\n")
-    if arguments.plot is not None:
-        plot_measurements(rows, arguments.plot, where)
     if arguments.json:
         print(to_json(described))
     else:
         print_rows(rows, where, arguments.train)
+    if arguments.out is not None:
+        write_text(arguments.out, to_json(described, indent=2) + "\n")
+    if arguments.plot is not None:
+        plot_measurements(rows, arguments.plot, where)
     for row in rows:
         if row.problem:
             print(f"{printable(row.name)}: {row.problem}", file=sys.stderr)
