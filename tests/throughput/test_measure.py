@@ -127,6 +127,7 @@ def test_training_batches_keep_to_the_memory_that_is_left(monkeypatch: pytest.Mo
 
 PEAK = """
 import torch
+from allmlp.throughput.memory import available_memory, peak_growth
 device = torch.device("cpu")
 print(available_memory(device), peak_growth(lambda: torch.ones(64 * 2**20).sum() and None, device))
 """
