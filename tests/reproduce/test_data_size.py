@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from allmlp.errors import UserError
+from allmlp.errors import Stopped, UserError
 from allmlp.factory import create
 from allmlp.flops import cost
 from allmlp.reproduce import data_size
@@ -113,6 +113,16 @@ def test_the_experiment_and_its_repetition(source: Path, tmp_path: Path, monkeyp
     ]
     with pytest.raises(UserError, match="holds this experiment with another source or other settings"):
         run_data_size(str(source), out, ["Mixer"], DataSizeSettings(), progress=False)
+
+
+def test_a_signal_says_how_to_resume(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*words: object, **options: object) -> None:
+        raise Stopped("stopped by SIGTERM after step 3: resume with allmlp.train(…)", 143)
+
+    monkeypatch.setattr(data_size, "train", stopped)
+    with pytest.raises(Stopped, match="repeat the same command to resume in") as caught:
+        run_data_size(str(source), tmp_path / "out", ["Mixer"], SETTINGS, progress=False)
+    assert caught.value.status == 143
 
 
 def test_bad_input(source: Path, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from allmlp.data.decode import UnreadableImage
 from allmlp.data.sources import load_source
 from allmlp.data.split import stratified_split
 from allmlp.device import Precision
-from allmlp.errors import UserError
+from allmlp.errors import Stopped, UserError
 from allmlp.factory import build_meta
 from allmlp.files import atomic_write, to_json, write_text
 from allmlp.flops import cost
@@ -91,6 +91,7 @@ def run_data_size(
 
     Raises:
         UserError: unknown models, or a source with too few classes or images.
+        Stopped: by a signal, after a checkpoint.
     """
     if unknown := [name for name in models if name not in SMALL_MODELS]:
         raise UserError(f"--models {unknown[0]}: this experiment has {', '.join(SMALL_MODELS)}")
@@ -102,7 +103,10 @@ def run_data_size(
     result: dict[str, Any] = {}
     for percent in settings.percent:
         for model in models:
-            row = run_one(model, percent, steps, sets, out, settings, progress)
+            try:
+                row = run_one(model, percent, steps, sets, out, settings, progress)
+            except Stopped as stop:
+                raise Stopped(f"stopped by a signal: repeat the same command to resume in {out}", stop.status) from None
             rows.append(row)
             on_row(row)
             result = {

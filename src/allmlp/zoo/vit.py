@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from allmlp.errors import UserError
-from allmlp.sizes import check_form, whole_number
+from allmlp.sizes import check_form
 from allmlp.zoo.family import REQUIRED, Family, check_counts, check_multiple
 
 
@@ -20,7 +20,6 @@ def check(config: dict[str, Any]) -> dict[str, Any]:
             f"{', '.join(map(str, near))}"
         )
     check_form(config["gelu"], 1e-6)
-    whole_number("hidden_dim", config["hidden_dim"], 1)
     check_multiple("this ViT", config["image_size"], config["patch_size"], ", or another patch size")
     return config
 

@@ -116,7 +116,7 @@ def print_rows(rows: Sequence["Measurement"], where: str, trained: bool) -> None
         "size, and training: AdamW, images per second",
         ["", "parameters", "GMACs", "peak memory", "train images/s", "", "batch"],
         [
-            [letter, f"{row.parameters / 1e6:.1f} M", f"{row.macs / 1e9:.3g}", memory(row.peak_memory_bytes),
+            [letter, f"{number(row.parameters / 1e6)} M", f"{row.macs / 1e9:.3g}", memory(row.peak_memory_bytes),
              number(row.train_images_per_second), spread(row.train_images_per_second_range),
              str(row.train_batch_size or "–")]
             for letter, row in pairs
@@ -146,4 +146,4 @@ def spread(bounds: tuple[float, float] | None) -> str:
 
 
 def memory(size: int | None) -> str:
-    return "–" if size is None else f"{size / 1e9:.2f} GB"
+    return "–" if size is None else f"{number(size / 1e9)} GB"
