@@ -197,7 +197,7 @@ def cells_of_weights(accuracy: Accuracy, speeds: Mapping[str, Speed]) -> dict[st
         "built_as": name_of(accuracy.config) or describe_model(accuracy.config),
         "image_size": max(accuracy.config["image_size"]),
         **accuracy_cells(accuracy),
-        **speed_cells(cost(build_meta(accuracy.config)), speed),
+        **speed_cells(cost(build_meta({**accuracy.config, "num_classes": 1000})), speed),
         "problem": speed.problem,
         "note": "weights of yours: no row of the paper is about this model, image size and pre-training data",
     }
